@@ -1,0 +1,1 @@
+"""The mathematics under test: routing, experts, quantization, sparsity, transforms, metrics and oracle checks."""

@@ -1,0 +1,177 @@
+"""One layer's experts as a store: dense or quantized per expert, in the layout of transformers 5.
+
+Shape letters: E expert ids, N_F FFN experts, F expert width, H hidden, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from ..contracts import Scheme
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nnf.silu,
+    "gelu": nnf.gelu,
+    "relu": nnf.relu,
+}
+"""Activation functions by the name used in LayerSpec."""
+
+
+@runtime_checkable
+class QTensor(Protocol):
+    """A weight matrix [out, in] in its real packed storage."""
+
+    scheme: Scheme
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros as stored."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the matrix [out, in]: the exact values that every execution must use."""
+
+
+Weight = Tensor | QTensor
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Constant experts of MoE++ (arXiv 2410.07348): E(x) = a1 x + a2 v with [a1, a2] = softmax(W_c x).
+
+    ``gate_C2H`` and ``value_CH`` have one entry per constant expert, in the order of their ids.
+    """
+
+    gate_C2H: Tensor
+    value_CH: Tensor
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Calibrated activation sparsity of one layer: leave out channel j where |a_j| * weight_j <= threshold.
+
+    ``thresholds`` maps a site (``input``, width H; ``hidden``, width F) to its threshold; ``weights`` to a vector of
+    that width, where the method has one.
+    """
+
+    thresholds: dict[str, float]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def apply(self, site: str, activation: Tensor) -> Tensor:
+        """Return ``activation`` [.., width] with the channels below the threshold of ``site`` set to zero."""
+        if site not in self.thresholds:
+            return activation
+        score = activation.abs()
+        if site in self.weights:
+            score = score * self.weights[site].to(score.dtype)
+        return torch.where(score > self.thresholds[site], activation, torch.zeros_like(activation))
+
+
+@dataclass(frozen=True)
+class ExpertStore:
+    """The routed experts of one layer.
+
+    ``gate_up`` and ``down`` hold the FFN experts in the order of their ids: one tensor [N_F, 2F, H] / [N_F, F, H]
+    (ungated) and [N_F, H, F], or a sequence of N_F QTensors of shapes [2F, H] and [H, F]. ``kinds`` names every expert
+    id; ids that are not ``ffn`` own no weights here (``constants`` aside).
+    """
+
+    gate_up: Tensor | Sequence[QTensor]
+    down: Tensor | Sequence[QTensor]
+    kinds: tuple[str, ...]
+    activation: str = "silu"
+    gated: bool = True
+    constants: Constants | None = None
+    sparsity: Sparsity | None = None
+
+    def __post_init__(self) -> None:
+        owners = sum(kind == "ffn" for kind in self.kinds)
+        if len(self.gate_up) != owners or len(self.down) != owners:
+            raise ValueError(f"{len(self.gate_up)} weights for {owners} FFN experts; give one per 'ffn' in kinds.")
+
+    @property
+    def num_experts(self) -> int:
+        """E: expert ids of every kind."""
+        return len(self.kinds)
+
+    @property
+    def ffn_ids(self) -> tuple[int, ...]:
+        """The expert ids that own weights."""
+        return tuple(i for i, kind in enumerate(self.kinds) if kind == "ffn")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are QTensors."""
+        return not isinstance(self.gate_up, Tensor)
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self._shape(self.down)[0]
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return self._shape(self.down)[1]
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """How each FFN expert is stored."""
+        if isinstance(self.down, Tensor):
+            return (Scheme(bits=8.0 * self.down.element_size()),) * len(self.down)
+        return tuple(weight.scheme for weight in self.down)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all expert weights as stored."""
+        return self._nbytes(self.gate_up) + self._nbytes(self.down)
+
+    def weights(self, slot: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return (gate_up [2F, H], down [H, F]) of the FFN expert in place ``slot``, dequantized, as ``dtype``."""
+        return self._one(self.gate_up, slot, dtype), self._one(self.down, slot, dtype)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return all FFN experts (gate_up [N_F, 2F, H], down [N_F, H, F]) dequantized, as ``dtype``."""
+        return self._all(self.gate_up, dtype), self._all(self.down, dtype)
+
+    @staticmethod
+    def _shape(weights: Tensor | Sequence[QTensor]) -> tuple[int, int]:
+        if isinstance(weights, Tensor):
+            return int(weights.shape[1]), int(weights.shape[2])
+        return weights[0].shape
+
+    @staticmethod
+    def _nbytes(weights: Tensor | Sequence[QTensor]) -> int:
+        return weights.nbytes if isinstance(weights, Tensor) else sum(weight.nbytes for weight in weights)
+
+    @staticmethod
+    def _one(weights: Tensor | Sequence[QTensor], slot: int, dtype: torch.dtype) -> Tensor:
+        weight = weights[slot]
+        return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+    @staticmethod
+    def _all(weights: Tensor | Sequence[QTensor], dtype: torch.dtype) -> Tensor:
+        if isinstance(weights, Tensor):
+            return weights.to(dtype)
+        return torch.stack([weight.dequantize(dtype) for weight in weights])
+
+
+def expert_forward(x_TH: Tensor, gate_up: Tensor, down: Tensor, store: ExpertStore) -> Tensor:
+    """Return f_e(x) [T, H] for one FFN expert with dense ``gate_up`` [2F or F, H] and ``down`` [H, F]."""
+    hidden = x_TH if store.sparsity is None else store.sparsity.apply("input", x_TH)
+    hidden = nnf.linear(hidden, gate_up)
+    act = ACTIVATIONS[store.activation]
+    if store.gated:
+        gate, up = hidden.chunk(2, dim=-1)
+        hidden = act(gate) * up
+    else:
+        hidden = act(hidden)
+    if store.sparsity is not None:
+        hidden = store.sparsity.apply("hidden", hidden)
+    return nnf.linear(hidden, down)
