@@ -1,1 +1,1 @@
-"""bench."""
+"""How things are measured: command line, plan, rings of workers, sampling, host facts. The parent imports no torch."""

@@ -1,1 +1,1 @@
-"""suites/conf/experiment."""
+"""Saved experiments: lists of (suite, overrides) blocks that make one plan."""

@@ -1,0 +1,286 @@
+"""From the command line to a list of suite configurations: Hydra composes, moebench checks names and expands axes.
+
+A configuration has the groups ``suite``, ``model`` and ``experiment``, the lists ``axes.<axis>``, the parameters
+``params.<axis>.<name>.<parameter>``, and the settings of the engine. Every name is checked here first, so that a
+mistyped one gets a suggestion in plain words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..contracts import AXES, NAMED_AXES, Choice, Descriptor, MoebenchError, Registry, coerce, plain, unknown
+from ..suites.base import PLAIN_AXES, SuiteConfig, points_of
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a run measures. Times in seconds.
+
+    ``processes`` fresh rings measure each group in succession. A case stops when the interval of its median is
+    within ``precision`` of it, or after ``seconds`` of timed calls per process; it has at least ``min_calls`` calls.
+    ``memory`` is the part of the free memory that a group may use.
+    """
+
+    processes: int = 3
+    precision: float = 0.02
+    seconds: float = 3.0
+    min_calls: int = 20
+    warmup_seconds: float = 3.0
+    steady_tolerance: float = 0.1
+    prepare_timeout: float = 600.0
+    turn_timeout: float = 60.0
+    once_timeout: float = 1800.0
+    memory: float = 0.6
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "min_calls"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        for name in ("seconds", "precision", "memory", "turn_timeout", "prepare_timeout", "once_timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be greater than 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A resolved run: blocks of one suite each, and how to measure them."""
+
+    blocks: tuple[SuiteConfig, ...]
+    engine: EngineConfig
+    experiment: str | None
+    store: str | None
+    shown: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load(overrides: Sequence[str], registry: Registry, memory_bytes: float) -> RunConfig:
+    """Compose the configuration that the command-line ``overrides`` describe."""
+    overrides = _alias_experiment(list(overrides))
+    with _composer(registry) as compose:
+        outer = compose(overrides)
+        experiment = outer.get("experiment")
+        blocks = _experiment_blocks(experiment) if experiment else [("", [])]
+        trees = [compose(own + _without_experiment(overrides)) for _, own in blocks]
+    configs = tuple(_suite_config(tree, registry, memory_bytes) for tree in trees)
+    try:
+        engine = EngineConfig(**_typed(EngineConfig, outer["engine"], "engine"))
+    except ValueError as error:
+        raise MoebenchError(f"engine: {error}.") from error
+    return RunConfig(configs, engine, experiment["name"] if experiment else None, outer.get("store"), outer)
+
+
+def _alias_experiment(overrides: list[str]) -> list[str]:
+    """Rewrite ``suite=NAME`` to ``experiment=NAME`` where NAME is an experiment."""
+    names = experiment_names()
+    return [f"experiment={o[6:]}" if o.startswith("suite=") and o[6:] in names else o for o in overrides]
+
+
+def _without_experiment(overrides: Sequence[str]) -> list[str]:
+    return [o for o in overrides if not o.startswith("experiment=")]
+
+
+def experiment_names() -> list[str]:
+    """Return the names of the saved experiments."""
+    from importlib.resources import files
+
+    folder = files("moebench.suites.conf.experiment")
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _experiment_blocks(experiment: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    shared = list(experiment.get("overrides", []))
+    return [
+        (block["suite"], [f"suite={block['suite']}", *shared, *block.get("overrides", [])])
+        for block in experiment["blocks"]
+    ]
+
+
+class _composer:
+    """Hydra, started once with our groups registered, as a context manager that yields ``compose(overrides)``."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+
+    def __enter__(self) -> Any:
+        from hydra import initialize_config_module
+        from hydra.core.config_store import ConfigStore
+        from hydra.core.global_hydra import GlobalHydra
+
+        GlobalHydra.instance().clear()
+        store = ConfigStore.instance()
+        for descriptor in self.registry.all("suite"):
+            node = {"name": descriptor.name, **_defaults(descriptor)}
+            store.store(group="suite", name=descriptor.name, node=node)
+        for descriptor in self.registry.all("model"):
+            node = {"name": descriptor.name, "layers": None, **_defaults(descriptor)}
+            store.store(group="model", name=descriptor.name, node=node)
+        params = {
+            axis: {d.name: _defaults(d) for d in self.registry.all(axis)} for axis in NAMED_AXES if axis != "model"
+        }
+        store.store(group="params", name="defaults", node=params)
+        store.store(group="engine", name="defaults", node=plain(EngineConfig()))
+        self._context = initialize_config_module("moebench.suites.conf", version_base="1.3")
+        self._context.__enter__()
+        return self.compose
+
+    def __exit__(self, *exception: Any) -> None:
+        self._context.__exit__(*exception)
+
+    def compose(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """Return the composed configuration as plain values."""
+        from hydra import compose
+        from hydra.errors import HydraException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        self._check_names(overrides)
+        try:
+            tree = compose("config", list(overrides))
+            result: dict[str, Any] = OmegaConf.to_container(tree, resolve=True)  # type: ignore[assignment]
+        except (HydraException, OmegaConfBaseException) as error:
+            raise MoebenchError(f"the settings cannot be read: {_first_line(error)}") from error
+        return result
+
+    def _check_names(self, overrides: Sequence[str]) -> None:
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise MoebenchError(f"'{override}' is no setting: write NAME=VALUE, for example suite=throughput.")
+            if key in ("suite", "model"):
+                self.registry_check(key, value)
+            elif key == "experiment":
+                if value not in experiment_names():
+                    raise MoebenchError(unknown("experiment", value, experiment_names()))
+            else:
+                self._check_path(key.lstrip("+~"))
+
+    def registry_check(self, group: str, value: str) -> None:
+        """Raise a sentence with suggestions where ``group`` has no member ``value``."""
+        known = self.registry.names(group) + (experiment_names() if group == "suite" else [])
+        if value not in known:
+            raise MoebenchError(unknown(group, value, known))
+
+    def _check_path(self, key: str) -> None:
+        parts = key.split(".")
+        known: dict[str, Sequence[str]] = {
+            "axes": AXES,
+            "engine": [f.name for f in dataclasses.fields(EngineConfig)],
+            "params": [axis for axis in NAMED_AXES if axis != "model"],
+        }
+        top = ("suite", "model", "experiment", "axes", "params", "engine", "calibration")
+        plain_top = ("seed", "store", "device", "combine")
+        if parts[0] not in top + plain_top:
+            raise MoebenchError(unknown("setting", parts[0], top + plain_top))
+        if len(parts) > 1 and parts[0] in known and parts[1] not in known[parts[0]]:
+            raise MoebenchError(unknown(f"setting of {parts[0]}", parts[1], known[parts[0]]))
+        if parts[0] == "params" and len(parts) > 2:
+            descriptor = self.registry.get(parts[1], parts[2])
+            if len(parts) > 3 and parts[3] not in _defaults(descriptor):
+                raise MoebenchError(
+                    unknown(f"parameter of {parts[1]} '{parts[2]}'", parts[3], list(_defaults(descriptor)))
+                )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _defaults(descriptor: Descriptor) -> dict[str, Any]:
+    if descriptor.params is None:
+        return {}
+    fields = dataclasses.fields(descriptor.params)
+    missing = dataclasses.MISSING
+    return {
+        f.name: plain(f.default if f.default is not missing else f.default_factory() if callable(f.default_factory) else None)
+        for f in fields
+        if f.init
+    }
+
+
+def _typed(cls: type, values: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    import typing
+
+    hints = typing.get_type_hints(cls)
+    return {name: coerce(value, hints[name], f"{owner}.{name}") for name, value in values.items()}
+
+
+def _suite_config(tree: Mapping[str, Any], registry: Registry, memory_bytes: float) -> SuiteConfig:
+    descriptor = registry.get("suite", tree["suite"]["name"])
+    suite_params = descriptor.params_from({k: v for k, v in tree["suite"].items() if k != "name"})
+    model = dict(tree["model"])
+    defaults = getattr(descriptor.params, "AXES", {})
+    axes = {axis: _axis_values(axis, tree, model, defaults, registry) for axis in AXES}
+    return SuiteConfig(
+        suite=descriptor.name,
+        suite_version=descriptor.version,
+        suite_params=suite_params,
+        axes=axes,
+        layers=model["layers"],
+        combine=tree["combine"],
+        seed=tree["seed"],
+        calibration=tree["calibration"],
+        device=tree["device"],
+        memory_bytes=memory_bytes,
+    )
+
+
+def _axis_values(
+    axis: str, tree: Mapping[str, Any], model: Mapping[str, Any], defaults: Mapping[str, Any], registry: Registry
+) -> list[Any]:
+    given = tree["axes"][axis]
+    if given is None:
+        given = _model_default(axis, tree, registry) or defaults.get(axis)
+    values = given if isinstance(given, list) else list(given) if isinstance(given, tuple) else [given]
+    if axis in PLAIN_AXES:
+        return [_plain_value(axis, value) for value in _all_plain(axis, values)]
+    names = registry.names(axis) if values == ["all"] else [str(v) if v is not None else "none" for v in values]
+    return points_of(list(_named(axis, names, tree, model, registry)), registry, axis)
+
+
+def _model_default(axis: str, tree: Mapping[str, Any], registry: Registry) -> Any:
+    """Return the value of an axis that depends on the model where none is given."""
+    if axis == "model":
+        return [tree["model"]["name"]]
+    params = registry.get("model", tree["model"]["name"]).params
+    return getattr(params, "AXES", {}).get(axis)
+
+
+def _named(
+    axis: str, names: Sequence[str], tree: Mapping[str, Any], model: Mapping[str, Any], registry: Registry
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name in names:
+        if axis == "model":
+            own = {k: v for k, v in model.items() if k not in ("name", "layers")}
+            yield name, own if name == model["name"] else {}
+        else:
+            yield name, tree["params"][axis].get(registry.get(axis, name).name, {})
+
+
+def _all_plain(axis: str, values: Sequence[Any]) -> Sequence[Any]:
+    allowed = PLAIN_AXES[axis]
+    if list(values) != ["all"]:
+        return values
+    if isinstance(allowed, type):
+        raise MoebenchError(f"axes.{axis}=all has no meaning: give numbers, for example axes.{axis}=[1,16].")
+    return allowed
+
+
+def _plain_value(axis: str, value: Any) -> Any:
+    allowed = PLAIN_AXES[axis]
+    if isinstance(allowed, type):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise MoebenchError(f"axes.{axis} takes whole numbers from 1, not {value!r}.")
+        return value
+    if value not in allowed:
+        raise MoebenchError(unknown(f"value of axes.{axis}", str(value), [str(a) for a in allowed]))
+    return value
+
+
+def choice_label(choice: Choice, descriptor: Descriptor) -> str:
+    """Return the name, with the parameters that differ from their defaults in braces."""
+    defaults = _defaults(descriptor)
+    changed = [f"{name}={value}" for name, value in choice.params.items() if defaults.get(name) != value]
+    return f"{choice.name}{{{', '.join(changed)}}}" if changed else choice.name

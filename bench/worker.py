@@ -1,0 +1,253 @@
+"""The worker process: prepares trials, calls them under the clocks, and checks their outputs.
+
+Started as ``python -m moebench.bench.worker READ_FD WRITE_FD`` with its environment (threads, caches) already set.
+It pins itself to the given cores, asks the kernel to kill it when its parent dies or memory runs out, and freezes the
+garbage collector. Everything printed goes to a log, never to the pipes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import hashlib
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..contracts import Case, Check, MoebenchError, Registry, plain
+from .protocol import PROTOCOL, Channel, EndOfStreamError
+
+PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """Answers requests one after the other; see ``protocol`` for the messages."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.registry: Registry | None = None
+        self.trials: dict[str, _Held] = {}
+
+    def serve(self) -> None:
+        """Answer until the parent closes its end."""
+        handlers: Mapping[str, Callable[..., dict[str, Any]]] = {
+            "hello": self.hello,
+            "prepare": self.prepare,
+            "turn": self.turn,
+            "verify": self.verify,
+            "facts": self.facts,
+            "run_once": self.run_once,
+            "close": self.close,
+        }
+        while True:
+            try:
+                request = self.channel.receive()
+            except EndOfStreamError:
+                return
+            name, number = request.pop("op"), request.pop("id")
+            self._number = number
+            try:
+                reply = {"id": number, "ok": handlers[name](**request)}
+            except (Exception, SystemExit) as error:
+                reply = {"id": number, "error": _describe(error)}
+            try:
+                self.channel.send(reply)
+            except EndOfStreamError:
+                return
+
+    def hello(self, plugins: list[str], protocol: int) -> dict[str, Any]:
+        """Import torch, load the plug-ins, and tell what runs here."""
+        if protocol != PROTOCOL:
+            raise MoebenchError(f"worker speaks protocol {PROTOCOL}, not {protocol}; use one version of moebench.")
+        import torch
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        self.registry = Registry.load(plugins)
+        return {
+            "protocol": PROTOCOL,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    def prepare(self, trial: str, case: Mapping[str, Any]) -> dict[str, Any]:
+        """Make a trial ready; nothing of this is timed."""
+        if self.registry is None:
+            raise MoebenchError("prepare came before hello; say hello first.")
+        started = time.perf_counter()
+        resolved = Case.from_json(case)
+        suite = self.registry.get("suite", resolved.suite).create()
+        held = _Held(suite.prepare(resolved, self.registry), resolved)
+        self.trials[trial] = held
+        gc.collect()
+        gc.freeze()
+        return {
+            "steps": held.trial.steps,
+            "input_sha256": getattr(held.trial, "input_sha256", None),
+            "executed": plain(held.trial.facts().executed) if resolved.protocol == "timed" else None,
+            "seen": held.excluded_operators(),
+            "seconds": time.perf_counter() - started,
+        }
+
+    def turn(self, trial: str, first_step: int, calls: int) -> dict[str, Any]:
+        """Call the trial ``calls`` times, each call timed on its own."""
+        return self.trials[trial].turn(first_step, calls)
+
+    def verify(self, trial: str) -> dict[str, Any]:
+        """Check every output of the last turn against its reference."""
+        return {"check": plain(self.trials[trial].verify())}
+
+    def facts(self, trial: str) -> dict[str, Any]:
+        """Tell metrics, series, items and the cost of a call."""
+        held = self.trials[trial]
+        facts = plain(held.trial.facts())
+        cost = plain(held.trial.cost(0)) if held.case.protocol == "timed" else None
+        return {"facts": facts, "cost": cost, "rss": _peak_rss()}
+
+    def run_once(self, trial: str, first_step: int = 0) -> dict[str, Any]:
+        """Run every step once, telling progress; for evaluations and training, which have no latency."""
+        held = self.trials[trial]
+        started = time.perf_counter()
+        worst = Check(True)
+        for step in range(first_step, held.trial.steps):
+            output = held.trial.run(step)
+            check = held.trial.verify(step, output)
+            if not check.ok:
+                worst = check
+                break
+            self.channel.send({"id": self._number, "progress": [step + 1, held.trial.steps]})
+        return {"check": plain(worst), "seconds": time.perf_counter() - started}
+
+    def close(self, trial: str) -> dict[str, Any]:
+        """Free a trial."""
+        held = self.trials.pop(trial, None)
+        if held is not None:
+            held.trial.close()
+        gc.unfreeze()
+        gc.collect()
+        return {}
+
+
+@dataclasses.dataclass
+class _Held:
+    """A trial with the outputs of its last turn."""
+
+    trial: Any
+    case: Case
+    outputs: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+    def turn(self, first_step: int, calls: int) -> dict[str, Any]:
+        trial, steps = self.trial, self.trial.steps
+        run, wall, cpu = trial.run, time.perf_counter_ns, time.process_time_ns
+        self.outputs = {}
+        trial.begin_turn()
+        if self.case.residency == "warm":
+            run(first_step % steps)
+            trial.begin_turn_outputs()
+        ns, cpu_ns = [0] * calls, [0] * calls
+        gc.disable()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        for call in range(calls):
+            step = (first_step + call) % steps
+            cpu_start = cpu()
+            start = wall()
+            output = run(step)
+            end = wall()
+            cpu_end = cpu()
+            ns[call], cpu_ns[call] = end - start, cpu_end - cpu_start
+            self.outputs[step] = output
+        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+        gc.enable()
+        return {"ns": ns, "cpu_ns": cpu_ns, "switches": switches}
+
+    def verify(self) -> Check:
+        if not self.outputs:
+            return Check(False, reason="no call was made before the check")
+        checks = [self.trial.verify(step, output) for step, output in self.outputs.items()]
+        failed = [check for check in checks if not check.ok]
+        worst = max(failed or checks, key=lambda check: check.error or 0.0)
+        return dataclasses.replace(worst, flips=sum(check.flips for check in checks))
+
+    def excluded_operators(self) -> list[str]:
+        """Return the operators that the plan excludes and that one untimed call nevertheless used.
+
+        Native code cannot be seen into: only operators that go through torch's dispatcher count.
+        """
+        excludes = set(self.case.execution.excludes)
+        if not excludes or self.case.protocol != "timed":
+            return []
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        seen: set[str] = set()
+
+        class Record(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                seen.add(str(func))
+                return func(*args, **(kwargs or {}))
+
+        self.trial.begin_turn()
+        with Record():
+            self.trial.run(0)
+        return sorted(seen & excludes)
+
+
+def _describe(error: BaseException) -> dict[str, str]:
+    kind = type(error).__name__
+    text = str(error) or (f"exit code {error.code}" if isinstance(error, SystemExit) else kind)
+    plain_words = isinstance(error, MoebenchError)
+    return {
+        "type": kind,
+        "message": text if plain_words else f"{kind}: {text.strip().splitlines()[0]}",
+        "traceback": "" if plain_words else traceback.format_exc(),
+    }
+
+
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _settle_in(cores: list[int]) -> None:
+    """Pin to ``cores``, die with the parent, and be the first to go when memory runs out."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # the parent died before the kernel was asked
+            os._exit(1)
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+
+
+def sha256_of(*arrays: Any) -> str:
+    """Return the sha256 of the bytes of contiguous tensors, with their shapes and dtypes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{tuple(array.shape)}{array.dtype}".encode())
+        digest.update(array.detach().contiguous().view(-1).view(dtype=_bytes_dtype()).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _bytes_dtype() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def main(arguments: list[str]) -> None:
+    """Serve on the two given descriptors, pinned to the given cores (comma-separated, may be empty)."""
+    read_fd, write_fd = int(arguments[0]), int(arguments[1])
+    _settle_in([int(core) for core in arguments[2].split(",") if core])
+    Worker(Channel(read_fd, write_fd)).serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,285 @@
+"""From a configuration to cases: the product (or the pairs) of the axes, each checked before any time is spent.
+
+Imports no torch; everything here runs in the parent process.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..contracts import (
+    NAMED_AXES,
+    Availability,
+    Case,
+    Choice,
+    Evidence,
+    Execution,
+    LayerSpec,
+    MoebenchError,
+    Planned,
+    Refusal,
+    Registry,
+    SparsitySpec,
+)
+from ..moe.shapes import ModelShape
+
+ELEMENT_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes per element of the dtypes that a case may have."""
+
+PLAIN_AXES: dict[str, tuple[Any, ...] | type] = {
+    "tokens": int,
+    "dtype": tuple(ELEMENT_SIZE),
+    "pass": ("forward", "forward_backward"),
+    "boundary": ("logits", "topk", "sorted"),
+    "threads": int,
+    "residency": ("cold", "warm"),
+}
+"""The axes whose values are no plug-ins: the allowed values, or the type of a positive number."""
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """What a suite needs to declare its cases, resolved from the command line by ``bench``.
+
+    ``axes`` maps every axis to its values: Choices for the named ones. ``layers`` is ``all``, ``moe``, a list of
+    decoder indices, or None for the suite's default. ``suite_params`` is the suite's own parameter object.
+    """
+
+    suite: str
+    suite_version: str
+    suite_params: Any
+    axes: Mapping[str, Sequence[Any]]
+    layers: str | Sequence[int] | None = None
+    combine: str = "product"
+    seed: int = 0
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    memory_bytes: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a suite turns a point of the product into cases: one per layer or one per model, timed or once."""
+
+    protocol: str
+    per_layer: bool = True
+    backend_free: bool = False
+    workload: Mapping[str, Any] = field(default_factory=dict)
+
+
+def expand(config: SuiteConfig, registry: Registry, kind: Kind) -> Iterator[Planned]:
+    """Yield every case of the configuration, refused ones included, each case once."""
+    points = [dict(zip(config.axes, values, strict=True)) for values in itertools.product(*config.axes.values())]
+    planner = _Planner(config, registry, kind)
+    planned: list[tuple[dict[str, Any], Planned]] = []
+    for point in points:
+        planned.extend((point, item) for item in planner.plan(point))
+    if config.combine == "pairs":
+        planned = covering_pairs(planned)
+    seen: set[str] = set()
+    for _, item in planned:
+        if item.case.case_key not in seen:
+            seen.add(item.case.case_key)
+            yield item
+
+
+def covering_pairs(planned: Sequence[tuple[dict[str, Any], Planned]]) -> list[tuple[dict[str, Any], Planned]]:
+    """Choose few cases such that every pair of axis values that can run together does so in one of them.
+
+    Greedy: take the runnable case that covers most pairs still open. A pair that no runnable case has is kept as one
+    refused case, so that it is told rather than lost.
+    """
+
+    def pairs(point: Mapping[str, Any]) -> set[tuple[str, str]]:
+        values = [f"{axis}={value!r}" for axis, value in point.items()]
+        return set(itertools.combinations(values, 2))
+
+    chosen: list[tuple[dict[str, Any], Planned]] = []
+    open_pairs: set[tuple[str, str]] = set().union(*(pairs(point) for point, _ in planned)) if planned else set()
+    for runnable in (True, False):
+        rest = [(entry, pairs(entry[0])) for entry in planned if (entry[1].refusal is None) == runnable]
+        while open_pairs and rest:
+            entry, covered = max(rest, key=lambda item: len(item[1] & open_pairs))
+            if not covered & open_pairs:
+                break
+            chosen.append(entry)
+            open_pairs -= covered
+            rest = [item for item in rest if item[0] is not entry]
+    return chosen
+
+
+class _Planner:
+    """Resolves points of the product; remembers what backends said of availability."""
+
+    def __init__(self, config: SuiteConfig, registry: Registry, kind: Kind) -> None:
+        self.config, self.registry, self.kind = config, registry, kind
+        self._available: dict[str, Availability] = {}
+
+    def plan(self, point: Mapping[str, Any]) -> Iterator[Planned]:
+        """Yield the cases of one point: one per layer, or one for the whole selection."""
+        model = self.registry.params("model", point["model"])
+        try:
+            shape = self._reshape(point, model.shape())
+        except ValueError as error:
+            yield Planned(self._case(point, model, (0,)), f"{error}.")
+            return
+        layers = select_layers(self.config.layers, shape, self.kind.per_layer)
+        for chosen in [(layer,) for layer in layers] if self.kind.per_layer else [layers]:
+            case = self._case(point, model, chosen)
+            yield self._checked(case, point, model, shape)
+
+    def _reshape(self, point: Mapping[str, Any], shape: ModelShape) -> ModelShape:
+        structure = self.registry.params("structure", point["structure"])
+        reshaped: ModelShape = structure.reshape(shape)
+        return reshaped
+
+    def _case(self, point: Mapping[str, Any], model: Any, layers: tuple[int, ...]) -> Case:
+        config = self.config
+        named = {axis: point[axis] for axis in NAMED_AXES}
+        descriptor = self.registry.get("backend", point["backend"].name)
+        return Case(
+            suite=config.suite,
+            suite_version=config.suite_version,
+            protocol=self.kind.protocol,  # type: ignore[arg-type]
+            layers=layers,
+            tokens=point["tokens"],
+            dtype=point["dtype"],
+            pass_=point["pass"],
+            boundary=point["boundary"],
+            threads=point["threads"],
+            device=config.device,
+            residency=point["residency"],
+            evidence=Evidence.MEASURED_CPU,
+            seed=config.seed,
+            weights_sha256=model.weights_sha256(),
+            base=model.base(),
+            calibration=config.calibration,
+            workload=self.kind.workload,
+            environment=dict(descriptor.environment),
+            **named,
+        )
+
+    def _checked(self, case: Case, point: Mapping[str, Any], model: Any, shape: ModelShape) -> Planned:
+        missing = model.missing()
+        if missing:
+            return Planned(case, missing)
+        size = shape.expert_bytes(ELEMENT_SIZE[case.dtype])
+        needed = 3.0 * size
+        if needed > self.config.memory_bytes:
+            return Planned(case, memory_refusal(shape, case.dtype, needed, self.config.memory_bytes))
+        try:
+            spec = layer_spec(case, shape, self.registry)
+        except ValueError as error:
+            return Planned(case, f"{error}.")
+        if self._recorded_missing(case, model):
+            return Planned(case, f"model '{case.model}' has no recorded hidden states; use axes.traffic=gaussian.")
+        answer, evidence = self._execution(case, spec)
+        if isinstance(answer, Refusal):
+            return Planned(case, answer.reason)
+        return Planned(replace(case, execution=answer, evidence=evidence), None, needed)
+
+    @staticmethod
+    def _recorded_missing(case: Case, model: Any) -> bool:
+        return case.traffic.name == "recorded" and not getattr(model, "RECORDED", False)
+
+    def _execution(self, case: Case, spec: LayerSpec) -> tuple[Execution | Refusal, Evidence]:
+        backend = self.registry.get("backend", case.backend.name).create(case.backend.params)
+        if case.backend.name not in self._available:
+            self._available[case.backend.name] = backend.availability()
+        available = self._available[case.backend.name]
+        if not available.available:
+            return Refusal(f"backend '{case.backend}' is not available: {available.reason}"), Evidence.MEASURED_CPU
+        if case.device not in available.devices:
+            return Refusal(f"backend '{case.backend}' does not run on {case.device}."), Evidence.MEASURED_CPU
+        answer = backend.supports(spec)
+        if isinstance(answer, Refusal) and set(spec.kinds) - {"ffn"} <= {"zero", "copy", "constant"}:
+            inner = backend.supports(spec.folded())
+            if isinstance(inner, Execution):
+                answer = replace(inner, folded=True)
+        return answer, available.evidence[0]
+
+
+def memory_refusal(shape: ModelShape, dtype: str, needed: float, limit: float) -> str:
+    """Return the sentence with the arithmetic of a layer that does not fit."""
+    matrices = 3 if shape.gated else 2
+    return (
+        f"does not fit: {shape.experts} experts x {matrices} x {shape.hidden} x {shape.width} x "
+        f"{ELEMENT_SIZE[dtype]} bytes x 3 (weights, the backend's form, working space) = {needed / 2**30:.1f} GiB, "
+        f"and {limit / 2**30:.1f} GiB may be used; choose a smaller model or dtype."
+    )
+
+
+def select_layers(wanted: str | Sequence[int] | None, shape: ModelShape, per_layer: bool) -> tuple[int, ...]:
+    """Return decoder indices; the default is the middle MoE layer for layer cases and all MoE layers for model cases."""
+    if wanted is None:
+        return (shape.moe_layers[len(shape.moe_layers) // 2],) if per_layer else shape.moe_layers
+    if wanted in ("all", "moe"):
+        return shape.moe_layers
+    if isinstance(wanted, str):
+        raise MoebenchError(f"model.layers={wanted} is not understood: give all, moe or a list such as [3,7].")
+    absent = [layer for layer in wanted if layer not in shape.moe_layers]
+    if absent:
+        raise MoebenchError(f"model.layers: layer {absent[0]} holds no experts; choose from {list(shape.moe_layers)}.")
+    return tuple(wanted)
+
+
+def layer_spec(case: Case, shape: ModelShape, registry: Registry) -> LayerSpec:
+    """Return what a backend must know of the case's layer; ValueError where the combination is impossible.
+
+    ``shape`` is the model's shape after its structure.
+    """
+    routing = registry.params("routing", case.routing)
+    scheme = registry.params("quantization", case.quantization).scheme()
+    sparsity: SparsitySpec | None = registry.params("sparsity", case.sparsity).spec()
+    kinds = routing.kinds(shape)
+    selection = routing.selection(shape)
+    if case.boundary == "logits" and selection is None:
+        raise ValueError(f"routing '{case.routing}' cannot be handed over as logits; use axes.boundary=topk")
+    for channels in (shape.hidden, shape.width):
+        if scheme.group and channels % scheme.group:
+            raise ValueError(f"groups of {scheme.group} do not divide the {channels} channels of the experts")
+    if scheme.codec != "none" and case.pass_ == "forward_backward":
+        raise ValueError("quantized weights have no gradient; use pass=forward or quantization=none")
+    return LayerSpec(
+        hidden=shape.hidden,
+        width=shape.width,
+        kinds=kinds,
+        dtype=case.dtype,
+        activation=shape.activation,
+        gated=shape.gated,
+        schemes=(scheme,) * sum(kind == "ffn" for kind in kinds),
+        sparsity=sparsity,
+        boundary=case.boundary,
+        selection=selection,
+        backward=case.pass_ == "forward_backward",
+        max_k=routing.max_k(shape),
+    )
+
+
+def points_of(values: Iterable[tuple[str, Mapping[str, Any]]], registry: Registry, axis: str) -> list[Choice]:
+    """Return the Choices of a named axis; a list given to a parameter that is no list makes several of one name."""
+    result = []
+    for name, overrides in values:
+        descriptor = registry.get(axis, name)
+        for point in sweep(descriptor.params, overrides):
+            result.append(descriptor.choose(point))
+    return result
+
+
+def sweep(params: type | None, overrides: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield override sets with one value each where a scalar parameter was given a list."""
+    hints = getattr(params, "__annotations__", {}) if params else {}
+    for base in getattr(params, "__mro__", ()):
+        hints = {**getattr(base, "__annotations__", {}), **hints}
+    axes: dict[str, Sequence[Any]] = {}
+    for name, value in overrides.items():
+        declared = str(hints.get(name, ""))
+        takes_list = any(word in declared for word in ("tuple", "list", "Sequence"))
+        axes[name] = value if isinstance(value, (list, tuple)) and not takes_list else [value]
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
