@@ -148,10 +148,9 @@ class _Held:
         trial, steps = self.trial, self.trial.steps
         run, wall, cpu = trial.run, time.perf_counter_ns, time.process_time_ns
         self.outputs = {}
-        trial.begin_turn()
         if self.case.residency == "warm":
             run(first_step % steps)
-            trial.begin_turn_outputs()
+        trial.begin_turn()
         ns, cpu_ns = [0] * calls, [0] * calls
         gc.disable()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

@@ -1,0 +1,140 @@
+"""What this machine is and what runs on it: facts for every run, NULL where a fact cannot be had."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..contracts import make_key
+
+PACKAGES = ("torch", "numpy", "transformers", "triton", "duckdb", "pyarrow", "plotly", "hydra-core", "safetensors")
+"""The packages whose versions every run stores by name; the plan hash covers all that are installed."""
+
+ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+
+
+def host_facts() -> dict[str, Any]:
+    """Return the facts of this host; the part under ``stable`` identifies it, the rest is a snapshot."""
+    import psutil
+
+    flags, model = _cpu()
+    stable = {
+        "cpu": model,
+        "isa": [flag for flag in ISA_FLAGS if flag in flags],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "caches": caches(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "gpus": _try(_gpus),
+    }
+    snapshot = {
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load": list(os.getloadavg()),
+        "memory_available_bytes": psutil.virtual_memory().available,
+        "frequency_governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "aslr": _read("/proc/sys/kernel/randomize_va_space"),
+        "rapl_uj": _try(_rapl),
+    }
+    return {"host_key": make_key(stable), "stable": stable, "snapshot": snapshot}
+
+
+def _cpu() -> tuple[set[str], str]:
+    text = _read("/proc/cpuinfo") or ""
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    return set(fields.get("flags", "").split()), fields.get("model name", platform.processor() or "unknown")
+
+
+def caches() -> dict[str, int]:
+    """Return the sizes in bytes of the data caches of core 0, such as ``{"L1": 49152, "L2": 2097152}``."""
+    sizes: dict[str, int] = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind, level, size = (_read(str(folder / name)) for name in ("type", "level", "size"))
+        if kind in ("Data", "Unified") and level and size:
+            unit = {"K": 1024, "M": 1024**2, "G": 1024**3}.get(size[-1])
+            sizes[f"L{level}"] = int(size[:-1]) * unit if unit else int(size)
+    return sizes
+
+
+def last_level_cache() -> int | None:
+    """Return the bytes of the last cache level, or None where the system does not tell."""
+    sizes = caches()
+    return sizes[max(sizes)] if sizes else None
+
+
+def _gpus() -> list[dict[str, Any]] | None:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        gpus = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            gpus.append(
+                {
+                    "name": pynvml.nvmlDeviceGetName(handle),
+                    "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+                    "driver": pynvml.nvmlSystemGetDriverVersion(),
+                }
+            )
+        return gpus
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _rapl() -> int | None:
+    text = _read("/sys/class/powercap/intel-rapl:0/energy_uj")
+    return int(text) if text else None
+
+
+def _try(fact: Callable[[], Any]) -> Any:
+    try:
+        return fact()
+    except Exception:  # a fact that cannot be had is NULL, whatever the driver raises
+        return None
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def packages() -> dict[str, str]:
+    """Return the installed distributions with their versions."""
+    return {dist.name.lower(): dist.version for dist in metadata.distributions() if dist.name}
+
+
+def git_facts(folder: Path) -> tuple[str | None, bool | None]:
+    """Return (commit, uncommitted changes) of the checkout at ``folder``, or (None, None) outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.resolve():
+            return None, None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def source_hash(plugins: list[str]) -> str:
+    """Return the hash of every source file of the installed package and of the given plug-in files, as they are now."""
+    root = Path(__file__).resolve().parent.parent
+    ours = [path for suffix in ("py", "yaml", "cpp", "h", "sql") for path in root.rglob(f"*.{suffix}")]
+    kept = [path for path in ours if not {"tests", "build", "runs"} & set(path.relative_to(root).parts[:-1])]
+    visible = [path for path in kept if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    files = {str(path.relative_to(root)): path for path in visible}
+    files |= {f"plugin:{Path(path).resolve()}": Path(path) for path in plugins}
+    return make_key({name: make_key(path.read_text(errors="replace")) for name, path in files.items()})

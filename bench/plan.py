@@ -1,0 +1,167 @@
+"""The plan of a run: its cases in groups, what will not run and why, an estimate, and the hash that a resume needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..contracts import Case, MoebenchError, Planned, Registry, make_key
+from .config import EngineConfig, RunConfig, choice_label
+
+SPAWN_SECONDS = 6.0
+PREPARE_SECONDS = 1.0
+"""What a worker's start and a trial's preparation take at the least, for the estimate."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases that are measured together, and those of the same kind that will not run.
+
+    ``name`` is the group's key, with a number where a group is split for memory; every piece of a split group repeats
+    its first case, the anchor.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    refused: tuple[Planned, ...] = ()
+
+    @property
+    def once(self) -> bool:
+        """Whether its cases run once, without clocks."""
+        return any(case.protocol == "once" for case in self.cases)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run will do."""
+
+    groups: tuple[Group, ...]
+    engine: EngineConfig
+    seed: int
+    config: Mapping[str, Any]
+
+    @property
+    def cases(self) -> list[Case]:
+        """Every case that will run."""
+        return [case for group in self.groups for case in group.cases]
+
+    @property
+    def refused(self) -> list[Planned]:
+        """Every case that will not run, with its reason."""
+        return [planned for group in self.groups for planned in group.refused]
+
+    def estimate_seconds(self) -> float:
+        """Return a rough upper estimate of the run's wall time."""
+        engine = self.engine
+        total = 0.0
+        for group in self.groups:
+            timed = [case for case in group.cases if case.protocol == "timed"]
+            if timed:
+                total += engine.processes * (SPAWN_SECONDS + len(timed) * (PREPARE_SECONDS + 1.3 * engine.seconds))
+            total += sum(SPAWN_SECONDS + 20 for case in group.cases if case.protocol == "once")
+        return total
+
+    def resolved(self) -> dict[str, Any]:
+        """Return what identifies the plan: its cases and how they are measured."""
+        return {
+            "groups": [[group.name, [case.case_key for case in group.cases]] for group in self.groups],
+            "refused": [[planned.case.case_key, planned.refusal] for planned in self.refused],
+            "engine": self.engine,
+        }
+
+
+def make_plan(config: RunConfig, registry: Registry, memory_bytes: float) -> Plan:
+    """Declare every case, group what may be compared, and split groups that memory cannot hold."""
+    planned: dict[str, Planned] = {}
+    for block in config.blocks:
+        suite = registry.get("suite", block.suite).create()
+        for item in suite.cases(block, registry):
+            planned.setdefault(item.case.case_key, item)
+    if not planned:
+        raise MoebenchError("the plan has no cases: every axis is empty; give at least one value to each.")
+    groups: dict[str, list[Planned]] = {}
+    for item in planned.values():
+        groups.setdefault(item.case.group_key, []).append(item)
+    pieces = [piece for key, items in groups.items() for piece in _split(key, items, memory_bytes)]
+    seed = config.blocks[0].seed if config.blocks else 0
+    return Plan(tuple(pieces), config.engine, seed, config.shown)
+
+
+def _split(key: str, items: Sequence[Planned], memory_bytes: float) -> list[Group]:
+    refused = tuple(item for item in items if item.refusal is not None)
+    runnable = [item for item in items if item.refusal is None]
+    if not runnable:
+        return [Group(key, (), refused)]
+    anchor, *rest = runnable
+    pieces: list[list[Planned]] = [[anchor]]
+    for item in rest:
+        used = sum(member.estimate_bytes for member in pieces[-1])
+        if used + item.estimate_bytes > memory_bytes:
+            pieces.append([anchor])
+        pieces[-1].append(item)
+    names = [key] if len(pieces) == 1 else [f"{key}-{number}" for number in range(len(pieces))]
+    return [
+        Group(name, tuple(member.case for member in piece), refused if number == 0 else ())
+        for number, (name, piece) in enumerate(zip(names, pieces, strict=True))
+    ]
+
+
+def shard(plan: Plan, text: str) -> Plan:
+    """Return the part of the plan for shard ``i/n``: whole groups, so that no comparison is torn apart."""
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise MoebenchError(f"--shard {text} is not understood: write it as 1/4.") from None
+    if not 1 <= index <= count:
+        raise MoebenchError(f"--shard {text} does not exist: the first number goes from 1 to {max(count, 1)}.")
+    ordered = sorted(plan.groups, key=lambda group: group.name)
+    kept = {group.name for group in ordered[index - 1 :: count]}
+    return replace(plan, groups=tuple(group for group in plan.groups if group.name in kept))
+
+
+def plan_hash(plan: Plan, sources: str, packages: Mapping[str, str], host_key: str) -> str:
+    """Return the hash of the resolved plan, the sources, the installed packages and the host."""
+    return make_key(
+        {"plan": plan.resolved(), "sources": sources, "packages": packages, "host": host_key}
+    )
+
+
+def plan_lines(plan: Plan, registry: Registry) -> Iterable[str]:
+    """Yield the plan as text: groups with their cases and executions, then what is refused, then the estimate."""
+    for number, group in enumerate(plan.groups, 1):
+        if not group.cases:
+            continue
+        first = group.cases[0]
+        yield (
+            f"group {number}: {first.suite} v{first.suite_version} | {first.model} layers {_layers(first.layers)} | "
+            f"{first.traffic} T={first.tokens} {first.dtype} {first.pass_} {first.boundary} | threads={first.threads} "
+            f"{first.residency} | {first.evidence}"
+        )
+        for case in group.cases:
+            execution = case.execution
+            extra = " folded" if execution.folded else ""
+            yield (
+                f"    {label(case, registry):58s} weights={execution.weights} sparse={execution.sparse}{extra}"
+            )
+    for planned in plan.refused:
+        yield f"skipped: {label(planned.case, registry)}: {planned.refusal}"
+    seconds = plan.estimate_seconds()
+    yield (
+        f"{len(plan.cases)} cases in {sum(bool(g.cases) for g in plan.groups)} groups, {len(plan.refused)} skipped, "
+        f"about {seconds / 60:.1f} minutes at most"
+    )
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return ",".join(map(str, layers)) if len(layers) <= 4 else f"{layers[0]}..{layers[-1]} ({len(layers)})"
+
+
+def label(case: Case, registry: Registry) -> str:
+    """Return what tells a case from the others of its group: method and backend, with changed parameters."""
+    parts = []
+    for axis in ("structure", "routing", "quantization", "sparsity", "backend"):
+        choice = getattr(case, axis)
+        if choice.name != "none":
+            parts.append(choice_label(choice, registry.get(axis, choice.name)))
+    return " | ".join(parts)

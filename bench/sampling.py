@@ -1,0 +1,264 @@
+"""One sitting: the cases of a group, prepared in a ring, checked, warmed up and sampled in random turns.
+
+What is compared is sampled here together: in each round every case gets one turn, in random order. A turn is as many
+calls as make at least ``TURN_NS``; the oracle checks every output of every turn.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..contracts import Case, Check, Status
+from ..results.statistics import median_interval
+from .config import EngineConfig
+from .ring import Ring, WorkerDiedError, WorkerError, WorkerProcess, WorkerTimeoutError
+
+TURN_NS = 100_000
+"""A turn takes at least this long, so that its minimum is not the clock's resolution."""
+
+MAX_CALLS = 256
+STEADY_WINDOW = 5
+
+
+class RingLostError(Exception):
+    """A worker died or hung; ``member`` was its last trial, and everybody else needs a new ring."""
+
+    def __init__(self, member: Member) -> None:
+        super().__init__(member.reason)
+        self.member = member
+
+
+@dataclass
+class Member:
+    """A case on its way through one sitting."""
+
+    case: Case
+    status: Status = Status.OK
+    reason: str = ""
+    steady: bool = True
+    calls: int = 1
+    steps: int = 1
+    next_step: int = 0
+    wall_ns: list[int] = field(default_factory=list)
+    cpu_ns: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    switches: int = 0
+    check: Check | None = None
+    flips: int = 0
+    executed: dict[str, Any] | None = None
+    input_sha256: str | None = None
+    facts: dict[str, Any] | None = None
+    cost: dict[str, Any] | None = None
+    seconds: float = 0.0
+    peak_rss: int | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is still to be measured."""
+        return self.status == Status.OK
+
+    def end(self, status: Status, reason: str) -> None:
+        """Take the member out: it keeps its reason and loses its samples."""
+        self.status, self.reason = status, reason
+        self.wall_ns, self.cpu_ns, self.turns = [], [], []
+
+
+@dataclass
+class Phases:
+    """Where the wall time of a run went, in seconds; what is left over is the engine's own share."""
+
+    spawn: float = 0.0
+    prepare: float = 0.0
+    verify: float = 0.0
+    calls: float = 0.0
+    once: float = 0.0
+
+    def add(self, name: str, started: float) -> None:
+        """Count the time since ``started`` (perf_counter) to a phase."""
+        setattr(self, name, getattr(self, name) + time.perf_counter() - started)
+
+
+class Sitting:
+    """Measures members in one ring. Raises RingLostError when a worker is lost."""
+
+    def __init__(
+        self, ring: Ring, engine: EngineConfig, seed: int, phases: Phases, tell: Callable[[str], None]
+    ) -> None:
+        self.ring, self.engine, self.phases, self.tell = ring, engine, phases, tell
+        self._random = random.Random(seed)
+
+    def measure(self, members: Sequence[Member]) -> None:
+        """Take every member from prepare to its samples, or to the status that stopped it."""
+        for member in members:
+            self._guarded(member, self._prepare)
+        for member in _alive(members):
+            self._guarded(member, self._first_check)
+        for member in _alive(members):
+            self._guarded(member, self._warm_up)
+        self._sample(members)
+        for member in _alive(members):
+            self._guarded(member, self._collect)
+
+    def _guarded(self, member: Member, action: Callable[[Member], None]) -> None:
+        if not member.alive:
+            return
+        try:
+            action(member)
+        except WorkerError as error:
+            member.end(Status.FAILED, str(error))
+        except WorkerDiedError as error:
+            member.end(Status.CRASHED, str(error))
+            raise RingLostError(member) from None
+        except WorkerTimeoutError as error:
+            member.end(Status.TIMED_OUT, str(error))
+            raise RingLostError(member) from None
+
+    def _worker(self, member: Member) -> WorkerProcess:
+        return self.ring.worker(member.case.environment)
+
+    def _prepare(self, member: Member) -> None:
+        started = time.perf_counter()
+        self.tell(f"preparing {describe(member.case)}")
+        timeout = self.engine.prepare_timeout
+        key = member.case.case_key
+        reply = self._worker(member).request("prepare", timeout, trial=key, case=member.case.to_json())
+        self.phases.add("prepare", started)
+        member.steps, member.executed = reply["steps"], reply["executed"]
+        member.input_sha256, member.seconds = reply["input_sha256"], reply["seconds"]
+        fallback = fallback_reason(member.case, reply["executed"], reply["seen"])
+        if fallback:
+            member.end(Status.FELL_BACK, fallback)
+
+    def _turn(self, member: Member, calls: int) -> tuple[list[int], list[int], int]:
+        reply = self._worker(member).request(
+            "turn", self.engine.turn_timeout, trial=member.case.case_key, first_step=member.next_step, calls=calls
+        )
+        self.phases.calls += sum(reply["ns"]) / 1e9
+        member.next_step += calls
+        return reply["ns"], reply["cpu_ns"], reply["switches"]
+
+    def _verify(self, member: Member) -> None:
+        started = time.perf_counter()
+        reply = self._worker(member).request("verify", self.engine.prepare_timeout, trial=member.case.case_key)
+        self.phases.add("verify", started)
+        check = Check(**reply["check"])
+        member.flips += check.flips
+        if member.check is None or (check.error or 0.0) > (member.check.error or 0.0) or not check.ok:
+            member.check = check
+        if not check.ok:
+            member.end(Status.WRONG, check.reason or "the output differs from the reference")
+
+    def _first_check(self, member: Member) -> None:
+        self._turn(member, member.steps)
+        self._verify(member)
+
+    def _warm_up(self, member: Member) -> None:
+        """Take turns until two neighbouring windows of turn minima agree; give up after ``warmup_seconds``."""
+        minima: list[int] = []
+        spent = 0.0
+        while member.alive:
+            ns, _, _ = self._turn(member, member.calls)
+            spent += sum(ns) / 1e9
+            minima.append(min(ns))
+            member.calls = min(MAX_CALLS, max(1, math.ceil(TURN_NS / max(1, statistics.median(ns)))))
+            if _steady(minima, self.engine.steady_tolerance):
+                return
+            if spent > self.engine.warmup_seconds and len(minima) >= 2 * STEADY_WINDOW:
+                member.steady = False
+                return
+
+    def _sample(self, members: Sequence[Member]) -> None:
+        budget = self.engine.seconds * max(1, len(list(_alive(members))))
+        spent = 0.0
+        number = 0
+        while not self._enough(members, spent, budget):
+            order = list(_alive(members))
+            self._random.shuffle(order)
+            for member in order:
+                self._guarded(member, functools.partial(self._sampled_turn, number=number))
+                spent += sum(member.wall_ns[-member.calls :]) / 1e9
+            number += 1
+            self.tell(f"sampling {len(order)} cases, round {number}")
+
+    def _sampled_turn(self, member: Member, number: int) -> None:
+        ns, cpu_ns, switches = self._turn(member, member.calls)
+        self._verify(member)
+        if member.alive:
+            member.wall_ns += ns
+            member.cpu_ns += cpu_ns
+            member.turns += [number] * len(ns)
+            member.switches += switches
+
+    def _enough(self, members: Sequence[Member], spent: float, budget: float) -> bool:
+        alive = list(_alive(members))
+        if not alive:
+            return True
+        if any(len(member.wall_ns) < self.engine.min_calls for member in alive):
+            return False
+        return spent >= budget or all(precise(member.wall_ns, self.engine.precision) for member in alive)
+
+    def _collect(self, member: Member) -> None:
+        reply = self._worker(member).request("facts", self.engine.prepare_timeout, trial=member.case.case_key)
+        member.facts, member.cost, member.peak_rss = reply["facts"], reply["cost"], reply["rss"]
+
+    def run_once(self, member: Member, on_progress: Callable[[int, int], None]) -> None:
+        """Run a case of protocol ``once``: every step once, with progress, and no timings."""
+        self._guarded(member, self._prepare)
+        self._guarded(member, lambda m: self._steps(m, on_progress))
+        self._guarded(member, self._collect)
+
+    def _steps(self, member: Member, on_progress: Callable[[int, int], None]) -> None:
+        started = time.perf_counter()
+        key = member.case.case_key
+        reply = self._worker(member).request("run_once", self.engine.once_timeout, on_progress, trial=key)
+        self.phases.add("once", started)
+        member.seconds = reply["seconds"]
+        member.check = Check(**reply["check"])
+        if not member.check.ok:
+            member.end(Status.WRONG, member.check.reason or "the result failed its check")
+
+
+def _alive(members: Iterable[Member]) -> Iterable[Member]:
+    return [member for member in members if member.alive]
+
+
+def _steady(minima: Sequence[int], tolerance: float) -> bool:
+    if len(minima) < 2 * STEADY_WINDOW:
+        return False
+    last = statistics.median(minima[-STEADY_WINDOW:])
+    before = statistics.median(minima[-2 * STEADY_WINDOW : -STEADY_WINDOW])
+    return abs(last / max(before, 1) - 1) <= tolerance
+
+
+def precise(ns: Sequence[int], precision: float) -> bool:
+    """Whether the 95 % interval of the median lies within ``precision`` of it, on either side."""
+    interval = median_interval(ns)
+    if interval.lo is None or interval.hi is None:
+        return False
+    return max(interval.hi - interval.value, interval.value - interval.lo) <= precision * interval.value
+
+
+def fallback_reason(case: Case, executed: dict[str, Any] | None, seen: Sequence[str]) -> str:
+    """Return the sentence for a backend that did other than the plan said, or an empty string."""
+    plan = case.execution
+    if executed is not None and executed["weights"] != plan.weights:
+        return f"the plan says weights={plan.weights}, the backend executed {executed['weights']}."
+    if executed is not None and executed["sparse"] != plan.sparse:
+        return f"the plan says sparse={plan.sparse}, the backend executed {executed['sparse']}."
+    if seen:
+        return f"the plan excludes {', '.join(seen)}, and an untimed call used it."
+    return ""
+
+
+def describe(case: Case) -> str:
+    """Return a case in a few words, for progress lines."""
+    parts = [case.suite, case.model.name, case.routing.name]
+    parts += [c.name for c in (case.quantization, case.sparsity) if c.name != "none"]
+    return f"{' '.join(parts)} T={case.tokens} {case.dtype} on {case.backend.name}"
