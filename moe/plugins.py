@@ -70,26 +70,32 @@ class Split:
 
 @dataclass(frozen=True)
 class TopK:
-    """Top-k of a linear router. What is None is taken from the model's own routing."""
+    """Top-k of a linear router. What is None is taken from the model's own routing.
+
+    Its selection bias and groups belong to its score function: they are kept where ``score`` is None, and only there.
+    """
 
     k: int | None = None
     score: Literal["softmax", "sigmoid", "one"] | None = None
     renormalize: bool | None = None
     scale: float | None = None
 
-    def selection(self, shape: ModelShape) -> Selection | None:
+    def selection(self, shape: ModelShape) -> Selection:
         """Return the selection, with the model's own values where none are given."""
         own = shape.selection
+        groups = own.groups if self.score is None else None
         k = own.k if self.k is None else self.k
         if not 0 < k <= shape.experts:
             raise ValueError(f"k={k} must lie between 1 and the layer's {shape.experts} experts")
+        if groups is not None and k > (available := groups[1] * (shape.experts // groups[0])):
+            raise ValueError(f"k={k} must lie between 1 and the {available} experts of the kept groups")
         return Selection(
             own.score if self.score is None else self.score,
             k,
             own.renormalize if self.renormalize is None else self.renormalize,
             own.scale if self.scale is None else self.scale,
-            own.bias,
-            own.groups,
+            own.bias and self.score is None,
+            groups,
         )
 
     def kinds(self, shape: ModelShape) -> tuple[str, ...]:
@@ -98,8 +104,7 @@ class TopK:
 
     def max_k(self, shape: ModelShape) -> int:
         """Return the most experts a token can have."""
-        selection = self.selection(shape)
-        return selection.k if selection else shape.experts
+        return self.selection(shape).k
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class DeepSeekV3:
     scale: float = 2.5
     update_rate: float = 0.001
 
-    def selection(self, shape: ModelShape) -> Selection | None:
+    def selection(self, shape: ModelShape) -> Selection:
         """Return the sigmoid, biased and group-limited selection."""
         if shape.experts % self.groups:
             raise ValueError(f"{shape.experts} experts cannot be cut into {self.groups} equal groups")

@@ -1,1 +1,1 @@
-"""moe/routers."""
+"""Routing factories, one file per family: ``build(params)`` returns ``(weights, shape, seed) -> RouterBundle``."""

@@ -1,0 +1,81 @@
+"""MoE++ (arXiv 2410.07348): zero, copy and constant experts beside the FFNs, and a gating residual between layers.
+
+The released code also multiplies the input of every expert by K in place; that is not in the paper and not done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..experts import Constants
+from ..router import EPSILON, MLP, Linear, Pipeline, Residual, RouterBundle, Softmax, TopK, router_rows, seeded_normal
+from ..routing import Context, Routing
+
+if TYPE_CHECKING:
+    from ..layer import LayerWeights
+    from ..plugins import MoEPlusPlus
+    from ..shapes import ModelShape
+
+
+class NullTopK(Pipeline):
+    """Top-k of softmax where a zero expert takes a slot and no weight: the other slots' weights sum to ``scale``.
+
+    ``zero_E`` is true at the zero experts. Their entries are left out of the Routing; its probabilities keep them.
+    """
+
+    zero_E: Tensor
+
+    def __init__(self, scorer: nn.Module, k: int, zero_E: Tensor, scale: float) -> None:
+        super().__init__(scorer, TopK(k), Softmax())
+        self.register_buffer("zero_E", zero_E)
+        self.scale = scale
+        if isinstance(scorer, Residual):
+            self.needs = frozenset({"prev"})
+
+    def forward(self, x_TH: Tensor, ctx: Context) -> Routing:
+        """Return the Routing of ``x_TH``; ``logits_TE`` include the residual, for the layer after this one."""
+        routing = super().forward(x_TH, ctx)
+        routing = routing.keep(~self.zero_E[routing.expert_N])
+        total_T = routing.weight_N.new_zeros(routing.num_tokens).index_add(0, routing.token_N, routing.weight_N)
+        return routing.scaled(self.scale / (total_T[routing.token_N] + EPSILON))
+
+
+def build(params: MoEPlusPlus) -> Callable[[LayerWeights, ModelShape, int], RouterBundle]:
+    """Return the factory of the router and its constant experts."""
+
+    def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:
+        kinds = params.kinds(shape)
+        scorer = _scorer(params, weights, shape, seed, len(kinds))
+        zero_E = torch.tensor([kind == "zero" for kind in kinds])
+        router = NullTopK(scorer, params.k, zero_E, params.scale)
+        return RouterBundle(router, kinds, _constants(params.constant, shape.hidden, seed))
+
+    return factory
+
+
+def _scorer(params: MoEPlusPlus, weights: LayerWeights, shape: ModelShape, seed: int, experts: int) -> nn.Module:
+    """Return the scorer over all expert ids; the two-layer one is seeded whole, since no model's router fits it."""
+    hidden = shape.hidden
+    scorer: nn.Module
+    if params.scorer == "mlp":
+        inner_DH = seeded_normal((8 * experts, hidden), hidden**-0.5, seed, "moepp.inner")
+        scorer = MLP(inner_DH, seeded_normal((experts, 8 * experts), (8 * experts) ** -0.5, seed, "moepp.outer"))
+    else:
+        rows_EH = router_rows(weights, shape, seed)
+        extra_EH = seeded_normal((experts - shape.experts, hidden), hidden**-0.5, seed, "moepp.rows")
+        scorer = Linear(torch.cat([rows_EH.float().cpu(), extra_EH]))
+    if not params.residual:
+        return scorer
+    return Residual(scorer, seeded_normal((experts, experts), experts**-0.5, seed, "moepp.residual"))
+
+
+def _constants(count: int, hidden: int, seed: int) -> Constants | None:
+    """Return W_c [C, 2, H] with std 1 / sqrt(H) and v [C, H] ~ N(0, 1), or None without constant experts."""
+    if count == 0:
+        return None
+    gate_C2H = seeded_normal((count, 2, hidden), hidden**-0.5, seed, "moepp.gate")
+    return Constants(gate_C2H, seeded_normal((count, hidden), 1.0, seed, "moepp.value"))

@@ -1,0 +1,26 @@
+"""The top-k family: Switch, Mixtral, OLMoE, Qwen3-MoE and a model's own rule differ only in their Selection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..router import Linear, Pipeline, RouterBundle, TopK, router_rows, selection_bias, weighter
+
+if TYPE_CHECKING:
+    from ..layer import LayerWeights
+    from ..plugins import TopK as Params
+    from ..shapes import ModelShape
+
+
+def build(params: Params) -> Callable[[LayerWeights, ModelShape, int], RouterBundle]:
+    """Return the factory of a linear router with the selection that ``params`` makes of the model's shape."""
+
+    def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:
+        selection = params.selection(shape)
+        bias_E = selection_bias(weights, shape) if selection.bias else None
+        selector = TopK(selection.k, bias_E, selection.groups)
+        router = Pipeline(Linear(router_rows(weights, shape, seed)), selector, weighter(selection))
+        return RouterBundle(router, params.kinds(shape))
+
+    return factory
