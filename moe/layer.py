@@ -22,6 +22,18 @@ if TYPE_CHECKING:
     from .router import Router
 
 
+def ffn_hidden(x_TH: Tensor, gate_up: Tensor, activation: str, gated: bool = True) -> Tensor:
+    """Return what ``down`` reads, [T, F]: act(gate x) * up x, or act(W x) where ``gated`` is false.
+
+    ``gate_up`` is [2F, H] (gate rows first) or [F, H], in the dtype of ``x_TH``.
+    """
+    hidden = nnf.linear(x_TH, gate_up)
+    if not gated:
+        return ACTIVATIONS[activation](hidden)
+    gate_TF, up_TF = hidden.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate_TF) * up_TF
+
+
 @dataclass(frozen=True)
 class SharedExpert:
     """All always-on experts of a layer, fused to one gated FFN of width S.
@@ -37,8 +49,8 @@ class SharedExpert:
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Return y_TH in the dtype of ``x_TH``."""
-        gate_TS, up_TS = nnf.linear(x_TH, self.gate_up.to(x_TH.dtype)).chunk(2, dim=-1)
-        y_TH = nnf.linear(ACTIVATIONS[self.activation](gate_TS) * up_TS, self.down.to(x_TH.dtype))
+        hidden_TS = ffn_hidden(x_TH, self.gate_up.to(x_TH.dtype), self.activation)
+        y_TH = nnf.linear(hidden_TS, self.down.to(x_TH.dtype))
         if self.gate_H is None:
             return y_TH
         return y_TH * torch.sigmoid(x_TH @ self.gate_H.to(x_TH.dtype))[:, None]
