@@ -1,0 +1,38 @@
+"""Descriptors and parameters of the built-in backends. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..contracts import Descriptor
+
+
+@dataclass(frozen=True)
+class Batched:
+    """``limit_mib`` bounds the copies of expert weights that one batched product reads; more tokens go in turns."""
+
+    limit_mib: int = 256
+
+    def __post_init__(self) -> None:
+        if self.limit_mib < 1:
+            raise ValueError(f"limit_mib={self.limit_mib} must be at least 1")
+
+
+DESCRIPTORS = [
+    Descriptor(
+        "backend", "reference", "every expert in turn in float32, plainly right", "moebench.backends.reference:create"
+    ),
+    Descriptor("backend", "eager", "sorted loop over experts in the case's dtype", "moebench.backends.eager:create"),
+    Descriptor(
+        "backend",
+        "batched",
+        "weights gathered for each (token, slot) pair, then bmm",
+        "moebench.backends.batched:Batched",
+        Batched,
+    ),
+    Descriptor("backend", "grouped", "torch grouped_mm on sorted tokens", "moebench.backends.grouped:create"),
+    Descriptor("backend", "compiled", "the expert FFN through torch.compile", "moebench.backends.compiled:create"),
+    Descriptor(
+        "backend", "packed", "int8 and int4 codes by torch's packed CPU products", "moebench.backends.packed:create"
+    ),
+]

@@ -1,0 +1,56 @@
+"""What a backend takes: refusals in one sentence, and the Execution of what it accepts. Imports no torch."""
+
+from __future__ import annotations
+
+from ..contracts import Execution, LayerSpec, Refusal
+
+ACTIVATIONS = ("silu", "gelu", "relu")
+"""The activations of ``moe.experts.ACTIVATIONS``, named here so that the parent need not import torch."""
+
+BOUNDARIES = ("topk", "sorted", "logits")
+
+
+def is_quantized(spec: LayerSpec) -> bool:
+    """Return whether any expert is stored in codes."""
+    return any(scheme.codec != "none" for scheme in spec.schemes)
+
+
+def refusal(
+    spec: LayerSpec,
+    backend: str,
+    dtypes: tuple[str, ...],
+    kinds: tuple[str, ...] = ("ffn",),
+    backward: bool = False,
+) -> Refusal | None:
+    """Return why ``backend`` cannot take ``spec``, or None; the checks that all our backends share."""
+    foreign = [kind for kind in dict.fromkeys(spec.kinds) if kind not in kinds]
+    reason = ""
+    if foreign:
+        reason = f"{backend} runs no '{foreign[0]}' experts; fold them, or use the reference backend"
+    elif spec.dtype not in dtypes:
+        reason = f"{backend} computes in {', '.join(dtypes)}, not {spec.dtype}"
+    elif spec.activation not in ACTIVATIONS:
+        reason = f"{backend} knows the activations {', '.join(ACTIVATIONS)}, not {spec.activation}"
+    elif spec.boundary not in BOUNDARIES:
+        reason = f"{backend} takes the boundaries {', '.join(BOUNDARIES)}, not {spec.boundary}"
+    elif spec.boundary == "logits" and spec.selection is None:
+        reason = f"{backend} cannot select from logits here, because this router gives no selection; use boundary=topk"
+    elif spec.sparsity is not None and spec.sparsity.rule != "threshold":
+        reason = f"{backend} leaves out activations by a threshold, not by '{spec.sparsity.rule}'"
+    elif spec.backward and not backward:
+        reason = f"{backend} has no backward; use eager or grouped for pass=forward_backward"
+    elif spec.backward and is_quantized(spec):
+        reason = "quantized weights have no gradient; use quantization=none for pass=forward_backward"
+    return Refusal(reason) if reason else None
+
+
+def execution(
+    spec: LayerSpec, natives: tuple[str, ...], packed: bool = False, excludes: tuple[str, ...] = ()
+) -> Execution:
+    """Return how a backend runs a layer that it takes: with the case's boundary where that is one of ``natives``."""
+    return Execution(
+        weights="packed" if packed else "dequantized" if is_quantized(spec) else "dense",
+        sparse="none" if spec.sparsity is None else "mask",
+        boundary=spec.boundary if spec.boundary in natives else natives[0],
+        excludes=excludes,
+    )

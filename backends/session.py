@@ -1,0 +1,184 @@
+"""What all our backends share: a session of executors, and executors that begin at slots or at sorted assignments.
+
+Imports no torch at module level: backends are described in a parent that never loads it. Shape letters: T tokens,
+H hidden, F expert width, E experts, K slots, N assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..contracts import ExecutedPath, LayerSpec, MoebenchError
+from .convert import to_sorted, to_topk
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..moe.experts import ExpertStore
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype called ``name``."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+class Hidden:
+    """The pointwise parts of an expert: leaving out input channels, and activation, gating, leaving out channels."""
+
+    def __init__(self, store: ExpertStore) -> None:
+        from ..moe.experts import ACTIVATIONS
+
+        self.activation = ACTIVATIONS[store.activation]
+        self.gated = store.gated
+        self.sparsity = store.sparsity
+
+    def input(self, x_NH: Tensor) -> Tensor:
+        """Return what gate and up read."""
+        return x_NH if self.sparsity is None else self.sparsity.apply("input", x_NH)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return what down reads [.., F], from the product with gate_up [.., 2F] (or up [.., F])."""
+        if self.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = self.activation(gate) * up
+        else:
+            hidden = self.activation(hidden)
+        return hidden if self.sparsity is None else self.sparsity.apply("hidden", hidden)
+
+
+class Executor:
+    """One layer in one backend. A subclass adds the experts' outputs to ``y_TH``, which holds zeros."""
+
+    kernels: tuple[str, ...] = ()
+    packed = False
+
+    def __init__(self, store: ExpertStore, spec: LayerSpec) -> None:
+        import torch
+
+        if store.kinds != spec.kinds:
+            raise MoebenchError("the store and its specification name different experts; fold both or neither.")
+        self.spec = spec
+        self.hidden = Hidden(store)
+        self._no_grad = torch.no_grad
+
+    def __call__(self, x_TH: Tensor, *inputs: Any, out_TH: Tensor | None = None) -> Tensor:
+        """Return y_TH in the dtype of ``x_TH``: in ``out_TH`` where one is given, else new and open to autograd."""
+        if out_TH is None:
+            y_TH = x_TH.new_zeros(x_TH.shape)
+            self.add(y_TH, x_TH, inputs)
+            return y_TH
+        with self._no_grad():
+            self.add(out_TH.zero_(), x_TH, inputs)
+        return out_TH
+
+    def add(self, y_TH: Tensor, x_TH: Tensor, inputs: Sequence[Any]) -> None:
+        """Add the weighted outputs of the experts to ``y_TH``; ``inputs`` are those of the case's boundary."""
+        raise NotImplementedError
+
+    def resident_bytes(self) -> int:
+        """Return the bytes of weights that this layer holds, views of the store's own tensors included."""
+        raise NotImplementedError
+
+
+class SlotExecutor(Executor):
+    """An executor that begins at slots: ``add_slots(y_TH, x_TH, indices_TK, weights_TK)``."""
+
+    def add(self, y_TH: Tensor, x_TH: Tensor, inputs: Sequence[Any]) -> None:
+        """Bring the inputs into slots and add the experts."""
+        self.add_slots(y_TH, x_TH, *to_topk(inputs, self.spec, len(x_TH)))
+
+    def add_slots(self, y_TH: Tensor, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> None:
+        """Add w * f_e(x) for every slot that holds an expert."""
+        raise NotImplementedError
+
+
+class SortedExecutor(Executor):
+    """An executor that begins at assignments sorted by expert: ``add_sorted(y_TH, x_TH, token_N, offsets_E1, ...)``."""
+
+    def add(self, y_TH: Tensor, x_TH: Tensor, inputs: Sequence[Any]) -> None:
+        """Sort the inputs by expert and add the experts."""
+        self.add_sorted(y_TH, x_TH, *to_sorted(inputs, self.spec, len(x_TH)))
+
+    def add_sorted(self, y_TH: Tensor, x_TH: Tensor, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor) -> None:
+        """Add w * f_e(x) for every assignment."""
+        raise NotImplementedError
+
+
+class DenseWeights:
+    """One layer's experts as two tensors in the case's dtype: the store's own where it has them so, else made here.
+
+    For a backward pass they must be the store's own, since gradients are to arrive there.
+    """
+
+    def __init__(self, store: ExpertStore, spec: LayerSpec, dtype: torch.dtype | None = None) -> None:
+        self.gate_up, self.down = store.dense(dtype or torch_dtype(spec.dtype))
+        if spec.backward and self.gate_up is not store.gate_up:
+            raise MoebenchError(f"a backward pass needs dense weights in {spec.dtype}; convert the store first.")
+        self.views = None if spec.backward else self._detached()
+
+    def _detached(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.gate_up.detach().unbind(0), self.down.detach().unbind(0), strict=True))
+
+    def per_expert(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return (gate_up [2F, H], down [H, F]) of every FFN expert; with a backward, views that autograd follows."""
+        if self.views is not None:
+            return self.views
+        return list(zip(self.gate_up.unbind(0), self.down.unbind(0), strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.gate_up.nbytes + self.down.nbytes
+
+
+class Session:
+    """Layers loaded into one of our backends."""
+
+    def __init__(self, executors: Mapping[int, Executor], path: ExecutedPath) -> None:
+        self._executors = dict(executors)
+        self._path = path
+
+    def layer(self, index: int) -> Executor:
+        """Return the executor of one layer."""
+        if index not in self._executors:
+            raise MoebenchError(f"layer {index} was not loaded; this session has {sorted(self._executors)}.")
+        return self._executors[index]
+
+    def hint(self, layer: int, experts: Any, priority: float) -> None:
+        """Do nothing: all weights are resident."""
+
+    def executed(self) -> ExecutedPath:
+        """Return what really runs."""
+        return self._path
+
+    def events(self) -> Sequence[Mapping[str, Any]]:
+        """Return no events: nothing is cached or moved."""
+        return ()
+
+    def resident_bytes(self) -> int:
+        """Return the bytes of all loaded weights."""
+        return sum(executor.resident_bytes() for executor in self._executors.values())
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._executors.clear()
+
+
+def open_session(
+    make: Callable[[ExpertStore, LayerSpec], Executor],
+    layers: Mapping[int, ExpertStore],
+    specs: Mapping[int, LayerSpec],
+    notes: str = "",
+) -> Session:
+    """Return a session whose executors ``make`` builds; the path is read off the stores and the executors."""
+    executors = {index: make(store, specs[index]) for index, store in layers.items()}
+    plain = "dequantized" if any(store.quantized for store in layers.values()) else "dense"
+    weights = "packed" if any(executor.packed for executor in executors.values()) else plain
+    sparse = "mask" if any(store.sparsity is not None for store in layers.values()) else "none"
+    kernels = tuple(dict.fromkeys(name for executor in executors.values() for name in executor.kernels))
+    return Session(executors, ExecutedPath(weights, sparse, kernels, notes))

@@ -1,0 +1,284 @@
+"""The check that a row must pass: the same layer in float64, and how far an output may lie from it.
+
+The reference takes what the backend took - the same routing, the same dtype-rounded inputs and the same dequantized
+weights - and computes in float64, so every difference is the backend's own rounding or its mistake.
+
+What rounding may do, with u the unit roundoff of the case's dtype (2^-24, 2^-11, 2^-8 for float32, float16, bfloat16):
+an FFN expert rounds about eight times on the way (gate, up, activation, product, output, weighting, adding up, and the
+weights themselves where they are dequantized). The roundings are independent, each about u/sqrt(3) of the norm of what
+it rounds, so their sum is near u * sqrt(8/3) = 1.6 u. Long dot products add 2^-24 * sqrt(H) or sqrt(F) of the norm of
+the products, in float32 whatever the dtype: at 16 384 terms 128 * 2^-24 = 7.6e-6. Hence the bounds: float32 2e-5 (which
+the dot products decide), float16 5e-3 and bfloat16 2e-2 (10 u and 5 u, which the roundings decide), float64 1e-12. A
+wrong weight, a lost token or a neighbour's row are far above all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from ..contracts import Check, MoebenchError
+from .experts import ACTIVATIONS, Constants, ExpertStore
+from .routing import Routing
+
+if TYPE_CHECKING:
+    from .layer import SharedExpert
+
+BOUNDS: dict[torch.dtype, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}
+"""Largest error of a row, relative to its scale; see the module's docstring for where the numbers come from."""
+
+TINY_ROW = 1e-3
+"""A row's scale is at least this part of the median scale: cancellation may leave almost nothing of a row."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The expected output of one layer.
+
+    ``y_TH`` float64. ``slack_T`` float64 is the error (absolute, in the norm of a row) that sparsity decisions near
+    their threshold may cause; ``near`` counts those decisions. ``scale_T`` float64 is the root of the summed squares
+    of the norms of a row's terms w * f_e(x): rounding is proportional to it, not to the sum, where terms cancel.
+    """
+
+    y_TH: Tensor
+    slack_T: Tensor
+    near: int
+    scale_T: Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of one layer for one output gradient: of the input [T, H] and of the experts' dense weights."""
+
+    x_TH: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Return the largest relative error of rounding a number to ``dtype``."""
+    return torch.finfo(dtype).eps / 2
+
+
+def bound(dtype: torch.dtype) -> float:
+    """Return the largest relative error that the oracle forgives an output of ``dtype``."""
+    if dtype not in BOUNDS:
+        raise MoebenchError(f"no error bound is known for outputs of {dtype}; use float32, bfloat16 or float16.")
+    return BOUNDS[dtype]
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------
+
+
+def exact_weights(store: ExpertStore, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return (gate_up, down) of one FFN expert in float64: dense ones rounded to ``dtype``, quantized ones as coded."""
+    gate_up, down = store.weights(slot, torch.float32 if store.quantized else dtype)
+    return gate_up.double(), down.double()
+
+
+def reference(store: ExpertStore, routing: Routing, x_TH: Tensor, shared: SharedExpert | None = None) -> Reference:
+    """Return the layer's output for ``x_TH`` in float64; ``x_TH`` is in the case's dtype, [T, H]."""
+    if routing.num_experts != store.num_experts:
+        raise MoebenchError(
+            f"the routing knows {routing.num_experts} experts and the store {store.num_experts}; use the layer's own."
+        )
+    with torch.no_grad():
+        total = _Sum(torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device))
+        for expert in routing.counts_E.nonzero().flatten().tolist():
+            mine_N = routing.expert_N == expert
+            _add_expert(total, store, expert, x_TH, routing.token_N[mine_N], routing.weight_N[mine_N])
+        if shared is not None:
+            total.add(torch.arange(len(x_TH), device=x_TH.device), _shared(shared, x_TH))
+    scale_T = torch.maximum(total.squares_T.sqrt(), total.y_TH.norm(dim=1))
+    return Reference(total.y_TH, total.slack_T, total.near, scale_T)
+
+
+class _Sum:
+    """The running sum over experts, with the squared norms of its terms and the slack."""
+
+    def __init__(self, zeros_TH: Tensor) -> None:
+        self.y_TH = zeros_TH
+        self.squares_T = zeros_TH.new_zeros(len(zeros_TH))
+        self.slack_T = zeros_TH.new_zeros(len(zeros_TH))
+        self.near = 0
+
+    def add(self, token_N: Tensor, term_NH: Tensor) -> None:
+        """Add one expert's weighted outputs to the rows of its tokens."""
+        self.y_TH.index_add_(0, token_N, term_NH)
+        self.squares_T.index_add_(0, token_N, term_NH.square().sum(1))
+
+
+def _add_expert(total: _Sum, store: ExpertStore, expert: int, x_TH: Tensor, token_N: Tensor, weight_N: Tensor) -> None:
+    kind = store.kinds[expert]
+    x_NH, weight_N1 = x_TH[token_N], weight_N.double()[:, None]
+    if kind == "ffn":
+        term_NH, slack_N, near = _ffn(store, store.ffn_ids.index(expert), x_NH)
+        total.add(token_N, weight_N1 * term_NH)
+        total.slack_T.index_add_(0, token_N, weight_N.double().abs() * slack_N)
+        total.near += near
+    elif kind == "copy":
+        total.add(token_N, weight_N1 * x_NH.double())
+    elif kind == "constant":
+        number = sum(other == "constant" for other in store.kinds[:expert])
+        total.add(token_N, weight_N1 * constant_expert(x_NH, store.constants, number))
+    elif kind != "zero":
+        raise MoebenchError(f"the oracle knows no '{kind}' experts; it checks ffn, zero, copy and constant ones.")
+
+
+def constant_expert(x_NH: Tensor, constants: Constants | None, number: int) -> Tensor:
+    """Return a1 x + a2 v of constant expert ``number`` in float64, its parameters rounded to the dtype of ``x_NH``."""
+    if constants is None:
+        raise MoebenchError("the layer names constant experts but has no constants; give its store some.")
+    gate_2H = constants.gate_C2H[number].to(x_NH.dtype).double()
+    value_H = constants.value_CH[number].to(x_NH.dtype).double()
+    share_N2 = torch.softmax(x_NH.double() @ gate_2H.T, dim=-1)
+    return share_N2[:, :1] * x_NH.double() + share_N2[:, 1:] * value_H
+
+
+def _ffn(store: ExpertStore, slot: int, x_NH: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return f_e(x) [N, H], the slack [N] of its near-threshold decisions, and how many there were."""
+    gate_up, down = exact_weights(store, slot, x_NH.dtype)
+    if store.sparsity is not None:
+        x_NH = store.sparsity.apply("input", x_NH)
+    hidden_NF = _activate(nnf.linear(x_NH.double(), gate_up), store.activation, store.gated)
+    slack_N, near = hidden_NF.new_zeros(len(x_NH)), 0
+    if store.sparsity is not None and "hidden" in store.sparsity.thresholds:
+        near_NF = _near_threshold(store, hidden_NF, x_NH.dtype)
+        near = int(near_NF.sum())
+        slack_N = (near_NF * hidden_NF.abs()) @ down.norm(dim=0)
+        hidden_NF = store.sparsity.apply("hidden", hidden_NF)
+    return nnf.linear(hidden_NF, down), slack_N, near
+
+
+def _activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
+    act = ACTIVATIONS[activation]
+    if not gated:
+        return act(hidden)
+    gate, up = hidden.chunk(2, dim=-1)
+    return act(gate) * up
+
+
+def _near_threshold(store: ExpertStore, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return which hidden activations lie so near their threshold that rounding in ``dtype`` decides about them.
+
+    An activation carries four roundings (gate, up, activation, product), the float32 error of its dot products, and
+    where weights are dequantized to ``dtype`` that of the weights, both in proportion to a typical activation.
+    """
+    sparsity = store.sparsity
+    if sparsity is None:
+        return torch.zeros_like(hidden_NF, dtype=torch.bool)
+    threshold = sparsity.thresholds["hidden"]
+    score_NF = hidden_NF.abs()
+    if "hidden" in sparsity.weights:
+        score_NF = score_NF * sparsity.weights["hidden"].double()
+    typical_N1 = score_NF.square().mean(dim=1, keepdim=True).sqrt()
+    u = unit_roundoff(dtype)
+    dot_error = 2.0**-23 * math.sqrt(store.hidden) + (u if store.quantized else 0.0)
+    return (score_NF - threshold).abs() <= 4 * u * threshold + dot_error * typical_N1
+
+
+def _shared(shared: SharedExpert, x_TH: Tensor) -> Tensor:
+    gate_up, down = (weight.to(x_TH.dtype).double() for weight in (shared.gate_up, shared.down))
+    y_TH = nnf.linear(_activate(nnf.linear(x_TH.double(), gate_up), shared.activation, True), down)
+    if shared.gate_H is not None:
+        y_TH = y_TH * torch.sigmoid(x_TH.double() @ shared.gate_H.to(x_TH.dtype).double())[:, None]
+    return y_TH
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def compare(y_TH: Tensor, ref: Reference, dtype: torch.dtype) -> Check:
+    """Judge an output: every row must lie within bound(dtype) * its scale + its slack of the reference.
+
+    The Check tells the worst row: its error and what was allowed, both relative to the row's scale.
+    """
+    reason = _mismatch(y_TH, ref.y_TH, dtype)
+    if reason:
+        return Check(False, bound=bound(dtype), reason=reason, flips=ref.near)
+    if y_TH.numel() == 0:
+        return Check(True, 0.0, bound(dtype), flips=ref.near)
+    scale_T = ref.scale_T.clamp(min=TINY_ROW * float(ref.scale_T.median()))
+    error_T = (y_TH.detach().double() - ref.y_TH).norm(dim=1)
+    allowed_T = bound(dtype) * scale_T + ref.slack_T
+    over_T = torch.where(error_T > 0, error_T / allowed_T, torch.zeros_like(error_T))
+    worst = int(over_T.argmax())
+    scale = float(scale_T[worst]) or 1.0
+    error, allowed = float(error_T[worst]) / scale, float(allowed_T[worst]) / scale
+    if float(over_T[worst]) <= 1:
+        return Check(True, error, allowed, flips=ref.near)
+    wrong = int((over_T > 1).sum())
+    reason = f"{wrong} of {len(error_T)} rows are off; row {worst} by {error:.2g} of its norm, allowed {allowed:.2g}"
+    return Check(False, error, allowed, reason, ref.near)
+
+
+def _mismatch(actual: object, expected: Tensor, dtype: torch.dtype) -> str:
+    """Return why ``actual`` cannot even be compared, or an empty string."""
+    if not isinstance(actual, Tensor):
+        return f"the output is a {type(actual).__name__}, not a tensor"
+    if actual.shape != expected.shape:
+        return f"the output has shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    if actual.dtype != dtype:
+        return f"the output has dtype {actual.dtype} instead of {dtype}"
+    bad = int((~torch.isfinite(actual)).sum())
+    return f"unwritten or NaN: {bad} of {actual.numel()} values are not finite" if bad else ""
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def reference_gradients(store: ExpertStore, routing: Routing, x_TH: Tensor, grad_TH: Tensor) -> Gradients:
+    """Return the float64 gradients of sum(y * grad_TH) for ``x_TH`` and the dense experts of ``store``."""
+    if not isinstance(store.gate_up, Tensor) or not isinstance(store.down, Tensor) or store.sparsity is not None:
+        raise MoebenchError("gradients are checked for dense experts without sparsity; drop both from the case.")
+    dtype = x_TH.dtype
+    leaves = [t.detach().to(dtype).double().requires_grad_() for t in (x_TH, store.gate_up, store.down)]
+    x, gate_up, down = leaves
+    y_TH = torch.zeros_like(x)
+    for expert in routing.counts_E.nonzero().flatten().tolist():
+        mine_N = routing.expert_N == expert
+        token_N, kind = routing.token_N[mine_N], store.kinds[expert]
+        if kind == "ffn":
+            slot = store.ffn_ids.index(expert)
+            hidden = _activate(nnf.linear(x[token_N], gate_up[slot]), store.activation, store.gated)
+            term_NH = nnf.linear(hidden, down[slot])
+        elif kind in ("zero", "copy"):
+            term_NH = x[token_N] * float(kind == "copy")
+        else:
+            raise MoebenchError(f"gradients are not checked through '{kind}' experts; leave them out of the case.")
+        y_TH = y_TH.index_add(0, token_N, routing.weight_N[mine_N].detach().double()[:, None] * term_NH)
+    grads = torch.autograd.grad((y_TH * grad_TH.double()).sum(), leaves, allow_unused=True)
+    return Gradients(*(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)))
+
+
+def compare_gradients(actual: Gradients, ref: Gradients, dtype: torch.dtype) -> Check:
+    """Judge gradients: each, of x and of every expert's matrices, within 4 bound(dtype) of the reference's norm.
+
+    A backward pass rounds about twice as often as a forward pass and sums over tokens besides; hence the factor.
+    """
+    worst, allowed = 0.0, 4 * bound(dtype)
+    for name in ("x_TH", "gate_up", "down"):
+        mine, expected = getattr(actual, name), getattr(ref, name)
+        reason = _mismatch(mine, expected, dtype)
+        if reason:
+            return Check(False, bound=allowed, reason=f"gradient of {name}: {reason}")
+        if mine.numel() == 0:
+            continue
+        parts = 1 if name == "x_TH" else len(expected)
+        norm_P = expected.reshape(parts, -1).norm(dim=1)
+        error_P = (mine.double() - expected).reshape(parts, -1).norm(dim=1)
+        scale_P = norm_P.clamp(min=TINY_ROW * max(float(norm_P.max()), 1e-300))
+        worst = max(worst, float((error_P / scale_P).max()))
+        if worst > allowed:
+            return Check(False, worst, allowed, f"the gradient of {name} is off by {worst:.2g} of its norm")
+    return Check(True, worst, allowed)
