@@ -1,7 +1,8 @@
 """The schema of the results: every table with its columns, in one place.
 
-A part is a folder with one Parquet file per table that has rows, ``manifest.json`` and ``blobs/``. The same columns make
-the tables of ``moebench.duckdb``. A missing measurement is NULL, never 0. Add columns at the end, with a migration.
+A part is a folder with one Parquet file per table that has rows, ``manifest.json`` and ``blobs/``. The same columns
+make the tables of ``moebench.duckdb``. A missing measurement is NULL, never 0. Add columns at the end, with a
+migration.
 """
 
 from __future__ import annotations
