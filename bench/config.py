@@ -56,7 +56,7 @@ class RunConfig:
     shown: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load(overrides: Sequence[str], registry: Registry, memory_bytes: float) -> RunConfig:
+def load(overrides: Sequence[str], registry: Registry, memory_bytes: float, cache_bytes: float) -> RunConfig:
     """Compose the configuration that the command-line ``overrides`` describe."""
     overrides = _alias_experiment(list(overrides))
     with _composer(registry) as compose:
@@ -64,7 +64,7 @@ def load(overrides: Sequence[str], registry: Registry, memory_bytes: float) -> R
         experiment = outer.get("experiment")
         blocks = _experiment_blocks(experiment) if experiment else [("", [])]
         trees = [compose(own + _without_experiment(overrides)) for _, own in blocks]
-    configs = tuple(_suite_config(tree, registry, memory_bytes) for tree in trees)
+    configs = tuple(_suite_config(tree, registry, memory_bytes, cache_bytes) for tree in trees)
     try:
         engine = EngineConfig(**_typed(EngineConfig, outer["engine"], "engine"))
     except ValueError as error:
@@ -115,7 +115,7 @@ class _composer:
             node = {"name": descriptor.name, **_defaults(descriptor)}
             store.store(group="suite", name=descriptor.name, node=node)
         for descriptor in self.registry.all("model"):
-            node = {"name": descriptor.name, "layers": None, **_defaults(descriptor)}
+            node = {"name": descriptor.name, **_defaults(descriptor), "layers": None}
             store.store(group="model", name=descriptor.name, node=node)
         params = {
             axis: {d.name: _defaults(d) for d in self.registry.all(axis)} for axis in NAMED_AXES if axis != "model"
@@ -207,7 +207,7 @@ def _typed(cls: type, values: Mapping[str, Any], owner: str) -> dict[str, Any]:
     return {name: coerce(value, hints[name], f"{owner}.{name}") for name, value in values.items()}
 
 
-def _suite_config(tree: Mapping[str, Any], registry: Registry, memory_bytes: float) -> SuiteConfig:
+def _suite_config(tree: Mapping[str, Any], registry: Registry, memory_bytes: float, cache_bytes: float) -> SuiteConfig:
     descriptor = registry.get("suite", tree["suite"]["name"])
     suite_params = descriptor.params_from({k: v for k, v in tree["suite"].items() if k != "name"})
     model = dict(tree["model"])
@@ -224,6 +224,7 @@ def _suite_config(tree: Mapping[str, Any], registry: Registry, memory_bytes: flo
         calibration=tree["calibration"],
         device=tree["device"],
         memory_bytes=memory_bytes,
+        cache_bytes=cache_bytes,
     )
 
 

@@ -240,7 +240,7 @@ def _steady(minima: Sequence[int], tolerance: float) -> bool:
 def precise(ns: Sequence[int], precision: float) -> bool:
     """Whether the 95 % interval of the median lies within ``precision`` of it, on either side."""
     interval = median_interval(ns)
-    if interval.lo is None or interval.hi is None:
+    if interval.value is None or interval.lo is None or interval.hi is None:
         return False
     return max(interval.hi - interval.value, interval.value - interval.lo) <= precision * interval.value
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
-import hashlib
 import os
 import platform
 import resource
@@ -170,7 +169,8 @@ class _Held:
     def verify(self) -> Check:
         if not self.outputs:
             return Check(False, reason="no call was made before the check")
-        checks = [self.trial.verify(step, output) for step, output in self.outputs.items()]
+        last = {id(output): (step, output) for step, output in self.outputs.items()}
+        checks = [self.trial.verify(step, output) for step, output in last.values()]
         failed = [check for check in checks if not check.ok]
         worst = max(failed or checks, key=lambda check: check.error or 0.0)
         return dataclasses.replace(worst, flips=sum(check.flips for check in checks))
@@ -224,21 +224,6 @@ def _settle_in(cores: list[int]) -> None:
             os._exit(1)
         Path("/proc/self/oom_score_adj").write_text("1000")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-
-
-def sha256_of(*arrays: Any) -> str:
-    """Return the sha256 of the bytes of contiguous tensors, with their shapes and dtypes."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{tuple(array.shape)}{array.dtype}".encode())
-        digest.update(array.detach().contiguous().view(-1).view(dtype=_bytes_dtype()).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _bytes_dtype() -> Any:
-    import torch
-
-    return torch.uint8
 
 
 def main(arguments: list[str]) -> None:

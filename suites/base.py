@@ -6,6 +6,7 @@ Imports no torch; everything here runs in the parent process.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,9 +36,19 @@ PLAIN_AXES: dict[str, tuple[Any, ...] | type] = {
     "pass": ("forward", "forward_backward"),
     "boundary": ("logits", "topk", "sorted"),
     "threads": int,
-    "residency": ("cold", "warm"),
+    "residency": ("auto", "cold", "warm"),
 }
 """The axes whose values are no plug-ins: the allowed values, or the type of a positive number."""
+
+
+DECODE_TOKENS = 16
+"""Up to this many tokens a case counts as decode, whose weights are cold by default."""
+
+MAX_COPIES = 1024
+"""So many copies of a layer's weights are rotated at most to keep them out of the caches."""
+
+COLD_FACTOR = 1.2
+"""Cold weights are rotated through this many times the last-level cache."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class SuiteConfig:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     memory_bytes: float = float("inf")
+    cache_bytes: float = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -151,39 +163,69 @@ class _Planner:
             boundary=point["boundary"],
             threads=point["threads"],
             device=config.device,
-            residency=point["residency"],
+            residency=residency_of(point),
             evidence=Evidence.MEASURED_CPU,
             seed=config.seed,
             weights_sha256=model.weights_sha256(),
             base=model.base(),
             calibration=config.calibration,
-            workload=self.kind.workload,
+            workload=self._workload(point),
             environment=dict(descriptor.environment),
             **named,
         )
+
+    def _workload(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        workload = dict(self.kind.workload)
+        if self.kind.protocol == "timed" and residency_of(point) == "cold":
+            workload["cache_bytes"] = self.config.cache_bytes
+        return workload
 
     def _checked(self, case: Case, point: Mapping[str, Any], model: Any, shape: ModelShape) -> Planned:
         missing = model.missing()
         if missing:
             return Planned(case, missing)
         size = shape.expert_bytes(ELEMENT_SIZE[case.dtype])
-        needed = 3.0 * size
+        cold = case.protocol == "timed" and case.residency == "cold"
+        needed = 3.0 * size + (COLD_FACTOR * self.config.cache_bytes if cold else 0.0)
         if needed > self.config.memory_bytes:
             return Planned(case, memory_refusal(shape, case.dtype, needed, self.config.memory_bytes))
         try:
             spec = layer_spec(case, shape, self.registry)
         except ValueError as error:
             return Planned(case, f"{error}.")
-        if self._recorded_missing(case, model):
-            return Planned(case, f"model '{case.model}' has no recorded hidden states; use axes.traffic=gaussian.")
+        refusal = self._traffic_refusal(case, model, spec) or self._cold_refusal(case, size)
+        if refusal:
+            return Planned(case, refusal)
         answer, evidence = self._execution(case, spec)
         if isinstance(answer, Refusal):
             return Planned(case, answer.reason)
         return Planned(replace(case, execution=answer, evidence=evidence), None, needed)
 
-    @staticmethod
-    def _recorded_missing(case: Case, model: Any) -> bool:
-        return case.traffic.name == "recorded" and not getattr(model, "RECORDED", False)
+    def _traffic_refusal(self, case: Case, model: Any, spec: LayerSpec) -> str | None:
+        traffic = self.registry.params("traffic", case.traffic)
+        if traffic.recorded and not model.recorded:
+            return f"model '{case.model}' has no recorded hidden states; use axes.traffic=gaussian."
+        if not traffic.forced:
+            return None
+        if spec.selection is None or case.boundary == "logits":
+            return f"traffic '{case.traffic}' forces top-k, which this case leaves to the router; use another traffic."
+        try:
+            traffic.check(spec.experts, spec.max_k)
+        except ValueError as error:
+            return f"traffic '{case.traffic}': {error}"
+        return None
+
+    def _cold_refusal(self, case: Case, layer_bytes: float) -> str | None:
+        if case.residency == "warm" or case.protocol == "once":
+            return None
+        copies = cold_copies(self.config.cache_bytes, layer_bytes)
+        needed = copies * layer_bytes
+        if copies > MAX_COPIES or 2 * needed > self.config.memory_bytes:
+            return (
+                f"cold weights need {copies} copies of a layer of {layer_bytes / 2**20:.2f} MiB to pass a last-level "
+                f"cache of {self.config.cache_bytes / 2**20:.0f} MiB, more than can be held; use axes.residency=warm."
+            )
+        return None
 
     def _execution(self, case: Case, spec: LayerSpec) -> tuple[Execution | Refusal, Evidence]:
         backend = self.registry.get("backend", case.backend.name).create(case.backend.params)
@@ -200,6 +242,19 @@ class _Planner:
             if isinstance(inner, Execution):
                 answer = replace(inner, folded=True)
         return answer, available.evidence[0]
+
+
+def residency_of(point: Mapping[str, Any]) -> str:
+    """Return the residency of a point: ``auto`` is cold for decode and warm otherwise."""
+    residency: str = point["residency"]
+    if residency != "auto":
+        return residency
+    return "cold" if point["tokens"] <= DECODE_TOKENS and point["pass"] == "forward" else "warm"
+
+
+def cold_copies(cache_bytes: float, layer_bytes: float) -> int:
+    """Return how many copies of a layer must be rotated so that none is found in the last-level cache."""
+    return max(2, math.ceil(COLD_FACTOR * cache_bytes / layer_bytes))
 
 
 def memory_refusal(shape: ModelShape, dtype: str, needed: float, limit: float) -> str:

@@ -1,0 +1,113 @@
+"""The command line of moebench. Every command is imported only when it is called: --help is answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ..contracts import MoebenchError
+from ..version import __version__
+
+RUN_HELP = """\
+Settings are NAME=VALUE pairs, composed by Hydra. Examples:
+  moebench run suite=selftest
+  moebench run suite=throughput model=small axes.backend=[eager,grouped] axes.routing=[topk,moepp]
+  moebench run suite=throughput axes.routing=[topk,moepp] params.routing.moepp.tau=[0.25,0.75]
+  moebench run experiment=quick
+Axes: model structure routing quantization sparsity backend traffic tokens dtype pass boundary threads residency.
+Each takes a value, a list, or `all`. `moebench list` shows every name.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status. A mistake is told in one sentence, without a traceback."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "run":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command is None:
+        parser.print_help()
+        return 2
+    options.settings = [*getattr(options, "settings", []), *rest]
+    module, function = options.function.split(":")
+    try:
+        status: int = getattr(importlib.import_module(f"moebench.bench.{module}"), function)(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("moebench: interrupted; finished groups are kept, and the same command goes on.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not isinstance(error, MoebenchError) and type(error).__name__ not in ("ResultsError", "DatabaseBusyError"):
+            raise
+        print(f"moebench: {error}", file=sys.stderr)
+        return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="moebench", description="Benchmarks Mixture-of-Experts layers and models on one scale."
+    )
+    parser.add_argument("--version", action="version", version=f"moebench {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_run(commands)
+    report = _add(commands, "report", "commands:report", "write the interactive HTML report")
+    report.add_argument("--output", "-o", help="file to write (default: report.html in the store)")
+    report.add_argument("--run", help="run id (default: the latest)")
+    _add(commands, "ingest", "commands:ingest", "bring the database up to date with the parts")
+    sql = _add(commands, "sql", "commands:sql", "query the results")
+    sql.add_argument("query", nargs="?", help="one SELECT; without it the tables and views are listed")
+    sql.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    export = _add(commands, "export", "commands:export", "write the results to open files")
+    export.add_argument("target", help="folder to write")
+    export.add_argument("--format", choices=("parquet", "csv"), default="parquet")
+    export.add_argument("--table", action="append", help="only this table or view (may be repeated)")
+    names = _add(commands, "list", "commands:list_plugins", "show every plug-in with its availability")
+    names.add_argument("kind", nargs="?", help="only this kind, such as backend or routing")
+    names.add_argument("--plugin", action="append", default=[], metavar="FILE")
+    _add(commands, "doctor", "commands:doctor", "say what this machine can and cannot do")
+    models = _add(commands, "models", "commands:models", "fetch a model, or say which there are")
+    models.add_argument("action", nargs="?", choices=("list", "fetch"), default="list")
+    models.add_argument("name", nargs="?")
+    papers = _add(commands, "papers", "papers:papers", "check the claims of published systems here")
+    papers.add_argument("keys", nargs="*", help="which papers (default: all)")
+    papers.add_argument("--list", action="store_true", help="show the claims and what they cost, and run nothing")
+    papers.add_argument("--quiet", action="store_true")
+    return parser
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = _add(commands, "run", "run:run", "measure", RUN_HELP)
+    run.add_argument("settings", nargs="*", metavar="NAME=VALUE")
+    run.add_argument("--plan", action="store_true", help="show what would run, and run nothing")
+    run.add_argument("--shard", metavar="I/N", help="only every n-th group, for several hosts")
+    run.add_argument("--quiet", action="store_true", help="print errors only")
+    run.add_argument("--strict", action="store_true", help="flags count as failures")
+    run.add_argument("--report", action="store_true", help="write the HTML report at the end")
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    function: str,
+    summary: str,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(function=function)
+    if name != "run":
+        parser.add_argument("--store", help="folder of the results (default: $MOEBENCH_STORE or ./results)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

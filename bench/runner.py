@@ -1,0 +1,184 @@
+"""Runs a plan: ring after ring, one part for each finished group, and nothing lost when something dies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..contracts import Case, Flag, MoebenchError, Status, make_key
+from ..results.parts import blob_row, write_part
+from . import rows
+from .flags import Limits, flags_of, phases_of
+from .plan import Group, Plan
+from .progress import Progress
+from .ring import Ring
+from .rundir import RunFolder
+from .sampling import Member, Phases, RingLostError, Sitting, describe
+
+
+@dataclass
+class Outcome:
+    """How a run ended: cases by status, and how many of the ok ones carry a flag."""
+
+    counts: dict[str, int]
+    flagged: int
+    phases: dict[str, Any]
+
+
+class Runner:
+    """Measures the groups of a plan that the run folder does not hold yet."""
+
+    def __init__(
+        self, plan: Plan, run: RunFolder, plugins: Sequence[str], progress: Progress, limits: Limits
+    ) -> None:
+        self.plan, self.run, self.plugins, self.progress, self.limits = plan, run, list(plugins), progress, limits
+        self.phases = Phases()
+        self.counts: dict[str, int] = {}
+        self.flagged = 0
+
+    def execute(self) -> Outcome:
+        """Measure every group; return the counts of this call."""
+        started = time.perf_counter()
+        for group in self.plan.groups:
+            if self.run.has_part(group.name):
+                self.progress.done(len(group.cases), f"{group.name[:12]} is finished already")
+                continue
+            tables, logs = self._measure(group)
+            for planned in group.refused:
+                row = rows.case_row(self.run.run_id, planned.case, Status.SKIPPED, planned.refusal or "")
+                rows.merge(tables, {"cases": [row]})
+            self._count(tables)
+            first = (group.cases or tuple(planned.case for planned in group.refused))[0]
+            blobs = [blob_row(self.run.run_id, first.case_key, name, log) for name, log in logs.items()]
+            rows.merge(tables, {"blobs": blobs})
+            manifest = {"group": group.name, "run_id": self.run.run_id, "phases": asdict(self.phases)}
+            write_part(self.run.path, group.name, tables, logs, manifest)
+            self.progress.done(len(group.cases), _summary(group, tables))
+        wall = time.perf_counter() - started
+        return Outcome(self.counts, self.flagged, phases_of(asdict(self.phases), wall))
+
+    def _count(self, tables: rows.Tables) -> None:
+        for row in tables.get("cases", []):
+            self.counts[row["status"]] = self.counts.get(row["status"], 0) + 1
+            self.flagged += bool(row["flags"])
+
+    def _measure(self, group: Group) -> tuple[rows.Tables, dict[str, bytes]]:
+        tables: rows.Tables = {}
+        logs: dict[str, bytes] = {}
+        if not group.cases:
+            return tables, logs
+        measure = self._once if group.once else self._timed
+        for members, names in measure(group.cases, logs):
+            flags: list[Flag] = flags_of(members, self.limits) if all(m.alive for m in members) else []
+            rows.merge(tables, rows.measured_rows(self.run.run_id, members, flags, names))
+        return tables, logs
+
+    def _timed(self, cases: Sequence[Case], logs: dict[str, bytes]) -> list[tuple[list[Member], list[str]]]:
+        """Measure cases together in ``processes`` fresh rings; whoever took a ring down is tried again alone."""
+        together: dict[str, list[Member]] = {case.case_key: [] for case in cases}
+        names: dict[str, list[str]] = {case.case_key: [] for case in cases}
+        culprits: list[Member] = []
+        for process in range(self.plan.engine.processes):
+            healthy = [case for case in cases if _healthy(together[case.case_key])]
+            members, lost, name = self._sitting(healthy, process, logs)
+            culprits += lost
+            for member in members + lost:
+                together[member.case.case_key].append(member)
+                names[member.case.case_key].append(name)
+        if len(cases) > 1:
+            for member in culprits:
+                key = member.case.case_key
+                together[key], names[key] = self._alone(member.case, logs)
+        return [(together[case.case_key], names[case.case_key]) for case in cases]
+
+    def _alone(self, case: Case, logs: dict[str, bytes]) -> tuple[list[Member], list[str]]:
+        tries: list[Member] = []
+        names: list[str] = []
+        for process in range(self.plan.engine.processes):
+            members, lost, name = self._sitting([case], process, logs, alone=True)
+            tries += members + lost
+            names.append(name)
+            if lost:
+                break
+        return tries, names
+
+    def _sitting(
+        self, cases: Sequence[Case], process: int, logs: dict[str, bytes], alone: bool = False
+    ) -> tuple[list[Member], list[Member], str]:
+        """Measure cases in one ring, beginning anew without the culprit each time a worker is lost."""
+        lost: list[Member] = []
+        while True:
+            left = [case for case in cases if case.case_key not in {member.case.case_key for member in lost}]
+            members = [Member(case) for case in left]
+            name = make_key([self.run.run_id, [case.case_key for case in left], process, alone])[:16]
+            if not members:
+                return [], lost, name
+            try:
+                self._with_ring(left, name, logs, lambda sitting, m=members: sitting.measure(m))  # type: ignore[misc]
+                return members, lost, name
+            except RingLostError as error:
+                lost.append(error.member)
+                self.progress.line(f"  {describe(error.member.case)}: {error.member.status}, {error.member.reason}")
+
+    def _with_ring(
+        self, cases: Sequence[Case], name: str, logs: dict[str, bytes], action: Callable[[Sitting], None]
+    ) -> None:
+        started = time.perf_counter()
+        ring = Ring([case.environment for case in cases], cases[0].threads, self.plugins)
+        self.phases.add("spawn", started)
+        seed = int(make_key([self.plan.seed, name])[:8], 16)
+        try:
+            action(Sitting(ring, self.plan.engine, seed, self.phases, self.progress.tell))
+        finally:
+            text = ring.log()
+            if text:
+                logs[f"worker-{name}-{len(logs)}.log"] = text.encode()
+            ring.close()
+
+    def _once(self, cases: Sequence[Case], logs: dict[str, bytes]) -> list[tuple[list[Member], list[str]]]:
+        """Run each case once; one worker serves as long as it lives."""
+        results: list[tuple[list[Member], list[str]]] = []
+        waiting = list(cases)
+        while waiting:
+            name = make_key([self.run.run_id, [case.case_key for case in waiting], "once"])[:16]
+            try:
+                self._with_ring(waiting, name, logs, lambda sitting: self._once_in(sitting, waiting, results))
+            except RingLostError as error:
+                results.append(([error.member], [""]))
+                waiting.pop(0)
+        return results
+
+    def _once_in(
+        self, sitting: Sitting, waiting: list[Case], results: list[tuple[list[Member], list[str]]]
+    ) -> None:
+        while waiting:
+            member = Member(waiting[0])
+            what = describe(member.case)
+
+            def told(step: int, of: int, what: str = what) -> None:
+                self.progress.tell(f"{what}: {step}/{of}")
+
+            sitting.run_once(member, told)
+            results.append(([member], [""]))
+            waiting.pop(0)
+
+
+def _healthy(members: Sequence[Member]) -> bool:
+    return all(member.alive for member in members)
+
+
+def _summary(group: Group, tables: rows.Tables) -> str:
+    statuses = [row["status"] for row in tables.get("cases", [])]
+    counts = ", ".join(f"{statuses.count(s)} {s}" for s in sorted(set(statuses)))
+    first = group.cases[0] if group.cases else group.refused[0].case
+    return f"{first.suite} {first.model} T={first.tokens} {first.dtype}: {counts}"
+
+
+def check_store(store: Path) -> None:
+    """Raise a sentence where the store cannot be used."""
+    if store.exists() and not store.is_dir():
+        raise MoebenchError(f"the store {store} is a file; choose a folder with store=PATH.")
+

@@ -1,0 +1,160 @@
+"""A trial of one MoE layer on one backend: the timed call is boundary inputs -> y, shared experts included.
+
+Inputs rotate with the step. Each step has two variants of its input in one buffer, exchanged before each turn, so that
+an answer remembered from an earlier turn is a wrong answer. Every turn starts with outputs full of NaN.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..contracts import Case, Check, Cost, Facts, Metric, Registry, Series, make_key
+from ..moe.experts import ExpertStore
+from ..moe.fold import Folded
+from ..moe.metrics import load_series, routing_metrics
+from ..moe.oracle import Reference, compare, reference
+from ..moe.sparsity import density
+from .base import cold_copies
+from .digest import sha256_of
+from .subject import Batch, Subject, make_batch, prepare_subject
+
+WARM_STEPS = 3
+VARIANTS = 2
+
+_REFERENCES: dict[str, Reference] = {}
+_COPIES: dict[str, list[ExpertStore]] = {}
+
+
+class LayerTrial:
+    """One layer, forward pass. See the module for what is timed and what is checked."""
+
+    state: Literal["none"] = "none"
+
+    def __init__(self, case: Case, registry: Registry) -> None:
+        self.case, self.registry = case, registry
+        self.subject: Subject = prepare_subject(case, registry)
+        self.batches = self._make_batches()
+        self.steps = WARM_STEPS
+        self._variant = 0
+        self.input_sha256 = sha256_of(*(t for batch in self.batches for t in (batch.x_TH, *batch.inputs)))
+        stores = self._stores()
+        self._copies = len(stores)
+        self.steps = WARM_STEPS if self._copies == 1 else max(self._copies, WARM_STEPS)
+        spec = self.subject.spec.folded() if case.execution.folded else self.subject.spec
+        backend = registry.get("backend", case.backend.name).create(case.backend.params)
+        self.session = backend.load(dict(enumerate(stores)), dict.fromkeys(range(len(stores)), spec))
+        self.executors = [self._executor(index, store) for index, store in enumerate(stores)]
+        self.x = [self.batches[step].x_TH.clone() for step in range(WARM_STEPS)]
+        self.out = [torch.empty_like(x) for x in self.x]
+        self.references = [self._reference(batch) for batch in self.batches]
+
+    def _make_batches(self) -> list[Batch]:
+        """Return the batches, variant after variant: batch of (step, variant) is at variant * WARM_STEPS + step."""
+        numbers = range(WARM_STEPS * VARIANTS)
+        return [make_batch(self.case, self.registry, self.subject, number) for number in numbers]
+
+    def _stores(self) -> list[ExpertStore]:
+        """Return the layer's store; for cold weights as many copies as pass the last cache, shared by all trials."""
+        store = self.subject.layer.store
+        if self.case.residency == "warm":
+            return [store]
+        count = cold_copies(self.case.workload["cache_bytes"], store.nbytes)
+        key = make_key([self.case.method_key, self.case.dtype, count])
+        if key not in _COPIES:
+            _COPIES[key] = [store, *(copy.deepcopy(store) for _ in range(count - 1))]
+        return _COPIES[key]
+
+    def _executor(self, index: int, store: ExpertStore) -> Any:
+        executor = self.session.layer(index)
+        return Folded(executor, store, self.case.boundary) if self.case.execution.folded else executor
+
+    def _reference(self, batch: Batch) -> Reference:
+        key = make_key([self.case.method_key, self.case.dtype, sha256_of(batch.x_TH, *batch.inputs)])
+        if key not in _REFERENCES:
+            layer = self.subject.layer
+            _REFERENCES[key] = reference(layer.store, batch.routing, batch.x_TH, layer.shared)
+        return _REFERENCES[key]
+
+    def _batch_number(self, step: int) -> int:
+        return self._variant * WARM_STEPS + step % WARM_STEPS
+
+    def begin_turn(self) -> None:
+        """Exchange the inputs for the other variant, in place, and fill the outputs with NaN."""
+        self._variant = 1 - self._variant
+        for step, x_TH in enumerate(self.x):
+            x_TH.copy_(self.batches[self._batch_number(step)].x_TH)
+        for out_TH in self.out:
+            out_TH.fill_(torch.nan)
+
+    def run(self, step: int) -> Tensor:
+        """Call the backend on the inputs of ``step`` and add what is always on."""
+        place = step % WARM_STEPS
+        x_TH, out_TH = self.x[place], self.out[place]
+        with torch.no_grad():
+            self.executors[step % self._copies](x_TH, *self.batches[self._batch_number(step)].inputs, out_TH=out_TH)
+            if self.subject.layer.shared is not None:
+                out_TH += self.subject.layer.shared(x_TH)
+        return out_TH
+
+    def verify(self, step: int, output: Tensor) -> Check:
+        """Compare the output of ``step`` with the reference of the inputs that it had."""
+        return compare(output, self.references[self._batch_number(step)], self.x[0].dtype)
+
+    def cost(self, step: int) -> Cost:
+        """Return the least work of one call, with the distinct experts that its routing touches."""
+        batch = self.batches[step % WARM_STEPS]
+        return layer_cost(self.subject, batch, self.case, self._copies)
+
+    def facts(self) -> Facts:
+        """Return routing metrics, the load per expert, densities and what really ran."""
+        batch = self.batches[0]
+        store = self.subject.layer.store
+        metrics = [*routing_metrics(batch.routing), *density(store, batch.routing, batch.x_TH)]
+        metrics.append(Metric("resident_bytes", float(self.session.resident_bytes()), "byte"))
+        metrics.append(Metric("expert_bytes", float(store.nbytes), "byte"))
+        metrics.append(Metric("weight_copies", float(self._copies), "1"))
+        layer = self.case.layers[0]
+        series = [replace(load_series(batch.routing, layer), step=0)]
+        requested = self._requested()
+        if requested is not None:
+            series.append(Series("requested_share", requested, "1", layer, 0))
+        return Facts(tuple(metrics), tuple(series), executed=self.session.executed())
+
+    def _requested(self) -> tuple[float, ...] | None:
+        traffic = self.registry.get("traffic", self.case.traffic.name).create(self.case.traffic.params)
+        if not traffic.forced:
+            return None
+        shares: tuple[float, ...] = traffic.requested(self.subject.spec.experts, self.subject.spec.max_k)
+        return shares
+
+    def close(self) -> None:
+        """Free the backend's session."""
+        self.session.close()
+
+
+def layer_cost(subject: Subject, batch: Batch, case: Case, copies: int = 1) -> Cost:
+    """Return the least work of a layer: 2 flops per weight and assignment; each touched expert's bytes once."""
+    store, spec = subject.layer.store, subject.spec
+    ffn_ids = list(store.ffn_ids)
+    counts = batch.routing.counts_E[ffn_ids]
+    distinct, assigned = int((counts > 0).sum()), int(counts.sum())
+    per_expert = (3 if spec.gated else 2) * spec.hidden * spec.width
+    element = batch.x_TH.element_size()
+    packed = case.execution.weights == "packed"
+    expert_bytes = store.nbytes / max(1, len(ffn_ids)) if packed else per_expert * element
+    shared = subject.layer.shared
+    shared_size = 0 if shared is None else shared.gate_up.numel() + shared.down.numel()
+    moved = distinct * expert_bytes + shared_size * element + 2 * batch.x_TH.nbytes
+    return Cost(
+        flops=2.0 * (assigned * per_expert + case.tokens * shared_size),
+        bytes=float(moved),
+        distinct_experts=distinct,
+        assignments=int(batch.routing.counts_E.sum()),
+        footprint=float(moved) if copies == 1 else float(copies * len(ffn_ids) * expert_bytes),
+    )
+

@@ -1,0 +1,82 @@
+"""Descriptors of the suites, and those of models and traffic. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..contracts import Descriptor
+from . import model_plugins
+
+DENSE_BACKENDS = ("eager", "batched", "grouped", "compiled")
+"""The backends that run dense weights fast enough to be timed by default."""
+
+
+@dataclass(frozen=True)
+class LayerSuite:
+    """Suites of one layer have no parameters of their own; their axes say everything. ``AXES`` are the defaults."""
+
+    AXES: ClassVar[Mapping[str, Any]] = {
+        "structure": ["none"],
+        "routing": ["topk"],
+        "quantization": ["none"],
+        "sparsity": ["none"],
+        "backend": list(DENSE_BACKENDS),
+        "traffic": ["gaussian"],
+        "tokens": [256],
+        "dtype": ["float32"],
+        "pass": ["forward"],
+        "boundary": ["topk"],
+        "threads": [1],
+        "residency": ["auto"],
+    }
+
+
+@dataclass(frozen=True)
+class Throughput(LayerSuite):
+    """Many tokens through one layer."""
+
+    AXES: ClassVar[Mapping[str, Any]] = {**LayerSuite.AXES, "tokens": [64, 256, 1024]}
+
+
+@dataclass(frozen=True)
+class Latency(LayerSuite):
+    """Decode (T = 1 to 16, weights cold) and prefill of one layer."""
+
+    AXES: ClassVar[Mapping[str, Any]] = {**LayerSuite.AXES, "tokens": [1, 4, 16, 256]}
+
+
+@dataclass(frozen=True)
+class Training(LayerSuite):
+    """Forward and backward of one layer."""
+
+    AXES: ClassVar[Mapping[str, Any]] = {
+        **LayerSuite.AXES,
+        "pass": ["forward_backward"],
+        "backend": ["eager", "grouped"],
+    }
+
+
+@dataclass(frozen=True)
+class SelfTest(LayerSuite):
+    """A few seconds that go through everything: two methods on three backends of the smallest model."""
+
+    AXES: ClassVar[Mapping[str, Any]] = {
+        **LayerSuite.AXES,
+        "model": ["tiny"],
+        "routing": ["topk", "moepp"],
+        "backend": ["eager", "grouped", "reference"],
+        "tokens": [32],
+        "residency": ["warm"],
+    }
+
+
+SUITES = [
+    Descriptor("suite", "throughput", "many tokens through one layer", "moebench.suites.speed:throughput", Throughput),
+    Descriptor("suite", "latency", "decode and prefill of one layer", "moebench.suites.speed:latency", Latency),
+    Descriptor("suite", "training", "forward and backward of one layer", "moebench.suites.speed:training", Training),
+    Descriptor("suite", "selftest", "everything once, in seconds", "moebench.suites.speed:selftest", SelfTest),
+]
+
+DESCRIPTORS = [*SUITES, *model_plugins.DESCRIPTORS]

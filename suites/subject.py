@@ -1,0 +1,106 @@
+"""What a case is about, made in a worker: the layer after its recipe, and its inputs. Imported by workers only."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..contracts import Case, LayerSpec, Registry, make_key
+from ..moe.layer import PreparedLayer
+from ..moe.recipe import Recipe, prepare_layer
+from ..moe.routing import Context, Routing
+from ..moe.shapes import ModelShape
+from .base import layer_spec
+from .models import ModelSource, cache_dir, substream
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""torch's dtypes by the names that cases use."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One layer of a case with everything needed to call it."""
+
+    source: ModelSource
+    shape: ModelShape
+    layer: PreparedLayer
+    spec: LayerSpec
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The input of one step: hidden states in the case's dtype, their Routing, and the boundary's tensors."""
+
+    x_TH: Tensor
+    routing: Routing
+    inputs: tuple[Tensor, ...]
+
+
+_SUBJECTS: OrderedDict[str, Subject] = OrderedDict()
+MAX_SUBJECTS = 64
+
+
+def prepare_subject(case: Case, registry: Registry) -> Subject:
+    """Return the case's layer after its recipe; cases of one method, dtype and boundary share it within a worker."""
+    key = make_key([case.method_key, case.layers, case.dtype, case.boundary, case.pass_])
+    if key not in _SUBJECTS:
+        _SUBJECTS[key] = _build(case, registry)
+        if len(_SUBJECTS) > MAX_SUBJECTS:
+            _SUBJECTS.popitem(last=False)
+    _SUBJECTS.move_to_end(key)
+    return _SUBJECTS[key]
+
+
+def _build(case: Case, registry: Registry) -> Subject:
+    source: ModelSource = registry.get("model", case.model.name).create(case.model.params)
+    shape: ModelShape = registry.params("structure", case.structure).reshape(source.shape)
+    index = case.layers[0]
+    recipe = Recipe.of(case, registry)
+    layer = prepare_layer(
+        recipe,
+        source.layer(index),
+        shape,
+        calibration_states(case, source, index),
+        case.seed,
+        DTYPES[case.dtype],
+        {"weights": case.weights_sha256, "layer": index},
+        cache_dir(),
+    )
+    return Subject(source, shape, layer, layer_spec(case, shape, registry))
+
+
+def calibration_states(case: Case, source: ModelSource, index: int) -> Tensor:
+    """Return x_TH float32 for calibration: recorded ones where the model has them, gaussian ones otherwise."""
+    tokens = int(case.calibration.get("tokens", 1024))
+    if getattr(source, "recorded", False):
+        return source.hidden_states(index, "calibration", tokens, substream(case.seed, "calibration"))
+    rng = torch.Generator().manual_seed(substream(case.seed, "calibration", index))
+    return torch.randn(tokens, source.shape.hidden, generator=rng)
+
+
+def make_batch(case: Case, registry: Registry, subject: Subject, step: int) -> Batch:
+    """Return the input of ``step``: traffic's hidden states, routed by the router or by the traffic itself."""
+    traffic = registry.get("traffic", case.traffic.name).create(case.traffic.params)
+    index = case.layers[0]
+    x_TH = traffic.hidden(subject.source, index, case.tokens, step, case.seed).to(DTYPES[case.dtype])
+    if traffic.forced:
+        routing = traffic.routing(case.tokens, subject.spec.experts, subject.spec.max_k, step, case.seed)
+    else:
+        with torch.no_grad():
+            routing = subject.layer.router(x_TH, Context(layer=index, experts=subject.layer.store))
+    return Batch(x_TH, routing, boundary_inputs(case.boundary, routing, subject.spec))
+
+
+def boundary_inputs(boundary: str, routing: Routing, spec: LayerSpec) -> tuple[Tensor, ...]:
+    """Return what an executor takes besides x at this boundary."""
+    if boundary == "topk":
+        return routing.padded(spec.max_k)
+    if boundary == "sorted":
+        return routing.sorted()
+    if routing.logits_TE is None:
+        raise ValueError("this router keeps no logits; use axes.boundary=topk")
+    return (routing.logits_TE.float(),)
+
