@@ -20,8 +20,8 @@ from .rows import finite
 
 Format = Literal["table", "csv", "json"]
 FORMATS: tuple[Format, ...] = ("table", "csv", "json")
-READING = ("SELECT", "EXPLAIN")
-"""The kinds of statement that may run; DESCRIBE, SHOW and SUMMARIZE count as SELECT."""
+HINTS = ("Did you mean", "Candidate")
+"""How the lines begin in which DuckDB suggests other names."""
 
 WIDEST = 60
 """Longest cell of a table in characters; csv and json are never cut."""
@@ -47,10 +47,12 @@ def reading(store: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     store = Path(store)
     if not store.is_dir():
         raise ResultsError(f"there is no store at {store}; run `moebench run` first or name another with store=.")
-    connection = _database(store) or connect_parts(store)
+    connection = _database(store)
+    readable = "" if connection else str(store).replace("'", "''")
+    connection = connection or connect_parts(store)
     try:
-        folder = str(store.resolve()).replace("'", "''")
-        connection.execute(f"SET allowed_directories = ['{folder}', '{str(store).replace(chr(39), chr(39) * 2)}']")
+        if readable:
+            connection.execute(f"SET allowed_directories = ['{readable}']")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         yield connection
@@ -84,21 +86,22 @@ def select(
         result = connection.execute(sql, params) if params else connection.execute(sql)
         return [column[0] for column in result.description], result.fetchall()
     except duckdb.Error as error:
-        raise ResultsError(_one_sentence(error)) from error
+        raise ResultsError(sql_sentence(error)) from error
 
 
 def check_reads(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Refuse anything but one statement that reads."""
+    """Refuse anything but one SELECT, as which DuckDB also counts FROM, WITH, DESCRIBE, SHOW and SUMMARIZE."""
     statements = connection.extract_statements(sql)
-    if len(statements) != 1 or statements[0].type.name not in READING:
+    if len(statements) != 1 or statements[0].type.name != "SELECT":
         raise ResultsError("the store is read by one SELECT at a time; write one statement that only reads.")
 
 
-def _one_sentence(error: duckdb.Error) -> str:
+def sql_sentence(error: duckdb.Error) -> str:
+    """Return what DuckDB says about a statement as one sentence, with its suggestion where it has one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     about = lines[0].rstrip(".!")
-    hint = next((f": {line[0].lower()}{line[1:]}" for line in lines if line.startswith("Did you mean")), "")
-    return f"the SQL cannot be run: {about}{hint or '; see the views with SHOW TABLES.'}"
+    hint = next((line[0].lower() + line[1:] for line in lines if line.startswith(HINTS)), "see SHOW TABLES.")
+    return f"the SQL cannot be run: {about}: {hint}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from .errors import ResultsError
@@ -75,6 +76,28 @@ def _finite_list(values: Any) -> list[float | None]:
     return [finite(value) for value in values]
 
 
+def _integer(value: Any) -> int:
+    """Return a whole number; Arrow alone would cut 1.5 to 1."""
+    if int(value) != value:
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
+def _integers(values: Any) -> Any:
+    """Return whole numbers as they are; Arrow alone would cut 1.5 to 1 inside a list."""
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"expected a list of whole numbers, got {str(values)[:40]}")
+    return array
+
+
+def _texts(values: Any) -> Any:
+    """Return a list of texts; Arrow alone would take one text for a list of its letters."""
+    if isinstance(values, str):
+        raise TypeError(f"expected a list of texts, got {values!r}")
+    return values
+
+
 def utc(value: Any) -> datetime:
     """Return a timestamp as naive UTC, from a ``datetime`` or ISO text."""
     moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
@@ -97,4 +120,14 @@ def _without_nan(value: Any) -> Any:
     return finite(value) if isinstance(value, float) else value
 
 
-_CONVERTERS = {"DOUBLE": finite, "DOUBLE[]": _finite_list, "TIMESTAMP": utc, "JSON": json_text}
+_CONVERTERS = {
+    "DOUBLE": finite,
+    "DOUBLE[]": _finite_list,
+    "INTEGER": _integer,
+    "BIGINT": _integer,
+    "BIGINT[]": _integers,
+    "INTEGER[]": _integers,
+    "VARCHAR[]": _texts,
+    "TIMESTAMP": utc,
+    "JSON": json_text,
+}
