@@ -60,7 +60,8 @@ def logits_to_topk(inputs: Sequence[Any], spec: LayerSpec) -> TopK:
 def to_topk(inputs: Sequence[Any], spec: LayerSpec, num_tokens: int) -> TopK:
     """Return the boundary inputs of the case as (indices_TK, weights_TK)."""
     if spec.boundary == "sorted":
-        return sorted_to_topk(*inputs, num_tokens)
+        token_N, offsets_E1, weight_N = inputs
+        return sorted_to_topk(token_N, offsets_E1, weight_N, num_tokens)
     if spec.boundary == "logits":
         return logits_to_topk(inputs, spec)
     indices_TK, weights_TK = inputs

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..contracts import Availability, Execution, LayerSpec, Refusal
 from . import rules
-from .session import DenseWeights, Session, SortedExecutor, open_session
+from .session import DenseWeights, LoopExecutor, Session, open_session
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-class EagerExecutor(SortedExecutor):
+class EagerExecutor(LoopExecutor):
     """One layer: two matrix products for every expert that has tokens."""
 
     kernels = ("aten::linear", "aten::index_add_")
@@ -29,17 +29,14 @@ class EagerExecutor(SortedExecutor):
         self.linear = nnf.linear
         self.weights = DenseWeights(store, spec)
 
-    def add_sorted(self, y_TH: Tensor, x_TH: Tensor, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor) -> None:
-        """Add w * f_e(x), expert by expert."""
-        offsets = offsets_E1.tolist()
-        for expert, (gate_up, down) in enumerate(self.weights.per_expert()):
-            start, stop = offsets[expert], offsets[expert + 1]
-            if start == stop:
-                continue
-            mine_N = token_N[start:stop]
-            hidden = self.linear(self.hidden.input(x_TH[mine_N]), gate_up)
-            out_NH = self.linear(self.hidden(hidden), down) * weight_N[start:stop, None]
-            y_TH.index_add_(0, mine_N, out_NH.to(y_TH.dtype))
+    def per_expert(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return (gate_up [2F, H], down [H, F]) of every expert."""
+        return self.weights.per_expert()
+
+    def ffn(self, x_NH: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """Return f_e(x) [N, H]."""
+        hidden = self.linear(self.hidden.input(x_NH), gate_up)
+        return self.linear(self.hidden(hidden), down)
 
     def resident_bytes(self) -> int:
         """Return the bytes of the weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from . import rules
 from .session import DenseWeights, Session, SlotExecutor, open_session, torch_dtype
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..moe.experts import ExpertStore
@@ -68,15 +70,13 @@ class ReferenceExecutor(SlotExecutor):
 
 def _rounded(store: ExpertStore, spec: LayerSpec) -> ExpertStore:
     """Return the store with dense weights rounded to the case's dtype: the reference may not know them better."""
-    import dataclasses
-
     if store.quantized:
         return store
     gate_up, down = store.dense(torch_dtype(spec.dtype))
     return dataclasses.replace(store, gate_up=gate_up, down=down)
 
 
-def _constants(store: ExpertStore, rounded: object, dtype: object) -> dict[int, tuple[Tensor, Tensor]]:
+def _constants(store: ExpertStore, rounded: torch.dtype, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
     """Return (gate_2H, value_H) by the id of each constant expert."""
     ids = [expert for expert, kind in enumerate(store.kinds) if kind == "constant"]
     if ids and store.constants is None:

@@ -109,6 +109,29 @@ class SortedExecutor(Executor):
         raise NotImplementedError
 
 
+class LoopExecutor(SortedExecutor):
+    """An executor that takes one expert after another: ``ffn(x_NH, gate_up, down)`` for each that has tokens."""
+
+    def per_expert(self) -> Sequence[tuple[Any, Any]]:
+        """Return (gate_up, down) of every expert, in whatever form ``ffn`` takes them."""
+        raise NotImplementedError
+
+    def ffn(self, x_NH: Tensor, gate_up: Any, down: Any) -> Tensor:
+        """Return f_e(x) [N, H]."""
+        raise NotImplementedError
+
+    def add_sorted(self, y_TH: Tensor, x_TH: Tensor, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor) -> None:
+        """Add w * f_e(x), expert by expert."""
+        offsets = offsets_E1.tolist()
+        for expert, (gate_up, down) in enumerate(self.per_expert()):
+            start, stop = offsets[expert], offsets[expert + 1]
+            if start == stop:
+                continue
+            mine_N = token_N[start:stop]
+            out_NH = self.ffn(x_TH[mine_N], gate_up, down) * weight_N[start:stop, None]
+            y_TH.index_add_(0, mine_N, out_NH.to(y_TH.dtype))
+
+
 class DenseWeights:
     """One layer's experts as two tensors in the case's dtype: the store's own where it has them so, else made here.
 

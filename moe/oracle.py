@@ -171,8 +171,8 @@ def _activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
 def _near_threshold(store: ExpertStore, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
     """Return which hidden activations lie so near their threshold that rounding in ``dtype`` decides about them.
 
-    An activation carries four roundings (gate, up, activation, product), the float32 error of its dot products, and
-    where weights are dequantized to ``dtype`` that of the weights, both in proportion to a typical activation.
+    A score carries six roundings in proportion to itself (gate, up, activation, product, weight, the threshold), and in
+    proportion to a typical score the float32 error of its dot products and, dequantized, the rounding of the weights.
     """
     sparsity = store.sparsity
     if sparsity is None:
@@ -184,7 +184,7 @@ def _near_threshold(store: ExpertStore, hidden_NF: Tensor, dtype: torch.dtype) -
     typical_N1 = score_NF.square().mean(dim=1, keepdim=True).sqrt()
     u = unit_roundoff(dtype)
     dot_error = 2.0**-23 * math.sqrt(store.hidden) + (u if store.quantized else 0.0)
-    return (score_NF - threshold).abs() <= 4 * u * threshold + dot_error * typical_N1
+    return (score_NF - threshold).abs() <= 6 * u * threshold + dot_error * typical_N1
 
 
 def _shared(shared: SharedExpert, x_TH: Tensor) -> Tensor:
