@@ -51,10 +51,8 @@ def make_once(target: Path, make: Callable[[Path], None]) -> Path:
             _flush(made)
             made.rename(target)
         except OSError as error:
-            sentence = (
-                f"{target} cannot be written ({error.strerror}); free some space or set MOEBENCH_CACHE elsewhere."
-            )
-            raise MoebenchError(sentence) from error
+            remedy = "free some space or set MOEBENCH_CACHE elsewhere."
+            raise MoebenchError(f"{target} cannot be written ({error.strerror}); {remedy}") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return target
