@@ -62,8 +62,11 @@ def load(overrides: Sequence[str], registry: Registry, memory_bytes: float, cach
     with _composer(registry) as compose:
         outer = compose(overrides)
         experiment = outer.get("experiment")
-        blocks = _experiment_blocks(experiment) if experiment else [("", [])]
-        trees = [compose(own + _without_experiment(overrides)) for _, own in blocks]
+        shared = list(experiment.get("overrides", [])) if experiment else []
+        blocks = _experiment_blocks(experiment) if experiment else [_suite_defaults(outer, overrides, registry)]
+        given = [o for o in overrides if not o.startswith("experiment=")]
+        trees = [compose([*shared, *own, *given]) for own in blocks]
+        outer = {**outer, "engine": compose([*shared, *given])["engine"] if experiment else trees[0]["engine"]}
     configs = tuple(_suite_config(tree, registry, memory_bytes, cache_bytes) for tree in trees)
     try:
         engine = EngineConfig(**_typed(EngineConfig, outer["engine"], "engine"))
@@ -78,8 +81,14 @@ def _alias_experiment(overrides: list[str]) -> list[str]:
     return [f"experiment={o[6:]}" if o.startswith("suite=") and o[6:] in names else o for o in overrides]
 
 
-def _without_experiment(overrides: Sequence[str]) -> list[str]:
-    return [o for o in overrides if not o.startswith("experiment=")]
+def _suite_defaults(outer: Mapping[str, Any], overrides: Sequence[str], registry: Registry) -> list[str]:
+    """Return what a suite asks for where the command line says nothing: its model, and how it is measured."""
+    params = registry.get("suite", outer["suite"]["name"]).params
+    own = [f"engine.{name}={value}" for name, value in getattr(params, "ENGINE", {}).items()]
+    models = getattr(params, "AXES", {}).get("model")
+    if models and not any(override.startswith("model=") for override in overrides):
+        own.append(f"model={models[0]}")
+    return own
 
 
 def experiment_names() -> list[str]:
@@ -90,12 +99,8 @@ def experiment_names() -> list[str]:
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _experiment_blocks(experiment: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    shared = list(experiment.get("overrides", []))
-    return [
-        (block["suite"], [f"suite={block['suite']}", *shared, *block.get("overrides", [])])
-        for block in experiment["blocks"]
-    ]
+def _experiment_blocks(experiment: Mapping[str, Any]) -> list[list[str]]:
+    return [[f"suite={block['suite']}", *block.get("overrides", [])] for block in experiment["blocks"]]
 
 
 class _composer:

@@ -72,10 +72,16 @@ class Member:
 
 @dataclass
 class Phases:
-    """Where the wall time of a run went, in seconds; what is left over is the engine's own share."""
+    """Where the wall time of a run went, in seconds; what is left over is the engine's own share.
+
+    ``spawn``: starting workers and their imports. ``prepare``: loading, compiling, references. ``ready``: untimed calls
+    before a turn, fresh inputs and outputs full of NaN. ``verify``: oracle checks. ``calls``: timed calls. ``once``:
+    cases without clocks.
+    """
 
     spawn: float = 0.0
     prepare: float = 0.0
+    ready: float = 0.0
     verify: float = 0.0
     calls: float = 0.0
     once: float = 0.0
@@ -141,6 +147,7 @@ class Sitting:
             "turn", self.engine.turn_timeout, trial=member.case.case_key, first_step=member.next_step, calls=calls
         )
         self.phases.calls += sum(reply["ns"]) / 1e9
+        self.phases.ready += reply["ready_s"]
         member.next_step += calls
         return reply["ns"], reply["cpu_ns"], reply["switches"]
 

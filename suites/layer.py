@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..contracts import Case, Check, Cost, Facts, Metric, Registry, Series, make_key
 from ..moe.experts import ExpertStore
-from ..moe.fold import Folded
+from ..moe.fold import Folded, fold_store
 from ..moe.metrics import load_series, routing_metrics
 from ..moe.oracle import Reference, compare, reference
 from ..moe.sparsity import density
@@ -45,9 +45,11 @@ class LayerTrial:
         stores = self._stores()
         self._copies = len(stores)
         self.steps = WARM_STEPS if self._copies == 1 else max(self._copies, WARM_STEPS)
-        spec = self.subject.spec.folded() if case.execution.folded else self.subject.spec
+        folded = case.execution.folded
+        spec = self.subject.spec.folded() if folded else self.subject.spec
         backend = registry.get("backend", case.backend.name).create(case.backend.params)
-        self.session = backend.load(dict(enumerate(stores)), dict.fromkeys(range(len(stores)), spec))
+        loaded = {index: fold_store(store) if folded else store for index, store in enumerate(stores)}
+        self.session = backend.load(loaded, dict.fromkeys(loaded, spec))
         self.executors = [self._executor(index, store) for index, store in enumerate(stores)]
         self.x = [self.batches[step].x_TH.clone() for step in range(WARM_STEPS)]
         self.out = [torch.empty_like(x) for x in self.x]
@@ -71,7 +73,7 @@ class LayerTrial:
 
     def _executor(self, index: int, store: ExpertStore) -> Any:
         executor = self.session.layer(index)
-        return Folded(executor, store, self.case.boundary) if self.case.execution.folded else executor
+        return Folded(executor, store) if self.case.execution.folded else executor
 
     def _reference(self, batch: Batch) -> Reference:
         key = make_key([self.case.method_key, self.case.dtype, sha256_of(batch.x_TH, *batch.inputs)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..contracts import Descriptor
@@ -15,7 +15,10 @@ DENSE_BACKENDS = ("eager", "batched", "grouped", "compiled")
 
 @dataclass(frozen=True)
 class LayerSuite:
-    """Suites of one layer have no parameters of their own; their axes say everything. ``AXES`` are the defaults."""
+    """Suites of one layer have no parameters of their own; their axes say everything.
+
+    ``AXES`` are the defaults of the axes, ``ENGINE`` those of the engine's settings where a suite needs its own.
+    """
 
     AXES: ClassVar[Mapping[str, Any]] = {
         "structure": ["none"],
@@ -70,12 +73,28 @@ class SelfTest(LayerSuite):
         "tokens": [32],
         "residency": ["warm"],
     }
+    ENGINE: ClassVar[Mapping[str, Any]] = {"processes": 1, "seconds": 0.15, "warmup_seconds": 0.2}
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Probes of this host: square products of ``size``, and reads of buffers that fit half of each cache level.
+
+    ``levels`` maps a level to the bytes to read; DRAM is read over ``dram_factor`` times the last-level cache.
+    """
+
+    size: int = 1024
+    levels: Mapping[str, int] = field(default_factory=lambda: {"L1": 16 * 2**10, "L2": 512 * 2**10})
+    dram_factor: float = 2.0
+
+    AXES: ClassVar[Mapping[str, Any]] = {**LayerSuite.AXES, "dtype": ["float32", "bfloat16"]}
 
 
 SUITES = [
     Descriptor("suite", "throughput", "many tokens through one layer", "moebench.suites.speed:throughput", Throughput),
     Descriptor("suite", "latency", "decode and prefill of one layer", "moebench.suites.speed:latency", Latency),
     Descriptor("suite", "training", "forward and backward of one layer", "moebench.suites.speed:training", Training),
+    Descriptor("suite", "roofline", "what this host can do at best", "moebench.suites.roofline:create", Roofline),
     Descriptor("suite", "selftest", "everything once, in seconds", "moebench.suites.speed:selftest", SelfTest),
 ]
 

@@ -1,0 +1,67 @@
+"""Everything that people and CI run: ``nox -s bench``, ``nox -s tests``, ``nox -s lint``, ``nox -s docs``, ``nox -s chaos``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+CONSTRAINTS = ("-c", "constraints.txt")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def install(session: nox.Session, extras: str, editable: bool = True) -> None:
+    """Install the project with ``extras``, holding torch to the release that constraints.txt names."""
+    where = f".[{extras}]" if extras else "."
+    session.install(*CONSTRAINTS, *(["-e"] if editable else []), where)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure experiment `quick` on real weights and write the report; further settings may follow `--`."""
+    install(session, "models")
+    session.run("moebench", "run", "experiment=quick", "--report", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests; pytest's arguments may follow `--`."""
+    install(session, "dev")
+    install_browser(session)
+    session.run("pytest", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, formatting and types; types on the installed package, as a user's type checker sees it."""
+    install(session, "dev", editable=False)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy", "-p", "moebench")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Generate the pages of docs/ that are made from descriptors, schema and claims."""
+    install(session, "models")
+    session.run("python", "docs/generate.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Kill experiment `quick` at random moments and at every fault point; nothing may be lost or doubled."""
+    install(session, "dev")
+    session.run("python", "tests/chaos.py", *session.posargs, env=ONE_THREAD)
+
+
+def install_browser(session: nox.Session) -> None:
+    """Install Debian's chromium where it is absent and may be installed; the browser tests skip without it."""
+    if shutil.which("chromium") or not shutil.which("apt-get") or os.geteuid() != 0:
+        return
+    session.run("apt-get", "update", "-qq", external=True, success_codes=[0, 100])
+    session.run("apt-get", "install", "-y", "-qq", "chromium", external=True, success_codes=[0, 100])

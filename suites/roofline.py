@@ -1,0 +1,159 @@
+"""Suite ``roofline``: what this host can do at best, as probes stored per host. Imports torch only in workers.
+
+``gemm`` multiplies square matrices (peak flop/s of a dtype); ``read`` takes the dot product of a buffer with itself
+(byte/s of the cache level that holds it, or of DRAM). Rates are those of the fastest call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..contracts import Case, Check, Choice, Cost, Evidence, Facts, Planned, Registry, Trial
+from .base import SuiteConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NONE = Choice("none")
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The suite; ``params`` holds the size of the matrices and the levels to read."""
+
+    params: Any
+
+    def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
+        """Yield one gemm probe per dtype and one read probe per memory level."""
+        for dtype in config.axes["dtype"]:
+            yield Planned(self._case(config, dtype, {"probe": "gemm", "size": self.params.size}))
+        levels = dict(self.params.levels)
+        levels["DRAM"] = int(max(config.cache_bytes * self.params.dram_factor, 2**28))
+        for level, size in levels.items():
+            if 4 * size > config.memory_bytes:
+                reason = f"a buffer of {size / 2**30:.1f} GiB does not fit; lower suite.dram_factor."
+                yield Planned(self._case(config, "float32", {"probe": "read", "level": level, "size": size}), reason)
+            else:
+                yield Planned(self._case(config, "float32", {"probe": "read", "level": level, "size": size}))
+
+    def _case(self, config: SuiteConfig, dtype: str, probe: dict[str, Any]) -> Case:
+        return Case(
+            suite=config.suite,
+            suite_version=config.suite_version,
+            protocol="timed",
+            model=NONE,
+            layers=(),
+            structure=NONE,
+            routing=NONE,
+            quantization=NONE,
+            sparsity=NONE,
+            backend=Choice("probe", probe),
+            traffic=NONE,
+            tokens=1,
+            dtype=dtype,
+            pass_="forward",
+            boundary="topk",
+            threads=config.axes["threads"][0],
+            device=config.device,
+            residency="warm",
+            evidence=Evidence.MEASURED_CPU,
+            seed=config.seed,
+            weights_sha256="",
+        )
+
+    def prepare(self, case: Case, registry: Registry) -> Trial:
+        """Return the probe."""
+        return Gemm(case) if case.backend.params["probe"] == "gemm" else Read(case)
+
+
+class Gemm:
+    """C = A B for square matrices of the case's dtype."""
+
+    state: Literal["none"] = "none"
+    steps = 1
+
+    def __init__(self, case: Case) -> None:
+        import torch
+
+        self.torch, self.size = torch, int(case.backend.params["size"])
+        dtype = getattr(torch, case.dtype)
+        rng = torch.Generator().manual_seed(case.seed)
+        self.a, self.b = (torch.randn(self.size, self.size, generator=rng).to(dtype) for _ in range(2))
+        self.out = torch.empty_like(self.a)
+        self.expected = self.a[:8].double() @ self.b.double()
+        self.bound = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 1e-2)
+
+    def begin_turn(self) -> None:
+        """Fill the output with NaN."""
+        self.out.fill_(self.torch.nan)
+
+    def run(self, step: int) -> Tensor:
+        """Multiply."""
+        result: Tensor = self.torch.mm(self.a, self.b, out=self.out)
+        return result
+
+    def verify(self, step: int, output: Tensor) -> Check:
+        """Check the first rows against float64, and that everything was written."""
+        error = float((output[:8].double() - self.expected).norm() / self.expected.norm())
+        finite = bool(self.torch.isfinite(output).all())
+        return Check(finite and error <= self.bound, error, self.bound, "" if finite else "unwritten or NaN")
+
+    def cost(self, step: int) -> Cost:
+        """Return 2 n^3 flops over three matrices."""
+        moved = 3.0 * self.a.nbytes
+        return Cost(2.0 * self.size**3, moved, footprint=moved)
+
+    def facts(self) -> Facts:
+        """Name the rate that the fastest call establishes."""
+        return Facts(notes={"rate": "peak_flops", "per": "flops"})
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class Read:
+    """One pass over a buffer: x . x."""
+
+    state: Literal["none"] = "none"
+    steps = 1
+
+    def __init__(self, case: Case) -> None:
+        import torch
+
+        self.torch, self.level = torch, str(case.backend.params["level"])
+        rng = torch.Generator().manual_seed(case.seed)
+        self.x = torch.randn(int(case.backend.params["size"]) // 4, generator=rng)
+        self.expected = float(self.x.double().square().sum())
+        self.out = torch.empty(())
+
+    def begin_turn(self) -> None:
+        """Fill the output with NaN."""
+        self.out.fill_(self.torch.nan)
+
+    def run(self, step: int) -> Tensor:
+        """Read the buffer once."""
+        result: Tensor = self.torch.dot(self.x, self.x, out=self.out)
+        return result
+
+    def verify(self, step: int, output: Tensor) -> Check:
+        """Compare the sum of squares with float64."""
+        error = abs(float(output) / self.expected - 1)
+        return Check(error <= 1e-3, error, 1e-3)
+
+    def cost(self, step: int) -> Cost:
+        """Return two flops per element, each element read once."""
+        return Cost(2.0 * len(self.x), float(self.x.nbytes), footprint=float(self.x.nbytes))
+
+    def facts(self) -> Facts:
+        """Name the rate that the fastest call establishes."""
+        return Facts(notes={"rate": f"bandwidth_{self.level}", "per": "bytes"})
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def create(params: Any) -> Roofline:
+    """Make the suite."""
+    return Roofline(params)
