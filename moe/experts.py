@@ -27,8 +27,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class QTensor(Protocol):
     """A weight matrix [out, in] in its real packed storage."""
 
-    scheme: Scheme
-    shape: tuple[int, int]
+    @property
+    def scheme(self) -> Scheme:
+        """How the matrix is stored."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
 
     @property
     def nbytes(self) -> int:

@@ -49,7 +49,7 @@ class IntTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return [out, in]: code * scale + zero, computed in float32 and then rounded to ``dtype``."""
         codes = self.unpack() if self.codes.dtype == torch.int8 else self.unpack() - 8
-        grouped = codes.float().unflatten(1, (self.scales.shape[1], -1)) * self.scales.float()[:, :, None]
+        grouped: Tensor = codes.float().view(*self.scales.shape, -1) * self.scales.float()[:, :, None]
         if self.zeros is not None:
             grouped = grouped + self.zeros.float()[:, :, None]
         return grouped.flatten(1).to(dtype)
@@ -89,7 +89,7 @@ def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.bf
     if scheme.bits not in (4, 8):
         raise ValueError(f"{scheme.bits:g} bits cannot be packed; use 4 or 8.")
     top = 2 ** (int(scheme.bits) - 1)
-    grouped = weight.float().unflatten(1, (-1, scheme.group or weight.shape[1]))
+    grouped = weight.float().reshape(weight.shape[0], -1, scheme.group or weight.shape[1])
     if scheme.symmetric:
         scales, zeros = grouped.abs().amax(-1) / (top - 1), None
     else:

@@ -63,7 +63,8 @@ def split(params: Split) -> StructureStep:
 def channel_contributions(weights: LayerWeights, x_TH: Tensor) -> Tensor:
     """Return |h_f| * norm of down[:, f], [T, F] float32: how long the vector is that channel f adds to y."""
     hidden_TF = ffn_hidden(x_TH, weights.gate_up.to(x_TH.dtype), weights.activation)
-    return hidden_TF.abs() * weights.down.to(x_TH.dtype).norm(dim=0)
+    length_F: Tensor = torch.linalg.vector_norm(weights.down.to(x_TH.dtype), dim=0)
+    return hidden_TF.abs() * length_F
 
 
 def assign_channels(contribution_TF: Tensor, experts: int, assignment: str, seed: int) -> Tensor:
@@ -192,4 +193,6 @@ def ridge_solution(x_TH: Tensor, target_TE: Tensor, ridge: float) -> Tensor:
     """Return the [H, E] that minimises |x W - target|^2 + ridge * mean diagonal of x'x * |W|^2."""
     gram_HH = x_TH.T @ x_TH
     penalty = ridge * gram_HH.diagonal().mean().clamp(min=torch.finfo(gram_HH.dtype).tiny)
-    return torch.linalg.solve(gram_HH + penalty * torch.eye(len(gram_HH), dtype=gram_HH.dtype), x_TH.T @ target_TE)
+    system_HH = gram_HH + penalty * torch.eye(len(gram_HH), dtype=gram_HH.dtype)
+    solution_HE: Tensor = torch.linalg.solve(system_HH, x_TH.T @ target_TE)
+    return solution_HE

@@ -1,0 +1,246 @@
+"""Recipes: structure, then quantization, then routing, then sparsity, each calibrated on the result so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..contracts import Case, Descriptor, Registry, Scheme, load_attribute, make_key
+from .artefacts import Artefact, cached, sources_sha256, tensors_sha256
+from .experts import Constants, ExpertStore, QTensor, Sparsity
+from .layer import LayerWeights, PreparedLayer, SharedExpert
+from .quantization import stack, unstack
+from .router import Router
+from .routing import Context
+from .shapes import ModelShape
+
+
+class Stage(NamedTuple):
+    """One step of a recipe: a plug-in and its checked parameters."""
+
+    descriptor: Descriptor
+    params: Any
+
+    def create(self) -> Any:
+        """Return what the plug-in's factory makes of the parameters."""
+        return load_attribute(self.descriptor.factory)(self.params)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this step from another: name, version, parameters, and the sources behind it."""
+        return {
+            "name": self.descriptor.name,
+            "version": self.descriptor.version,
+            "params": self.params,
+            "sources": sources_sha256(self.descriptor.factory),
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a layer of a model becomes the layer under test."""
+
+    structure: Stage
+    routing: Stage
+    quantization: Stage
+    sparsity: Stage
+
+    @classmethod
+    def of(cls, case: Case, registry: Registry) -> Recipe:
+        """Return the recipe of a case."""
+        choices = {field.name: getattr(case, field.name) for field in fields(cls)}
+        return cls(
+            **{
+                kind: Stage(registry.get(kind, choice.name), registry.params(kind, choice))
+                for kind, choice in choices.items()
+            }
+        )
+
+    @property
+    def changes(self) -> bool:
+        """Whether any stage that makes artefacts does something."""
+        return any(stage.descriptor.name != "none" for stage in (self.structure, self.quantization, self.sparsity))
+
+
+def prepare_layer(
+    recipe: Recipe,
+    weights: LayerWeights,
+    shape: ModelShape,
+    calibration_TH: Tensor,
+    seed: int,
+    dtype: torch.dtype,
+    identity: Mapping[str, Any],
+    cache: Path | None,
+) -> PreparedLayer:
+    """Return the layer that ``recipe`` makes of one layer's ``weights``.
+
+    ``shape`` is the model's after the recipe's structure (``structure.params.reshape``). ``calibration_TH`` [T, H]
+    float32 are inputs of this layer. Weights are rounded to ``dtype`` at the end of the structure, and
+    quantized from that; sparsity is calibrated on inputs rounded to ``dtype``. ``identity`` names what the weights and
+    the calibration are (model, ``layer``, text ...) and goes into the keys of the artefacts under ``cache``, beside the
+    sha256 of the tensors themselves.
+    """
+    cache = cache if recipe.changes else None
+    with torch.no_grad():
+        parent = "" if cache is None else root_key(weights, shape, calibration_TH, seed, identity)
+        weights, parent = _structured(recipe.structure, weights, calibration_TH, seed, parent, cache)
+        weights = rounded(weights, dtype)
+        bundle = recipe.routing.create()(weights, shape, seed)
+        store = ExpertStore(
+            weights.gate_up,
+            weights.down,
+            bundle.kinds,
+            weights.activation,
+            weights.gated,
+            None if bundle.constants is None else _constants(bundle.constants, dtype),
+        )
+        store, parent = _quantized(recipe.quantization, store, {"parent": parent, "dtype": str(dtype)}, cache)
+        x_TH = calibration_TH.to(dtype).float()
+        ctx = Context(layer=int(identity.get("layer", 0)), experts=store)
+        store = _sparsified(recipe, store, bundle.router, x_TH, ctx, parent, cache)
+    return PreparedLayer(store, bundle.router, weights.shared)
+
+
+def root_key(
+    weights: LayerWeights, shape: ModelShape, calibration_TH: Tensor, seed: int, identity: Mapping[str, Any]
+) -> str:
+    """Return the key of what a recipe starts from: every byte of weights and calibration, and what they are called."""
+    return make_key(
+        {
+            "identity": identity,
+            "shape": shape,
+            "seed": seed,
+            "weights": tensors_sha256(weights_artefact(weights).tensors.values()),
+            "calibration": tensors_sha256([calibration_TH]),
+        }
+    )
+
+
+def rounded(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    """Return the weights of the experts, shared ones included, in ``dtype``; the router keeps its own."""
+    shared = weights.shared
+    if shared is not None:
+        gate_H = None if shared.gate_H is None else shared.gate_H.to(dtype)
+        shared = replace(shared, gate_up=shared.gate_up.to(dtype), down=shared.down.to(dtype), gate_H=gate_H)
+    return replace(weights, gate_up=weights.gate_up.to(dtype), down=weights.down.to(dtype), shared=shared)
+
+
+def _constants(constants: Constants, dtype: torch.dtype) -> Constants:
+    return Constants(constants.gate_C2H.to(dtype), constants.value_CH.to(dtype))
+
+
+# --- stages: a step that changes nothing has no artefact -------------------------------------------------------------
+
+
+def _kept(stage: Stage, cache: Path | None) -> Path | None:
+    return None if stage.descriptor.name == "none" else cache
+
+
+def _structured(
+    stage: Stage, weights: LayerWeights, calibration_TH: Tensor, seed: int, parent: str, cache: Path | None
+) -> tuple[LayerWeights, str]:
+    inputs = {"stage": "structure", **stage.identity(), "parent": parent}
+    made = cached(
+        _kept(stage, cache),
+        inputs,
+        lambda: stage.create()(weights, calibration_TH, seed),
+        weights_artefact,
+        weights_of,
+    )
+    return made, make_key(inputs)
+
+
+def _quantized(
+    stage: Stage, store: ExpertStore, origin: Mapping[str, Any], cache: Path | None
+) -> tuple[ExpertStore, str]:
+    inputs = {"stage": "quantization", **stage.identity(), **origin}
+    made = cached(
+        _kept(stage, cache),
+        inputs,
+        lambda: stage.create()(store),
+        quantized_artefact,
+        lambda artefact: quantized_of(store, artefact),
+    )
+    return made, make_key(inputs)
+
+
+def _sparsified(
+    recipe: Recipe, store: ExpertStore, router: Router, x_TH: Tensor, ctx: Context, parent: str, cache: Path | None
+) -> ExpertStore:
+    if recipe.sparsity.descriptor.name == "none":
+        return store
+    stage = recipe.sparsity
+    inputs = {"stage": "sparsity", **stage.identity(), "routing": recipe.routing.identity(), "parent": parent}
+
+    def build() -> Sparsity | None:
+        made: ExpertStore = stage.create()(store, router(x_TH, ctx), x_TH)
+        return made.sparsity
+
+    return replace(store, sparsity=cached(cache, inputs, build, sparsity_artefact, sparsity_of))
+
+
+# --- what a stage made, as an artefact and back ----------------------------------------------------------------------
+
+
+def weights_artefact(weights: LayerWeights) -> Artefact:
+    """Return all tensors of ``weights`` by name, and what else it says."""
+    named = {name: getattr(weights, name) for name in ("gate_up", "down", "router_EH", "router_bias_E")}
+    meta: dict[str, Any] = {"activation": weights.activation, "gated": weights.gated}
+    if weights.shared is not None:
+        named |= {f"shared.{name}": getattr(weights.shared, name) for name in ("gate_up", "down", "gate_H")}
+        meta["shared_activation"] = weights.shared.activation
+    return Artefact({name: tensor for name, tensor in named.items() if tensor is not None}, meta)
+
+
+def weights_of(artefact: Artefact) -> LayerWeights:
+    """Return the LayerWeights of ``weights_artefact``."""
+    values: dict[str, Any] = {name: t for name, t in artefact.tensors.items() if not name.startswith("shared.")}
+    values |= artefact.meta
+    activation = values.pop("shared_activation", None)
+    if activation is not None:
+        parts = {name.removeprefix("shared."): t for name, t in artefact.tensors.items() if name.startswith("shared.")}
+        values["shared"] = SharedExpert(parts["gate_up"], parts["down"], parts.get("gate_H"), activation)
+    return LayerWeights(**values)
+
+
+def quantized_artefact(store: ExpertStore) -> Artefact | None:
+    """Return the packed bytes of a store of IntTensors; None where a plug-in's own codes are not ours to write."""
+    if isinstance(store.gate_up, Tensor) or isinstance(store.down, Tensor):
+        return None
+    tensors: dict[str, Tensor] = {}
+    meta: dict[str, Any] = {}
+    for name, weights in (("gate_up", store.gate_up), ("down", store.down)):
+        stacked = stack(weights)
+        if stacked is None:
+            return None
+        tensors |= {f"{name}.{part}": tensor for part, tensor in stacked.items()}
+        meta[name] = {"scheme": weights[0].scheme, "shape": weights[0].shape}
+    return Artefact(tensors, meta)
+
+
+def quantized_of(store: ExpertStore, artefact: Artefact) -> ExpertStore:
+    """Return ``store`` with the weights of ``quantized_artefact``."""
+
+    def weights(name: str) -> tuple[QTensor, ...]:
+        parts = {key.partition(".")[2]: t for key, t in artefact.tensors.items() if key.startswith(f"{name}.")}
+        rows, columns = artefact.meta[name]["shape"]
+        return unstack(parts, Scheme(**artefact.meta[name]["scheme"]), (rows, columns))
+
+    return replace(store, gate_up=weights("gate_up"), down=weights("down"))
+
+
+def sparsity_artefact(sparsity: Sparsity | None) -> Artefact:
+    """Return thresholds and channel weights; nothing where nothing is left out."""
+    if sparsity is None:
+        return Artefact({}, {"thresholds": None})
+    return Artefact(dict(sparsity.weights), {"thresholds": sparsity.thresholds})
+
+
+def sparsity_of(artefact: Artefact) -> Sparsity | None:
+    """Return the Sparsity of ``sparsity_artefact``."""
+    thresholds = artefact.meta["thresholds"]
+    return None if thresholds is None else Sparsity(thresholds, artefact.tensors)
