@@ -157,18 +157,22 @@ def _write_folder(aside: Path, files: Mapping[str, bytes], manifest: bytes) -> N
 
 
 def _publish(aside: Path, target: Path) -> None:
-    for _ in range(2):
-        if target.exists():
-            problem = inspect_part(target)
-            if problem is None or not problem.corrupt:
-                return
-            set_aside(target)
-        try:
-            rename(aside, target)
-            return
-        except OSError:
-            if not target.is_dir():
-                raise
+    """Rename once; where another writer was first, its part stays unless it is damaged."""
+    if target.exists() and not _give_way(target):
+        return
+    try:
+        rename(aside, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def _give_way(target: Path) -> bool:
+    problem = inspect_part(target)
+    if problem is None or not problem.corrupt:
+        return False
+    set_aside(target)
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
