@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..contracts import Case, Check, Status
-from ..results.statistics import median_interval
+from ..results.statistics import median_interval, steady_start
 from .config import EngineConfig
 from .ring import Ring, WorkerDiedError, WorkerError, WorkerProcess, WorkerTimeoutError
 
@@ -237,11 +237,7 @@ def _alive(members: Iterable[Member]) -> Iterable[Member]:
 
 
 def _steady(minima: Sequence[int], tolerance: float) -> bool:
-    if len(minima) < 2 * STEADY_WINDOW:
-        return False
-    last = statistics.median(minima[-STEADY_WINDOW:])
-    before = statistics.median(minima[-2 * STEADY_WINDOW : -STEADY_WINDOW])
-    return abs(last / max(before, 1) - 1) <= tolerance
+    return steady_start(minima[-2 * STEADY_WINDOW :], STEADY_WINDOW, tolerance) is not None
 
 
 def precise(ns: Sequence[int], precision: float) -> bool:

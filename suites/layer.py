@@ -116,7 +116,7 @@ class LayerTrial:
         """Return routing metrics, the load per expert, densities and what really ran."""
         batch = self.batches[0]
         store = self.subject.layer.store
-        metrics = [*routing_metrics(batch.routing), *density(store, batch.routing, batch.x_TH)]
+        metrics = [*routing_metrics(batch.routing, self.subject.spec.kinds), *density(store, batch.routing, batch.x_TH)]
         metrics.append(Metric("resident_bytes", float(self.session.resident_bytes()), "byte"))
         metrics.append(Metric("expert_bytes", float(store.nbytes), "byte"))
         metrics.append(Metric("weight_copies", float(self._copies), "1"))
