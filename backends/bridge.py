@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "ReLU": "relu"}
 """Activation modules of transformers by class, and their names here."""
 
-_BY_NAME: WeakKeyDictionary[nn.Module, dict[str, Executor]] = WeakKeyDictionary()
+_BY_NAME: WeakKeyDictionary[nn.Module, tuple[Any, Executor]] = WeakKeyDictionary()
 _ATTACHED: WeakKeyDictionary[nn.Module, Executor] = WeakKeyDictionary()
 
 
@@ -166,8 +166,10 @@ def _run(
 
 
 def _lazily(name: str, registry: Registry | None, module: Any) -> Executor:
-    """Return the executor of a module whose model was set to ``name``; it is loaded at the first call."""
-    loaded = _BY_NAME.setdefault(module, {})
-    if name not in loaded:
-        loaded[name] = _load(_create(name, registry), {0: module}).layer(0)
-    return loaded[name]
+    """Return the executor of a module whose model was set to ``name``: loaded anew whenever its weights have moved."""
+    state = (name, module.down_proj.dtype, module.gate_up_proj.data_ptr(), module.down_proj.data_ptr())
+    known = _BY_NAME.get(module)
+    if known is None or known[0] != state:
+        known = (state, _load(_create(name, registry), {0: module}).layer(0))
+        _BY_NAME[module] = known
+    return known[1]

@@ -1,0 +1,122 @@
+"""What backends say before they load: descriptors without torch, executions, and refusals in a sentence."""
+
+import subprocess
+import sys
+
+import pytest
+from moebench.backends import compiled
+from moebench.backends.plugins import DESCRIPTORS
+from moebench.contracts import Execution, LayerSpec, MoebenchError, Refusal, Scheme, Selection, SparsitySpec
+
+NAMES = ("reference", "eager", "batched", "grouped", "compiled", "packed")
+INT8, INT4 = Scheme("rtn", 8.0), Scheme("rtn", 4.0, 128, symmetric=False)
+
+
+def layer(dtype="float32", scheme=None, **changes):
+    values = {"hidden": 256, "width": 128, "kinds": ("ffn",) * 4, "dtype": dtype, "schemes": (scheme or Scheme(),) * 4}
+    return LayerSpec(**{**values, **changes})
+
+
+def supports(name, spec, **params):
+    return next(d for d in DESCRIPTORS if d.name == name).create(params).supports(spec)
+
+
+def test_the_six_are_described_in_order():
+    assert tuple(d.name for d in DESCRIPTORS) == NAMES
+
+
+def test_describing_and_asking_imports_no_torch():
+    code = (
+        "import sys\n"
+        "from moebench.backends.plugins import DESCRIPTORS\n"
+        "from moebench.contracts import LayerSpec\n"
+        "for d in DESCRIPTORS:\n"
+        "    b = d.create()\n"
+        "    b.availability(); b.supports(LayerSpec(64, 64, ('ffn',) * 4))\n"
+        "import moebench.backends.bridge, moebench.backends.session, moebench.backends.convert\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'torch was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_executions_say_what_will_run(name):
+    if name == "packed":
+        assert supports(name, layer("bfloat16", INT8)).weights == "packed"
+        return
+    boundary = "sorted" if name in ("eager", "grouped", "compiled") else "topk"
+    assert supports(name, layer()) == Execution()
+    assert supports(name, layer(boundary="sorted")).boundary == boundary
+    assert supports(name, layer(scheme=INT4)).weights == "dequantized"
+    assert supports(name, layer(sparsity=SparsitySpec(("input",)))).sparse == "mask"
+    selected = layer(boundary="logits", selection=Selection("softmax", 2, renormalize=False))
+    assert supports(name, selected).boundary == "topk"
+
+
+MIXED = (INT8, INT8, INT4, INT4)
+REFUSED = [
+    ("eager", layer(kinds=("ffn", "copy")), "no 'copy' experts; fold them"),
+    ("reference", layer(kinds=("ffn", "gather")), "no 'gather' experts"),
+    ("packed", layer("bfloat16", INT8, kinds=("ffn", "zero")), "no 'zero' experts"),
+    ("eager", layer("int8"), "not int8"),
+    ("grouped", layer("float64"), "float32, bfloat16, float16, not float64"),
+    ("eager", layer(activation="swiglu_oai"), "activations silu, gelu, relu, not swiglu_oai"),
+    ("eager", layer(boundary="hidden"), "boundaries topk, sorted, logits, not hidden"),
+    ("eager", layer(boundary="logits"), "use boundary=topk"),
+    ("eager", layer(sparsity=SparsitySpec(("input",), rule="topk")), "by a threshold, not by 'topk'"),
+    ("batched", layer(backward=True), "no backward; use eager or grouped"),
+    ("compiled", layer(backward=True), "no backward"),
+    ("eager", layer(scheme=INT8, backward=True), "use quantization=none"),
+    ("reference", layer("bfloat16", backward=True), "wants float32 or float64"),
+    ("grouped", layer(hidden=30), "divisible by 4, not 30 and 128"),
+    ("grouped", layer("bfloat16", width=36), "divisible by 8, not 256 and 36"),
+    ("packed", layer("float32", INT8), "bfloat16, not float32"),
+    ("packed", layer("bfloat16"), "choose quantization=int8"),
+    ("packed", layer("bfloat16", schemes=MIXED), "one scheme for all experts"),
+    ("packed", layer("bfloat16", Scheme("rtn", 8.0, 32)), "group=None and symmetric=true"),
+    ("packed", layer("bfloat16", Scheme("rtn", 8.0, symmetric=False)), "group=None and symmetric=true"),
+    ("packed", layer("bfloat16", INT8, width=40), "sizes divisible by 16"),
+    ("packed", layer("bfloat16", Scheme("rtn", 4.0, 16)), "groups of 32, 64, 128, 256, not 16"),
+    ("packed", layer("bfloat16", Scheme("rtn", 4.0)), "groups of 32, 64, 128, 256, not None"),
+    ("packed", layer("bfloat16", INT4, width=192), "do not divide"),
+    ("packed", layer("bfloat16", Scheme("nf4", 4.0, 64)), "not nf4 of 4 bits"),
+    ("packed", layer("bfloat16", INT8, backward=True), "no backward"),
+]
+
+
+@pytest.mark.parametrize(("name", "spec", "words"), REFUSED)
+def test_refusals_are_one_sentence(name, spec, words):
+    answer = supports(name, spec)
+    assert isinstance(answer, Refusal)
+    assert words in answer.reason
+    assert "\n" not in answer.reason
+
+
+def test_folding_makes_a_refused_layer_acceptable():
+    spec = layer(kinds=("ffn", "copy", "ffn", "zero"), schemes=(Scheme(),) * 2)
+    assert isinstance(supports("grouped", spec), Refusal)
+    assert supports("grouped", spec.folded()) == Execution()
+
+
+def test_batched_refuses_what_one_pair_cannot_hold():
+    spec = layer(hidden=4096, width=14336)
+    assert "copies 672 MiB" in supports("batched", spec).reason
+    assert supports("batched", spec, limit_mib=700) == Execution()
+    with pytest.raises(MoebenchError, match="limit_mib=0 must be at least 1"):
+        supports("batched", spec, limit_mib=0)
+
+
+def test_compiled_is_not_available_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    answer = compiled.Compiled().availability()
+    assert (answer.available, answer.reason) == (
+        False,
+        "compiled needs a C++ compiler; install g++ or name one in CXX",
+    )
+
+
+def test_compiled_code_is_kept_in_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOEBENCH_CACHE", str(tmp_path))
+    assert compiled.cache_folder() == tmp_path / "inductor"
+    monkeypatch.delenv("MOEBENCH_CACHE")
+    assert compiled.cache_folder().parts[-3:] == (".cache", "moebench", "inductor")
