@@ -105,11 +105,10 @@ def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.bf
 
 
 def _codes(grouped: Tensor, scales: Tensor, zeros: Tensor | None, top: int) -> Tensor:
-    """Return the integer codes (as floats) nearest to ``grouped`` [out, groups, group]; 0 where the scale is 0."""
+    """Return the integer codes (as floats) nearest to ``grouped`` [out, groups, group]; any will do where s is 0."""
     step = scales.float()[:, :, None]
     centred = grouped if zeros is None else grouped - zeros.float()[:, :, None]
-    codes = (centred / torch.where(step > 0, step, torch.ones_like(step))).round()
-    return torch.where(step > 0, codes.clamp(-top if zeros is not None else 1 - top, top - 1), torch.zeros_like(codes))
+    return (centred / torch.where(step > 0, step, torch.ones_like(step))).round().clamp(-top, top - 1)
 
 
 def keep(params: Any) -> Callable[[ExpertStore], ExpertStore]:

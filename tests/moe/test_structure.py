@@ -17,6 +17,7 @@ from moebench.moe.structure import (
     contribution_targets,
     fit_router,
     keep,
+    ridge_solution,
     split,
 )
 
@@ -168,6 +169,13 @@ def test_a_linear_target_is_recovered():
     x, router = tokens(300), tokens(E, seed=5)
     fitted = fit_router(x, x @ router.T)
     assert (fitted - router).norm() < 2e-3 * router.norm()
+
+
+def test_the_penalty_is_chosen_on_tokens_held_back():
+    x, noise = tokens(60, hidden=40), tokens(60, seed=5, hidden=E)
+    torch.testing.assert_close(fit_router(x, noise), ridge_solution(x, noise, 1.0).T.float())
+    clean = x @ tokens(40, seed=6, hidden=E)
+    torch.testing.assert_close(fit_router(x, clean), ridge_solution(x, clean, 1e-3).T.float())
 
 
 def test_a_few_tokens_are_enough_to_fit_and_none_are_refused():
