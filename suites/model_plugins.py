@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..contracts import Descriptor, Selection, make_key
+from ..contracts import Descriptor, MoebenchError, Selection, make_key
 from ..moe.shapes import ModelShape
 from .models import cache_dir
 
@@ -301,6 +300,47 @@ class SmolLM2:
         return cache_dir() / "models" / "smollm2" / SMOLLM2_GGUF_SHA256[:12]
 
 
+@dataclass(frozen=True)
+class HuggingFace:
+    """The MoE layers of a transformers model saved as safetensors in the local folder ``path``; no code of it is run.
+
+    Known: OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 (greedy), DeepSeek-V3, GraniteMoE.
+    """
+
+    path: str = ""
+
+    recorded: ClassVar[bool] = False
+
+    def shape(self) -> ModelShape:
+        """Return the sizes that config.json tells."""
+        from .models.hf_config import read_shape
+
+        return read_shape(self._folder())
+
+    def weights_sha256(self) -> str:
+        """Return one hash of all safetensors files, which are read for it once per process."""
+        from .models.hf_config import weights_sha256
+
+        return weights_sha256(self._folder())
+
+    def base(self) -> str:
+        """Return nothing: quantized folders are refused."""
+        return ""
+
+    def missing(self) -> str | None:
+        """Return a sentence where the folder is not there or not of a known kind."""
+        try:
+            self.shape()
+        except MoebenchError as error:
+            return str(error)
+        return None
+
+    def _folder(self) -> Path:
+        if not self.path:
+            raise MoebenchError("model 'hf' needs a folder; add params.model.hf.path=FOLDER.")
+        return Path(self.path).expanduser()
+
+
 # --- traffic ---------------------------------------------------------------------------------------------------------
 
 
@@ -461,6 +501,9 @@ DESCRIPTORS = [
         "moebench.suites.models.smollm2:build",
         SmolLM2,
         requires=("gguf", "transformers"),
+    ),
+    Descriptor(
+        "model", "hf", "a transformers MoE model in a local folder", "moebench.suites.models.hf:build", HuggingFace
     ),
     *TRAFFIC,
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -11,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...contracts import MoebenchError
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+"""System errors that a user cures with another folder or more space; others are told as they are."""
 
 
 def cache_dir() -> Path:
@@ -51,6 +55,8 @@ def make_once(target: Path, make: Callable[[Path], None]) -> Path:
             _flush(made)
             made.rename(target)
         except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
             remedy = "free some space or set MOEBENCH_CACHE elsewhere."
             raise MoebenchError(f"{target} cannot be written ({error.strerror}); {remedy}") from error
         finally:

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct from a GGUF file (Q4_1) on PyPI: one layer at a time, recorded hidden states, whole model.
 
-Everything lies in ``<cache>/models/smollm2/<start of the GGUF's sha256>``: the GGUF file, ``layers/NN.safetensors`` (the FFN, dequantized),
-``hidden/<key>/NN.safetensors`` (its inputs on real text) and ``language_model`` (a transformers folder). All weights
-are float32, as the GGUF dequantizes.
+Everything lies in ``<cache>/models/smollm2/<start of the GGUF's sha256>``: the GGUF file, ``layers/NN.safetensors``
+(the FFN, dequantized), ``hidden/<key>/NN.safetensors`` (its inputs on real text) and ``language_model`` (a
+transformers folder). All weights are float32, as the GGUF dequantizes.
 
 Shape letters: T tokens, H hidden (576), F width of the FFN (1536).
 """
@@ -101,7 +101,7 @@ class SmolLM2Model:
         command = [sys.executable, "-m", "moebench.suites.models.smollm2_jobs", job, str(source), str(target)]
         code, last = run_lines([*command, str(torch.get_num_threads())], self.progress)
         if code:
-            reason = last or f"the process ended with code {code}."
+            reason = last if code == 1 else f"its process ended with code {code} after '{last}'; free some memory."
             raise MoebenchError(f"model 'smollm2' could not be prepared: {reason}")
 
     def _check_index(self, index: int) -> None:

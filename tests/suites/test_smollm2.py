@@ -15,7 +15,7 @@ import pytest
 import torch
 from moebench.contracts import MoebenchError
 from moebench.suites.model_plugins import RECORDED_TOKENS, SMOLLM2_GGUF_SHA256, SmolLM2
-from moebench.suites.models import cache
+from moebench.suites.models import cache, smollm2
 from moebench.suites.models import fetch as fetching
 from moebench.suites.models.gguf_llama import read_tensors
 from moebench.suites.models.smollm2 import SmolLM2Model
@@ -156,24 +156,19 @@ def dequantize_q4_1(blocks):
     return codes * scale + minimum
 
 
-def raw_blocks(model, name):
+def test_a_layer_is_the_ffn_of_the_gguf(model):
     from gguf import GGUFReader
 
-    tensor = next(t for t in GGUFReader(model.params.fetch(print)).tensors if t.name == name)
-    assert tensor.tensor_type.name == model.params.base()
-    return torch.from_numpy(tensor.data.copy()), tuple(tensor.data.shape)
-
-
-def test_a_layer_is_the_ffn_of_the_gguf(model):
+    tensors = {t.name: t for t in GGUFReader(model.params.fetch(print)).tensors}
+    expected = {}
+    for part, shape in (("gate", (1536, 576)), ("up", (1536, 576)), ("down", (576, 1536))):
+        tensor = tensors[f"blk.7.ffn_{part}.weight"]
+        assert tensor.tensor_type.name == model.params.base()
+        expected[part] = dequantize_q4_1(torch.from_numpy(tensor.data.copy()).reshape(-1, 20)).reshape(shape)
     layer = model.layer(7)
     assert layer.is_dense
-    assert (layer.gate_up.shape, layer.down.shape) == ((3072, 576), (576, 1536))
-    for name, rows in (("gate", slice(0, 1536)), ("up", slice(1536, 3072))):
-        blocks, _ = raw_blocks(model, f"blk.7.ffn_{name}.weight")
-        expected = dequantize_q4_1(blocks.reshape(-1, 20)).reshape(1536, 576)
-        assert torch.equal(layer.gate_up[rows], expected)
-    blocks, _ = raw_blocks(model, "blk.7.ffn_down.weight")
-    assert torch.equal(layer.down, dequantize_q4_1(blocks.reshape(-1, 20)).reshape(576, 1536))
+    assert torch.equal(layer.gate_up, torch.cat([expected["gate"], expected["up"]]))
+    assert torch.equal(layer.down, expected["down"])
 
 
 def test_every_group_of_32_inputs_has_at_most_16_values(model):
@@ -280,3 +275,14 @@ def test_more_tokens_than_recorded_are_refused(model):
 def test_a_missing_tensor_is_named(model):
     with pytest.raises(MoebenchError, match=r"no tensor 'blk\.99"):
         read_tensors(model.params.fetch(print), ["blk.99.ffn_up.weight"])
+
+
+def test_a_job_that_fails_or_is_killed_says_so(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOEBENCH_CACHE", str(tmp_path))
+    empty = SmolLM2Model(SmolLM2(), lambda line: None)
+    monkeypatch.setattr(SmolLM2, "fetch", lambda self, progress: tmp_path / "no.gguf")
+    with pytest.raises(MoebenchError, match=r"could not be prepared: .*no\.gguf"):
+        empty.convert()
+    monkeypatch.setattr(smollm2, "run_lines", lambda command, progress: (-9, "converting"))
+    with pytest.raises(MoebenchError, match="ended with code -9 after 'converting'"):
+        empty.convert()
