@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+
 from moebench.contracts import MoebenchError
 from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import PreparedLayer, moe_forward

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from moebench.contracts import MoebenchError, Registry, Selection
 from moebench.suites import model_plugins
 from moebench.suites.models.cache import cache_dir, locked

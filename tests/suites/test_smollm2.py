@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from moebench.contracts import MoebenchError
 from moebench.suites.model_plugins import RECORDED_TOKENS, SMOLLM2_GGUF_SHA256, SmolLM2
 from moebench.suites.models import cache, smollm2

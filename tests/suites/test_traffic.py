@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from moebench.contracts import MoebenchError
 from moebench.suites.model_plugins import PRESETS, TRAFFIC, Bursty, Dead, Hotspot, Uniform, Zipf
 from moebench.suites.traffic import DrawnTraffic, inclusion
