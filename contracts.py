@@ -179,7 +179,9 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """Return the one sentence for a name that does not exist, with the nearest ones that do."""
     options = sorted(known)
     close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(c) for c in close)}?" if close else f"known: {', '.join(options) or 'none'}."
+    hint = (
+        f"did you mean {' or '.join(repr(c) for c in close)}?" if close else f"known: {', '.join(options) or 'none'}."
+    )
     return f"unknown {what} '{name}': {hint}"
 
 
@@ -291,10 +293,10 @@ class Registry:
             registry.add(*importlib.import_module(module).DESCRIPTORS)
         registry._add_entry_points()
         for file in files:
-            module = load_file(file)
-            if not hasattr(module, "DESCRIPTORS"):
+            plugin = load_file(file)
+            if not hasattr(plugin, "DESCRIPTORS"):
                 raise MoebenchError(f"plug-in file '{file}' has no DESCRIPTORS; add a list of Descriptor objects.")
-            registry.add(*module.DESCRIPTORS)
+            registry.add(*plugin.DESCRIPTORS)
         return registry
 
     def _add_entry_points(self) -> None:
@@ -314,7 +316,7 @@ class Registry:
                 if name in names or name in aliases:
                     raise MoebenchError(f"two plug-ins of kind {new.kind} are called '{name}'; rename one of them.")
             names[new.name] = new
-            aliases.update({alias: new.name for alias in new.aliases})
+            aliases.update(dict.fromkeys(new.aliases, new.name))
 
     def get(self, kind: str, name: str) -> Descriptor:
         """Return the plug-in of this kind and name (or alias), or raise a sentence with suggestions."""
@@ -689,9 +691,10 @@ class Backend(Protocol):
 class Trial(Protocol):
     """A case made ready in a worker. The engine calls ``begin_turn`` before the clock starts, then ``run``."""
 
-    steps: int
-    state: Literal["none", "reset_per_turn", "stream"]
-
+    @property
+    def steps(self) -> int: ...
+    @property
+    def state(self) -> Literal["none", "reset_per_turn", "stream"]: ...
     def begin_turn(self) -> None: ...
     def run(self, step: int) -> Any: ...
     def verify(self, step: int, output: Any) -> Check: ...

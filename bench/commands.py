@@ -42,7 +42,7 @@ def sql(options: argparse.Namespace) -> int:
     query = options.query or (
         "SELECT table_name AS name, table_type AS kind FROM information_schema.tables ORDER BY kind, name"
     )
-    print(run_sql(existing_store(options.store), query, format=options.format))
+    print(run_sql(existing_store(options.store), query, format=options.format), end="")
     return 0
 
 

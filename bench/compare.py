@@ -113,5 +113,7 @@ def _agreement(a: Any, b: Any) -> float:
     scale = float(first.double().norm()) or 1.0
     error = float((first.double() - second.double()).norm()) / scale
     if not error <= bound:
-        raise MoebenchError(f"the outputs differ by {error:.1e} of their norm ({name} allows {bound:g}); mend it first.")
+        raise MoebenchError(
+            f"the outputs differ by {error:.1e} of their norm ({name} allows {bound:g}); mend it first."
+        )
     return error

@@ -199,7 +199,9 @@ def _defaults(descriptor: Descriptor) -> dict[str, Any]:
     fields = dataclasses.fields(descriptor.params)
     missing = dataclasses.MISSING
     return {
-        f.name: plain(f.default if f.default is not missing else f.default_factory() if callable(f.default_factory) else None)
+        f.name: plain(
+            f.default if f.default is not missing else f.default_factory() if callable(f.default_factory) else None
+        )
         for f in fields
         if f.init
     }

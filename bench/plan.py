@@ -122,9 +122,7 @@ def shard(plan: Plan, text: str) -> Plan:
 
 def plan_hash(plan: Plan, sources: str, packages: Mapping[str, str], host_key: str) -> str:
     """Return the hash of the resolved plan, the sources, the installed packages and the host."""
-    return make_key(
-        {"plan": plan.resolved(), "sources": sources, "packages": packages, "host": host_key}
-    )
+    return make_key({"plan": plan.resolved(), "sources": sources, "packages": packages, "host": host_key})
 
 
 def plan_lines(plan: Plan, registry: Registry) -> Iterable[str]:
@@ -141,9 +139,7 @@ def plan_lines(plan: Plan, registry: Registry) -> Iterable[str]:
         for case in group.cases:
             execution = case.execution
             extra = " folded" if execution.folded else ""
-            yield (
-                f"    {label(case, registry):58s} weights={execution.weights} sparse={execution.sparse}{extra}"
-            )
+            yield (f"    {label(case, registry):58s} weights={execution.weights} sparse={execution.sparse}{extra}")
     for planned in plan.refused:
         yield f"skipped: {label(planned.case, registry)}: {planned.refusal}"
     seconds = plan.estimate_seconds()

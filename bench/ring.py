@@ -146,9 +146,7 @@ class Ring:
                 if key not in self._workers:
                     self._workers[key] = WorkerProcess(environment, threads, self.cores)
             for worker in self._workers.values():
-                self.versions = worker.request(
-                    "hello", HELLO_TIMEOUT, plugins=list(plugins), protocol=PROTOCOL
-                )
+                self.versions = worker.request("hello", HELLO_TIMEOUT, plugins=list(plugins), protocol=PROTOCOL)
         except (WorkerError, WorkerDiedError, WorkerTimeoutError) as error:
             log = "".join(worker.log(2000) for worker in self._workers.values())
             self.close()

@@ -63,9 +63,7 @@ def warn(registry: Registry) -> None:
         print(f"moebench: {problem}", file=sys.stderr)
 
 
-def planned(
-    settings: Sequence[str], registry: Registry, part: str | None = None
-) -> tuple[Plan, config.RunConfig]:
+def planned(settings: Sequence[str], registry: Registry, part: str | None = None) -> tuple[Plan, config.RunConfig]:
     """Return the plan that the settings describe, with its configuration."""
     import psutil
 

@@ -31,9 +31,7 @@ class Outcome:
 class Runner:
     """Measures the groups of a plan that the run folder does not hold yet."""
 
-    def __init__(
-        self, plan: Plan, run: RunFolder, plugins: Sequence[str], progress: Progress, limits: Limits
-    ) -> None:
+    def __init__(self, plan: Plan, run: RunFolder, plugins: Sequence[str], progress: Progress, limits: Limits) -> None:
         self.plan, self.run, self.plugins, self.progress, self.limits = plan, run, list(plugins), progress, limits
         self.phases = Phases()
         self.counts: dict[str, int] = {}
@@ -151,9 +149,7 @@ class Runner:
                 waiting.pop(0)
         return results
 
-    def _once_in(
-        self, sitting: Sitting, waiting: list[Case], results: list[tuple[list[Member], list[str]]]
-    ) -> None:
+    def _once_in(self, sitting: Sitting, waiting: list[Case], results: list[tuple[list[Member], list[str]]]) -> None:
         while waiting:
             member = Member(waiting[0])
             what = describe(member.case)
@@ -181,4 +177,3 @@ def check_store(store: Path) -> None:
     """Raise a sentence where the store cannot be used."""
     if store.exists() and not store.is_dir():
         raise MoebenchError(f"the store {store} is a file; choose a folder with store=PATH.")
-

@@ -172,7 +172,7 @@ class _Held:
         if not self.outputs:
             return Check(False, reason="no call was made before the check")
         last = {id(output): (step, output) for step, output in self.outputs.items()}
-        checks = [self.trial.verify(step, output) for step, output in last.values()]
+        checks: list[Check] = [self.trial.verify(step, output) for step, output in last.values()]
         failed = [check for check in checks if not check.ok]
         worst = max(failed or checks, key=lambda check: check.error or 0.0)
         return dataclasses.replace(worst, flips=sum(check.flips for check in checks))
@@ -189,13 +189,13 @@ class _Held:
 
         seen: set[str] = set()
 
-        class Record(TorchDispatchMode):
+        class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 seen.add(str(func))
                 return func(*args, **(kwargs or {}))
 
         self.trial.begin_turn()
-        with Record():
+        with Record():  # type: ignore[no-untyped-call]
             self.trial.run(0)
         return sorted(seen & excludes)
 

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..contracts import (
     NAMED_AXES,
@@ -244,9 +244,9 @@ class _Planner:
         return answer, available.evidence[0]
 
 
-def residency_of(point: Mapping[str, Any]) -> str:
+def residency_of(point: Mapping[str, Any]) -> Literal["cold", "warm"]:
     """Return the residency of a point: ``auto`` is cold for decode and warm otherwise."""
-    residency: str = point["residency"]
+    residency: Literal["cold", "warm", "auto"] = point["residency"]
     if residency != "auto":
         return residency
     return "cold" if point["tokens"] <= DECODE_TOKENS and point["pass"] == "forward" else "warm"
@@ -336,5 +336,3 @@ def sweep(params: type | None, overrides: Mapping[str, Any]) -> Iterator[dict[st
         axes[name] = value if isinstance(value, (list, tuple)) and not takes_list else [value]
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
-
-

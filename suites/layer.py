@@ -159,4 +159,3 @@ def layer_cost(subject: Subject, batch: Batch, case: Case, copies: int = 1) -> C
         assignments=int(batch.routing.counts_E.sum()),
         footprint=float(moved) if copies == 1 else float(copies * len(ffn_ids) * expert_bytes),
     )
-

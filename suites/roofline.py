@@ -123,9 +123,8 @@ class Read:
         import torch
 
         self.torch, self.level = torch, str(case.backend.params["level"])
-        rng = torch.Generator().manual_seed(case.seed)
-        self.x = torch.randn(int(case.backend.params["size"]) // 4, generator=rng)
-        self.expected = float(self.x.double().square().sum())
+        self.x = torch.ones(int(case.backend.params["size"]) // 4)
+        self.x[::2] = -1  # every square is 1: the sum counts what was read, and float32 lanes add it exactly
         self.out = torch.empty(())
 
     def begin_turn(self) -> None:
@@ -138,9 +137,9 @@ class Read:
         return result
 
     def verify(self, step: int, output: Tensor) -> Check:
-        """Compare the sum of squares with float64."""
-        error = abs(float(output) / self.expected - 1)
-        return Check(error <= 1e-3, error, 1e-3)
+        """Check that every element was counted."""
+        error = abs(float(output) / len(self.x) - 1)
+        return Check(error <= 1e-6, error, 1e-6, "" if error <= 1e-6 else "the sum does not count every element")
 
     def cost(self, step: int) -> Cost:
         """Return two flops per element, each element read once."""

@@ -103,4 +103,3 @@ def boundary_inputs(boundary: str, routing: Routing, spec: LayerSpec) -> tuple[T
     if routing.logits_TE is None:
         raise ValueError("this router keeps no logits; use axes.boundary=topk")
     return (routing.logits_TE.float(),)
-

@@ -83,8 +83,9 @@ class TrainingTrial(LayerTrial):
 
 def _shared_gradient(shared: SharedExpert, x_TH: Tensor, grad_TH: Tensor) -> Tensor:
     """Return the float64 gradient of x through the frozen shared expert."""
-    rounded = [None if t is None else t.to(x_TH.dtype).double() for t in (shared.gate_up, shared.down, shared.gate_H)]
-    exact = replace(shared, gate_up=rounded[0], down=rounded[1], gate_H=rounded[2])
+    gate_up, down = (weight.to(x_TH.dtype).double() for weight in (shared.gate_up, shared.down))
+    gate_H = None if shared.gate_H is None else shared.gate_H.to(x_TH.dtype).double()
+    exact = replace(shared, gate_up=gate_up, down=down, gate_H=gate_H)
     x64_TH = x_TH.detach().double().requires_grad_()
     (gradient,) = torch.autograd.grad(exact(x64_TH), x64_TH, grad_TH.double())
     return gradient

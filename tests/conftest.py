@@ -8,7 +8,7 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
+import pytest  # noqa: E402 - the threads are read when torch is imported
 
 
 @pytest.fixture(autouse=True, scope="session")
