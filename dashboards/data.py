@@ -14,18 +14,16 @@ if TYPE_CHECKING:
     import duckdb
 
 AXES = (
+    "backend",
+    "routing",
+    "quantization",
+    "sparsity",
+    "tokens",
     "suite",
     "model",
     "layers",
     "structure",
-    "routing",
-    "quantization",
-    "sparsity",
-    "backend",
-    "weights",
-    "sparse",
     "traffic",
-    "tokens",
     "dtype",
     "pass",
     "boundary",
@@ -37,8 +35,8 @@ AXES = (
 )
 """Columns of a case that tell it from another, in the order in which tables show them."""
 
-IN_LABEL = tuple(axis for axis in AXES if axis not in ("weights", "sparse", "base"))
-"""Axes that name a case; how a backend will execute it follows from the others."""
+IN_LABEL = tuple(axis for axis in AXES if axis != "base")
+"""Axes that name a case; the base of its weights follows from the model."""
 
 STATUSES = ("wrong", "crashed", "failed", "timed_out", "fell_back", "skipped", "ok")
 """The worst first."""
@@ -194,6 +192,20 @@ class Case:
         return float(tokens) * self.layer_count / (median * 1e-9)
 
     @property
+    def executed(self) -> str:
+        """What ran, in a few words; where the backend told nothing, what the plan said, marked as such."""
+        told = parse_json(self.row["executed"])
+        if not isinstance(told, dict):
+            plan = ", ".join(
+                str(self.row[name]) for name in ("weights", "sparse") if self.row[name] not in (None, "none")
+            )
+            return f"planned: {plan}" if plan else ""
+        kernels = ", ".join(map(str, told.get("kernels") or ()))
+        return " · ".join(
+            str(part) for part in (told.get("weights"), told.get("sparse"), kernels) if part not in (None, "", "none")
+        )
+
+    @property
     def layer_count(self) -> int:
         """How many layers one call runs."""
         return max(1, len(re.findall(r"\d+", str(self.row["layers"] or ""))))
@@ -223,9 +235,12 @@ def load_cases(connection: duckdb.DuckDBPyConnection, run_id: str) -> tuple[list
 
 
 def labels(axes: Sequence[Mapping[str, str]], names: Iterable[str] = IN_LABEL) -> list[str]:
-    """Return one short name per case: the values of those axes that have more than one."""
+    """Return one short name per case: the values that differ on each axis; ``none`` goes without saying."""
     varying = varying_axes(axes, names) or ["backend"]
-    return [" · ".join(_tagged(name, row[name]) for name in varying if row.get(name)) or "case" for row in axes]
+    shown = [
+        [_tagged(name, row[name]) for name in varying if row.get(name, "none") not in ("", "none")] for row in axes
+    ]
+    return [" · ".join(parts) or "plain" for parts in shown]
 
 
 def varying_axes(axes: Iterable[Mapping[str, str]], names: Iterable[str] = AXES) -> list[str]:
@@ -237,11 +252,6 @@ def varying_axes(axes: Iterable[Mapping[str, str]], names: Iterable[str] = AXES)
 def _tagged(axis: str, value: str) -> str:
     """Return a value that can be understood without its column's header."""
     prefix = {"tokens": "T=", "threads": "threads=", "layers": "layer ", "seed": "seed "}
-    suffix = {"quantization": "none", "sparsity": "none"}
-    if axis == "sparsity" and value == suffix[axis]:
-        return "dense"
-    if axis == "quantization" and value == suffix[axis]:
-        return "unquantized"
     return prefix.get(axis, "") + value
 
 

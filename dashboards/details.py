@@ -45,7 +45,18 @@ def details(run_id: str, case: Case, timings: Sequence[Row]) -> dict[str, Any]:
 
 
 def _facts(case: Case) -> dict[str, Any]:
-    names = ("case_key", "method_key", "group_key", "protocol", "layers", "seed", "base", "flips", "elapsed_s", "reason")
+    names = (
+        "case_key",
+        "method_key",
+        "group_key",
+        "protocol",
+        "layers",
+        "seed",
+        "base",
+        "flips",
+        "elapsed_s",
+        "reason",
+    )
     return {name: case.row[name] for name in names if case.row[name] is not None}
 
 

@@ -1,4 +1,4 @@
-"""The page put together: sections as HTML, payloads as JSON, scripts and styles inline, each script pinned by its hash."""
+"""The page put together: sections, payloads, styles and scripts in one file, each script pinned by its hash."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 from plotly.offline import get_plotlyjs
 
 from ..results.errors import ResultsError
-from . import data, figures, tables, units
+from . import data, tables, units
 from .chart import Chart, Style, figure_json, script_json
 from .data import Case, Run, flatten
 from .details import payload
+from .figure_compare import compare
+from .figure_loads import loads, requested
+from .figure_quality import quality
+from .figure_roofline import roofline
+from .figure_scaling import scaling
 from .query import Answer, ask, parse_json, to_csv
 from .ratios import Ratio, paired_ratio, turn_minima
 from .tables import esc, text
@@ -92,12 +97,12 @@ def make_charts(
     series = ask(connection, data.LOADS, run_id=run_id)
     measured = ask(connection, data.QUALITY, run_id=run_id)
     return [
-        figures.compare(cases, (answer.sql, minima.sql), ratio, style),
-        figures.scaling(cases, (answer.sql,), style),
-        figures.roofline(cases, points, ceilings, style, run_id),
-        figures.loads(cases, series),
-        figures.requested(cases, series),
-        figures.quality(cases, measured, answer.sql, style),
+        compare(cases, (answer.sql, minima.sql), ratio, style),
+        scaling(cases, (answer.sql,), style),
+        roofline(cases, points, ceilings, style, run_id),
+        loads(cases, series),
+        requested(cases, series),
+        quality(cases, measured, answer.sql, style),
     ]
 
 
@@ -107,7 +112,8 @@ def make_charts(
 
 def _section(key: str, title: str, content: str, caption: str = "") -> str:
     lead = f'<p class="lead">{esc(caption)}</p>' if caption else ""
-    return f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{esc(title)}</h2>{lead}{content}</section>'
+    heading = f'<h2 id="{key}-title">{esc(title)}</h2>'
+    return f'<section id="{key}" aria-labelledby="{key}-title">{heading}{lead}{content}</section>'
 
 
 def chart_html(chart: Chart) -> str:
@@ -124,7 +130,8 @@ def chart_html(chart: Chart) -> str:
     )
     height = chart.variants[0].figure.layout.height
     content = (
-        f'<p class="choose"{hidden}><label>{esc(chart.selector)} <select data-chart="{chart.key}">{options}</select></label></p>'
+        f'<p class="choose"{hidden}><label>{esc(chart.selector)} '
+        f'<select data-chart="{chart.key}">{options}</select></label></p>'
         f'{only}<figure><div class="plot" id="plot-{chart.key}" data-chart="{chart.key}" role="img" '
         f'aria-label="{esc(chart.title)}: {esc(chart.caption)}" style="min-height:{height}px"></div>'
         f"<figcaption>{notes}</figcaption></figure>{disclosure(chart.key, chart.sql)}"

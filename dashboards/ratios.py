@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,7 +52,9 @@ def paired_ratio(base: Turns, case: Turns) -> Ratio | None:
     for sitting, turns in case.items():
         common = sorted(turns.keys() & base.get(sitting, {}).keys())
         if common:
-            found.append(paired_log_ratio([turns[t] for t in common], [base[sitting][t] for t in common], resamples=RESAMPLES))
+            found.append(
+                paired_log_ratio([turns[t] for t in common], [base[sitting][t] for t in common], resamples=RESAMPLES)
+            )
     if not found:
         return None
     bounds = [(one.lo, one.hi) for one in found if one.lo is not None and one.hi is not None]
@@ -66,10 +68,14 @@ def paired_ratio(base: Turns, case: Turns) -> Ratio | None:
 
 
 def baseline_of(cases: Sequence[Case]) -> Case:
-    """Return the case that the others of a group are divided by: eager where it ran, and the plainest method."""
+    """Return the case that the others of a group are divided by: eager where it ran, and the plainest method.
 
-    def rank(case: Case) -> tuple[bool, bool, int]:
+    Among equally plain methods it is one with the routing that most cases of the group have.
+    """
+    routings = Counter(case.axes["routing"] for case in cases)
+
+    def rank(case: Case) -> tuple[bool, bool, int, int]:
         plain = sum(case.axes[axis] == "none" for axis in ("structure", "quantization", "sparsity"))
-        return bool(case.flags), case.axes["backend"] != "eager", -plain
+        return bool(case.flags), case.axes["backend"] != "eager", -plain, -routings[case.axes["routing"]]
 
     return min(cases, key=rank)

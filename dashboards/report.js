@@ -36,6 +36,7 @@ const Report = (() => {
       const axis = result[name];
       axis.gridcolor ??= colour("--grid");
       axis.linecolor = axis.zerolinecolor = colour("--line");
+      axis.tickfont = { color: colour("--ink"), ...axis.tickfont };
       axis.automargin ??= true;
       axis.zeroline ??= false;
     }

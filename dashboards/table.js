@@ -125,8 +125,8 @@
     place.className = "plot";
     place.setAttribute("role", "img");
     place.setAttribute("aria-label", title);
-    const layout = { ...axes, height: 300, title: { text: title, font: { size: 14 } }, showlegend: timings.length > 1, legend: { orientation: "h", y: -0.25, yanchor: "top" } };
-    return [place, () => Report.draw(place, { data: traces(timings, shape), layout })];
+    const layout = { ...axes, height: 300, margin: { t: 32 }, showlegend: true, legend: { orientation: "h", y: 1, yanchor: "bottom" } };
+    return [element("div", null, element("h4", title), place), () => Report.draw(place, { data: traces(timings, shape), layout })];
   }
 
   function csvOf(timings) {

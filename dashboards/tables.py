@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import units
-from .data import AXES, STATUSES, Case, varying_axes
+from .data import STATUSES, Case, varying_axes
 from .query import Row, parse_json
 
 STATUS_MEANING = {
@@ -32,7 +32,7 @@ FLAG_ADVICE = {
     ),
     "implausible": (
         "It beats 1.15 times the best that this host ever showed for data of this size.",
-        "Suspect the measurement or the cost model before the backend: check what was executed, and probe the roofline again.",
+        "Suspect the measurement before the backend: check what was executed, and probe the roofline again.",
     ),
 }
 
@@ -45,6 +45,9 @@ EVIDENCE_MEANING = {
     "simulated": "from a simulator",
     "model": "from a formula",
 }
+
+METHOD = ("backend", "routing", "quantization", "sparsity", "tokens")
+"""Columns that stand before the times; the other axes stand behind."""
 
 NOT_MEASURED = f'<span class="null" title="not measured" aria-label="not measured">{units.DASH}</span>'
 
@@ -147,22 +150,25 @@ def shared_axes(cases: Sequence[Case]) -> str:
 def cases_table(cases: Sequence[Case]) -> str:
     """Return the table of cases, what is not ok first."""
     axes = varying_axes([case.axes for case in cases])
+    first, rest = [axis for axis in axes if axis in METHOD], [axis for axis in axes if axis not in METHOD]
     order = {status: rank for rank, status in enumerate(STATUSES)}
     ordered = sorted(cases, key=lambda case: order.get(case.status, -1))
     headers = [
         ("status", "status", False),
-        *((axis, axis, axis in ("tokens", "threads", "seed")) for axis in axes),
-        ("evidence", "evidence", False),
+        *((axis, axis, bool(_numeric(axis))) for axis in first),
         ("median", "median", True),
         ("throughput", "layer-tokens/s", True),
+        *((axis, axis, bool(_numeric(axis))) for axis in rest),
+        ("evidence", "evidence", False),
+        ("executed", "executed", False),
         ("error", "error / bound", True),
         ("note", "flags and reason", False),
     ]
     head = "".join(_header(*header) for header in headers)
-    body = "".join(_case_row(case, axes) for case in ordered)
+    body = "".join(_case_row(case, first, rest) for case in ordered)
     return (
         '<div class="scroll" role="region" aria-labelledby="cases-caption" tabindex="0"><table id="cases-table">'
-        '<caption id="cases-caption">All cases. Headers sort; a row opens its samples, metrics and parameters.</caption>'
+        '<caption id="cases-caption">All cases. Headers sort; a row opens to samples, metrics and parameters.</caption>'
         f'<thead><tr><th scope="col" class="open"><span class="hidden">details</span></th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
@@ -176,17 +182,22 @@ def _header(key: str, title: str, numeric: bool) -> str:
     )
 
 
-def _case_row(case: Case, axes: Sequence[str]) -> str:
+def _case_row(case: Case, first: Sequence[str], rest: Sequence[str]) -> str:
+    def along(axes: Sequence[str]) -> list[str]:
+        return [_cell(case.axes[axis], text(case.axes[axis]), _numeric(axis)) for axis in axes]
+
     cells = [
         _cell(STATUSES.index(case.status) if case.status in STATUSES else -1, chip(case.status)),
-        *(_cell(case.axes[axis], text(case.axes[axis]), _numeric(axis)) for axis in axes),
-        _cell(case.row["evidence"], f"<span class=evidence>{text(case.row['evidence'])}</span>"),
+        *along(first),
         _cell(case.median_ns, median_html(case), "number"),
         _cell(case.layer_tokens_per_s, _throughput(case), "number"),
+        *along(rest),
+        _cell(case.row["evidence"], f"<span class=evidence>{text(case.row['evidence'])}</span>"),
+        _cell(case.executed, text(case.executed), "path"),
         _cell(_error_share(case), _error(case), "number"),
         _cell(" ".join(case.flags) or case.row["reason"], _note(case), "note"),
     ]
-    filters = {axis: case.axes[axis] for axis in axes}
+    filters = {axis: case.axes[axis] for axis in (*first, *rest)}
     filters.update(status=case.status, evidence=str(case.row["evidence"]), flags=" ".join(case.flags) or "none")
     data = "".join(f' data-f-{esc(name)}="{esc(value)}"' for name, value in filters.items())
     opener = f'<button type="button" aria-expanded="false" aria-label="details of {esc(case.label)}"></button>'
@@ -268,7 +279,7 @@ def _select(name: str, values: Iterable[str]) -> str:
 def claims_table(rows: Sequence[Row]) -> str:
     """Return the claims of papers beside what was found here."""
     if not rows:
-        return '<p class="empty">No claim of a paper was tested in this run; \'moebench papers\' does it.</p>'
+        return "<p class=\"empty\">No claim of a paper was tested in this run; 'moebench papers' does it.</p>"
     body = "".join(_claim(row) for row in rows)
     titles = ("claim", "their figure", "ours", "interval", "verdict", "configuration")
     head = "".join(f'<th scope="col">{title}</th>' for title in titles)
@@ -288,8 +299,12 @@ def _claim(row: Mapping[str, Any]) -> str:
     seeds = row["seeds"] or ()
     spec = parse_json(row["spec"])
     shown = spec.get("run") if isinstance(spec, dict) and "run" in spec else spec
-    place = " · ".join(str(part) for part in (row["kind"], row["model"], f"{len(seeds)} seeds" if seeds else None) if part)
-    configuration = f"<details><summary>{esc(place or 'configuration')}</summary><pre>{esc(pretty(shown))}</pre></details>"
+    place = " · ".join(
+        str(part) for part in (row["kind"], row["model"], f"{len(seeds)} seeds" if seeds else None) if part
+    )
+    configuration = (
+        f"<details><summary>{esc(place or 'configuration')}</summary><pre>{esc(pretty(shown))}</pre></details>"
+    )
     reason = f"<small>{esc(row['reason'])}</small>" if row["reason"] else ""
     return (
         f'<tr><th scope="row"><b>{text(row["title"])}</b> <code>{esc(row["key"])}</code><br>{text(row["claim"])}</th>'
