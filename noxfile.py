@@ -1,4 +1,4 @@
-"""Everything that people and CI run: ``nox -s bench``, ``nox -s tests``, ``nox -s lint``, ``nox -s docs``, ``nox -s chaos``."""
+"""Everything that people and CI run: ``nox -s bench``, ``tests``, ``lint``, ``docs`` and ``chaos``."""
 
 from __future__ import annotations
 

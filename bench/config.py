@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..contracts import AXES, NAMED_AXES, Choice, Descriptor, MoebenchError, Registry, coerce, plain, unknown
+from ..contracts import AXES, NAMED_AXES, Choice, Descriptor, MoebenchError, Registry, build_params, plain, unknown
 from ..suites.base import PLAIN_AXES, SuiteConfig, points_of
 
 
@@ -57,7 +57,10 @@ class RunConfig:
 
 
 def load(overrides: Sequence[str], registry: Registry, memory_bytes: float, cache_bytes: float) -> RunConfig:
-    """Compose the configuration that the command-line ``overrides`` describe."""
+    """Compose the configuration that the command-line ``overrides`` describe.
+
+    ``memory_bytes`` is what is free here, of which the part ``engine.memory`` may be used.
+    """
     overrides = _alias_experiment(list(overrides))
     with _composer(registry) as compose:
         outer = compose(overrides)
@@ -67,11 +70,8 @@ def load(overrides: Sequence[str], registry: Registry, memory_bytes: float, cach
         given = [o for o in overrides if not o.startswith("experiment=")]
         trees = [compose([*shared, *own, *given]) for own in blocks]
         outer = {**outer, "engine": compose([*shared, *given])["engine"] if experiment else trees[0]["engine"]}
-    configs = tuple(_suite_config(tree, registry, memory_bytes, cache_bytes) for tree in trees)
-    try:
-        engine = EngineConfig(**_typed(EngineConfig, outer["engine"], "engine"))
-    except ValueError as error:
-        raise MoebenchError(f"engine: {error}.") from error
+    engine = build_params(EngineConfig, outer["engine"], "engine")
+    configs = tuple(_suite_config(tree, registry, memory_bytes * engine.memory, cache_bytes) for tree in trees)
     return RunConfig(configs, engine, experiment["name"] if experiment else None, outer.get("store"), outer)
 
 
@@ -194,24 +194,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def _defaults(descriptor: Descriptor) -> dict[str, Any]:
-    if descriptor.params is None:
-        return {}
-    fields = dataclasses.fields(descriptor.params)
-    missing = dataclasses.MISSING
-    return {
-        f.name: plain(
-            f.default if f.default is not missing else f.default_factory() if callable(f.default_factory) else None
-        )
-        for f in fields
-        if f.init
-    }
+    fields = dataclasses.fields(descriptor.params) if descriptor.params else ()
+    return {f.name: plain(_default(f)) for f in fields if f.init}
 
 
-def _typed(cls: type, values: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    import typing
-
-    hints = typing.get_type_hints(cls)
-    return {name: coerce(value, hints[name], f"{owner}.{name}") for name, value in values.items()}
+def _default(parameter: dataclasses.Field[Any]) -> Any:
+    if parameter.default is not dataclasses.MISSING:
+        return parameter.default
+    factory = parameter.default_factory
+    return None if factory is dataclasses.MISSING else factory()
 
 
 def _suite_config(tree: Mapping[str, Any], registry: Registry, memory_bytes: float, cache_bytes: float) -> SuiteConfig:

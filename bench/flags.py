@@ -17,7 +17,7 @@ IMPLAUSIBLE_FACTOR = 1.15
 
 
 class Limits:
-    """The best that this host ever showed, from the stored rows of suite ``roofline``: flop/s by dtype, byte/s by level.
+    """The best that this host ever showed in suite ``roofline``: flop/s by dtype, byte/s by level.
 
     ``levels`` maps a cache level or ``DRAM`` to (bytes it holds, byte/s).
     """

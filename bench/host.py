@@ -15,6 +15,8 @@ from ..contracts import make_key
 PACKAGES = ("torch", "numpy", "transformers", "triton", "duckdb", "pyarrow", "plotly", "hydra-core", "safetensors")
 """The packages whose versions every run stores by name; the plan hash covers all that are installed."""
 
+SOURCE_SUFFIXES = (".py", ".yaml", ".cpp", ".cu", ".h", ".sql")
+
 ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 
 
@@ -132,9 +134,9 @@ def git_facts(folder: Path) -> tuple[str | None, bool | None]:
 def source_hash(plugins: list[str]) -> str:
     """Return the hash of every source file of the installed package and of the given plug-in files, as they are now."""
     root = Path(__file__).resolve().parent.parent
-    ours = [path for suffix in ("py", "yaml", "cpp", "h", "sql") for path in root.rglob(f"*.{suffix}")]
-    kept = [path for path in ours if not {"tests", "build", "runs"} & set(path.relative_to(root).parts[:-1])]
-    visible = [path for path in kept if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    files = {str(path.relative_to(root)): path for path in visible}
+    folders = [path for path in root.iterdir() if path.is_dir() and (path / "__init__.py").exists()]
+    found = [*root.glob("*.py"), *(path for folder in folders for path in folder.rglob("*"))]
+    ours = [path for path in found if path.suffix in SOURCE_SUFFIXES and "runs" not in path.relative_to(root).parts]
+    files = {str(path.relative_to(root)): path for path in ours}
     files |= {f"plugin:{Path(path).resolve()}": Path(path) for path in plugins}
     return make_key({name: make_key(path.read_text(errors="replace")) for name, path in files.items()})

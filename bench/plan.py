@@ -66,7 +66,7 @@ class Plan:
         """Return what identifies the plan: its cases and how they are measured."""
         return {
             "groups": [[group.name, [case.case_key for case in group.cases]] for group in self.groups],
-            "refused": [[planned.case.case_key, planned.refusal] for planned in self.refused],
+            "refused": [planned.case.case_key for planned in self.refused],  # a reason may tell of the free memory
             "engine": self.engine,
         }
 

@@ -53,9 +53,12 @@ class Progress:
             self.line(f"[{self._done}/{self._total}] {what}")
 
     def line(self, text: str) -> None:
-        """Print one line above the bar."""
-        if self._quiet:
-            return
+        """Print one line above the bar; nothing with --quiet."""
+        if not self._quiet:
+            self.error(text)
+
+    def error(self, text: str) -> None:
+        """Print one line above the bar, whatever was asked for: it says that something is wrong."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:

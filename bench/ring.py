@@ -14,6 +14,8 @@ from ..contracts import MoebenchError
 from .protocol import PROTOCOL, Channel, DeadlineError, EndOfStreamError
 
 HELLO_TIMEOUT = 300.0
+FAREWELL_TIMEOUT = 5.0
+"""So long a worker may take to end after it closed its pipe, or we ours."""
 
 
 class WorkerError(Exception):
@@ -30,6 +32,14 @@ class WorkerDiedError(Exception):
 
 class WorkerTimeoutError(Exception):
     """The worker did not answer in time and was killed."""
+
+
+class WorkerStartError(Exception):
+    """A worker with this environment, which some cases need, could not start; others may."""
+
+    def __init__(self, message: str, environment: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.environment = environment
 
 
 class WorkerProcess:
@@ -75,6 +85,9 @@ class WorkerProcess:
                     on_progress(*reply["progress"])
         except EndOfStreamError:
             raise WorkerDiedError(self._cause_of_death(op)) from None
+        except ValueError:
+            self.kill()
+            raise WorkerDiedError(f"the worker's answer to '{op}' was no message, and it was killed.") from None
         except DeadlineError:
             self.kill()
             raise WorkerTimeoutError(f"no answer to '{op}' within {timeout:g} s; the worker was killed.") from None
@@ -87,7 +100,11 @@ class WorkerProcess:
         return result
 
     def _cause_of_death(self, op: str) -> str:
-        code = self._process.wait(timeout=30)
+        try:
+            code = self._process.wait(timeout=FAREWELL_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return f"the worker closed its pipe during '{op}' and was killed."
         self.alive = False
         if code >= 0:
             return f"the worker exited with code {code} during '{op}'."
@@ -111,7 +128,7 @@ class WorkerProcess:
         """End the worker and free its pipes."""
         self._channel.close()
         try:
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=FAREWELL_TIMEOUT)
         except subprocess.TimeoutExpired:
             self.kill()
         self.alive = False

@@ -69,7 +69,7 @@ def planned(settings: Sequence[str], registry: Registry, part: str | None = None
 
     cache = host.last_level_cache() or DEFAULT_CACHE_BYTES
     available = float(psutil.virtual_memory().available)
-    settled = config.load(settings, registry, available * config.EngineConfig().memory, float(cache))
+    settled = config.load(settings, registry, available, float(cache))
     plan = make_plan(settled, registry, available * settled.engine.memory)
     return (shard(plan, part) if part else plan), settled
 
@@ -89,7 +89,7 @@ def execute(plan: Plan, plugins: Sequence[str], store: Path, command: str, quiet
         folder.finish(phases=outcome.phases)
         report = ingest(store)
         for sentence in report.set_aside + report.left_out:
-            progress.line(f"moebench: {sentence}")
+            progress.error(f"moebench: {sentence}")
     finally:
         progress.close()
         folder.close()
@@ -117,11 +117,11 @@ def _record(plan: Plan, command: str, facts: dict[str, Any], installed: dict[str
 
 
 def _tell(finished: Finished, options: argparse.Namespace) -> None:
+    if options.quiet and not options.report:
+        return
     from ..dashboards.text import summary_table
     from ..results.database import connect_parts
 
-    if options.quiet and not options.report:
-        return
     connection = connect_parts(finished.store)
     try:
         print(summary_table(connection, finished.run_id))

@@ -7,12 +7,15 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from ..contracts import MoebenchError
-from ..results.parts import write_json_atomic
+from ..results.parts import inspect_part, write_json_atomic
 
 
 def now() -> datetime.datetime:
@@ -30,18 +33,16 @@ class RunFolder:
     @classmethod
     def open(cls, store: Path, plan_hash: str, facts: Mapping[str, Any]) -> RunFolder:
         """Return the unfinished run of this plan where there is one, or a new run."""
-        try:
+        with _writable(store):
             (store / "runs").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MoebenchError(f"the store {store} cannot be written ({error.strerror}); choose another.") from error
-        for path in sorted((store / "runs").glob("*/run.json"), reverse=True):
-            record = read_record(path)
-            if record.get("plan_hash") != plan_hash or record.get("status") != "running":
-                continue
-            lock = _try_lock(path.parent)
-            if lock is not None:
-                return cls(store, path.parent.name, lock)
-        return cls._new(store, plan_hash, facts)
+            for path in sorted((store / "runs").glob("*/run.json"), reverse=True):
+                lock = _try_lock(path.parent) if _is_unfinished(path, plan_hash) else None
+                if lock is None:
+                    continue
+                if _is_unfinished(path, plan_hash):  # nobody finished it before the lock was ours
+                    return cls(store, path.parent.name, lock)
+                os.close(lock)
+            return cls._new(store, plan_hash, facts)
 
     @classmethod
     def _new(cls, store: Path, plan_hash: str, facts: Mapping[str, Any]) -> RunFolder:
@@ -62,9 +63,13 @@ class RunFolder:
         """The run's record as it stands."""
         return read_record(self.path / "run.json")
 
-    def has_part(self, name: str) -> bool:
-        """Whether the group of this name is finished."""
-        return (self.path / name / "manifest.json").is_file()
+    def finished_cases(self, name: str) -> list[dict[str, Any]] | None:
+        """Return status and flags of each case of a finished group; None where its part is absent or damaged."""
+        part = self.path / name
+        if not part.is_dir() or inspect_part(part) is not None:
+            return None
+        rows: list[dict[str, Any]] = pq.read_table(part / "cases.parquet", columns=["status", "flags"]).to_pylist()
+        return rows
 
     def finish(self, **fields: Any) -> None:
         """Mark the run as finished: the same command will now measure anew."""
@@ -74,6 +79,21 @@ class RunFolder:
     def close(self) -> None:
         """Let others work in the folder."""
         os.close(self._lock)
+
+
+@contextmanager
+def _writable(store: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MoebenchError(
+            f"the store {store} cannot be written ({error.strerror}); make room there or choose another with store=PATH."
+        ) from error
+
+
+def _is_unfinished(path: Path, plan_hash: str) -> bool:
+    record = read_record(path)
+    return record.get("plan_hash") == plan_hash and record.get("status") == "running"
 
 
 def read_record(path: Path) -> dict[str, Any]:

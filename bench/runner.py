@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from ..contracts import Case, Flag, MoebenchError, Status, make_key
+from ..contracts import Case, Flag, Status, make_key
 from ..results.parts import blob_row, write_part
 from . import rows
 from .flags import Limits, flags_of, phases_of
@@ -38,17 +37,19 @@ class Runner:
         self.flagged = 0
 
     def execute(self) -> Outcome:
-        """Measure every group; return the counts of this call."""
+        """Measure every group that is not finished; return the counts of the whole run."""
         started = time.perf_counter()
         for group in self.plan.groups:
-            if self.run.has_part(group.name):
+            finished = self.run.finished_cases(group.name)
+            if finished is not None:
+                self._count(finished)
                 self.progress.done(len(group.cases), f"{group.name[:12]} is finished already")
                 continue
             tables, logs = self._measure(group)
             for planned in group.refused:
                 row = rows.case_row(self.run.run_id, planned.case, Status.SKIPPED, planned.refusal or "")
                 rows.merge(tables, {"cases": [row]})
-            self._count(tables)
+            self._count(tables["cases"])
             first = (group.cases or tuple(planned.case for planned in group.refused))[0]
             blobs = [blob_row(self.run.run_id, first.case_key, name, log) for name, log in logs.items()]
             rows.merge(tables, {"blobs": blobs})
@@ -58,8 +59,8 @@ class Runner:
         wall = time.perf_counter() - started
         return Outcome(self.counts, self.flagged, phases_of(asdict(self.phases), wall))
 
-    def _count(self, tables: rows.Tables) -> None:
-        for row in tables.get("cases", []):
+    def _count(self, cases: Sequence[Mapping[str, Any]]) -> None:
+        for row in cases:
             self.counts[row["status"]] = self.counts.get(row["status"], 0) + 1
             self.flagged += bool(row["flags"])
 
@@ -171,9 +172,3 @@ def _summary(group: Group, tables: rows.Tables) -> str:
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in sorted(set(statuses)))
     first = group.cases[0] if group.cases else group.refused[0].case
     return f"{first.suite} {first.model} T={first.tokens} {first.dtype}: {counts}"
-
-
-def check_store(store: Path) -> None:
-    """Raise a sentence where the store cannot be used."""
-    if store.exists() and not store.is_dir():
-        raise MoebenchError(f"the store {store} is a file; choose a folder with store=PATH.")

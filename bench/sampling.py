@@ -213,6 +213,12 @@ class Sitting:
 
     def _collect(self, member: Member) -> None:
         reply = self._worker(member).request("facts", self.engine.prepare_timeout, trial=member.case.case_key)
+        executed = reply["facts"]["executed"]
+        fallback = fallback_reason(member.case, executed, ())
+        if fallback:  # it kept to the plan when it was prepared, and left it when it was called
+            member.executed = executed
+            member.end(Status.FELL_BACK, fallback)
+            return
         member.facts, member.cost, member.peak_rss = reply["facts"], reply["cost"], reply["rss"]
 
     def run_once(self, member: Member, on_progress: Callable[[int, int], None]) -> None:

@@ -202,11 +202,12 @@ class _Held:
 
 def _describe(error: BaseException) -> dict[str, str]:
     kind = type(error).__name__
-    text = str(error) or (f"exit code {error.code}" if isinstance(error, SystemExit) else kind)
     plain_words = isinstance(error, MoebenchError)
+    lines = f"asked to exit with {error.code}" if isinstance(error, SystemExit) else str(error)
+    first = next(iter(lines.strip().splitlines()), "no message")
     return {
         "type": kind,
-        "message": text if plain_words else f"{kind}: {text.strip().splitlines()[0]}",
+        "message": str(error) if plain_words else f"{kind}: {first}",
         "traceback": "" if plain_words else traceback.format_exc(),
     }
 

@@ -268,7 +268,7 @@ def memory_refusal(shape: ModelShape, dtype: str, needed: float, limit: float) -
 
 
 def select_layers(wanted: str | Sequence[int] | None, shape: ModelShape, per_layer: bool) -> tuple[int, ...]:
-    """Return decoder indices; the default is the middle MoE layer for layer cases and all MoE layers for model cases."""
+    """Return decoder indices; the default is the middle MoE layer for layer cases, all of them for model cases."""
     if wanted is None:
         return (shape.moe_layers[len(shape.moe_layers) // 2],) if per_layer else shape.moe_layers
     if wanted in ("all", "moe"):

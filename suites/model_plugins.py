@@ -28,7 +28,7 @@ from .models import cache_dir
 class Architecture:
     """What a preset fixes besides its sizes.
 
-    MoE layers are ``range(first_moe, layers, moe_step)``. ``shared_gate``: the shared expert has a sigmoid gate.
+    MoE layers are ``range(first_moe, depth, moe_step)``. ``shared_gate``: the shared expert has a sigmoid gate.
     """
 
     selection: Selection
@@ -51,7 +51,7 @@ class Synthetic:
     width: int = 32
     experts: int = 8
     k: int = 2
-    layers: int = 4
+    depth: int = 4
     shared_width: int = 0
     std: float = 1.0
     seed: int = 0
@@ -60,8 +60,8 @@ class Synthetic:
     recorded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if min(self.hidden, self.width, self.experts, self.layers) < 1 or self.shared_width < 0:
-            raise ValueError("hidden, width, experts and layers must be positive, and shared_width not negative.")
+        if min(self.hidden, self.width, self.experts, self.depth) < 1 or self.shared_width < 0:
+            raise ValueError("hidden, width, experts and depth must be positive, and shared_width not negative.")
         if not 0 < self.k <= self.experts:
             raise ValueError(f"k={self.k} must lie between 1 and experts={self.experts}.")
         if self.std <= 0:
@@ -69,8 +69,10 @@ class Synthetic:
         groups, kept = self.architecture.selection.groups or (1, 1)
         if self.experts % groups or self.k > kept * (self.experts // groups):
             raise ValueError(f"k={self.k} of experts={self.experts} do not fit {kept} of {groups} equal groups.")
-        if self.layers <= self.architecture.first_moe:
-            raise ValueError(f"the first MoE layer is {self.architecture.first_moe}; ask for more layers than that.")
+        if self.depth <= self.architecture.first_moe:
+            raise ValueError(
+                f"the first MoE layer is {self.architecture.first_moe}; ask for a greater depth than that."
+            )
 
     def shape(self) -> ModelShape:
         """Return the sizes."""
@@ -79,8 +81,8 @@ class Synthetic:
             hidden=self.hidden,
             width=self.width,
             experts=self.experts,
-            layers=self.layers,
-            moe_layers=tuple(range(own.first_moe, self.layers, own.moe_step)),
+            layers=self.depth,
+            moe_layers=tuple(range(own.first_moe, self.depth, own.moe_step)),
             selection=dataclasses.replace(own.selection, k=self.k),
             shared_width=self.shared_width,
             activation=own.activation,
@@ -127,7 +129,7 @@ PRESETS = [
         width=1024,
         experts=64,
         k=8,
-        layers=16,
+        depth=16,
     ),
     preset(
         "qwen3-30b-a3b",
@@ -137,7 +139,7 @@ PRESETS = [
         width=768,
         experts=128,
         k=8,
-        layers=48,
+        depth=48,
     ),
     preset(
         "qwen3-235b-a22b",
@@ -147,7 +149,7 @@ PRESETS = [
         width=1536,
         experts=128,
         k=8,
-        layers=94,
+        depth=94,
     ),
     preset(
         "qwen1.5-moe-a2.7b",
@@ -157,7 +159,7 @@ PRESETS = [
         width=1408,
         experts=60,
         k=4,
-        layers=24,
+        depth=24,
         shared_width=5632,
     ),
     preset(
@@ -166,7 +168,7 @@ PRESETS = [
         _softmax(2, True),
         hidden=4096,
         width=14336,
-        layers=32,
+        depth=32,
     ),
     preset(
         "mixtral-8x22b",
@@ -174,7 +176,7 @@ PRESETS = [
         _softmax(2, True),
         hidden=6144,
         width=16384,
-        layers=56,
+        depth=56,
     ),
     preset(
         "deepseek-v2-lite",
@@ -184,7 +186,7 @@ PRESETS = [
         width=1408,
         experts=64,
         k=6,
-        layers=27,
+        depth=27,
         shared_width=2816,
     ),
     preset(
@@ -195,7 +197,7 @@ PRESETS = [
         width=2048,
         experts=256,
         k=8,
-        layers=61,
+        depth=61,
         shared_width=2048,
     ),
     preset(
@@ -206,7 +208,7 @@ PRESETS = [
         width=1408,
         experts=128,
         k=8,
-        layers=46,
+        depth=46,
         shared_width=1408,
     ),
     preset(
@@ -217,7 +219,7 @@ PRESETS = [
         width=512,
         experts=32,
         k=8,
-        layers=24,
+        depth=24,
     ),
     preset(
         "granite-3b-a800m",
@@ -227,7 +229,7 @@ PRESETS = [
         width=512,
         experts=40,
         k=8,
-        layers=32,
+        depth=32,
     ),
     preset(
         "switch-base-8",
@@ -237,7 +239,7 @@ PRESETS = [
         width=3072,
         experts=8,
         k=1,
-        layers=24,
+        depth=24,
     ),
     preset(
         "phi-3.5-moe",
@@ -246,7 +248,7 @@ PRESETS = [
         hidden=4096,
         width=6400,
         experts=16,
-        layers=32,
+        depth=32,
     ),
 ]
 """Shapes as published; a test checks them against transformers' configurations and says where those differ."""

@@ -166,7 +166,7 @@ def test_weights_depend_on_seed_and_layer_alone():
         return SyntheticModel(PRESETS["tiny"].params_from(changes)).layer(layer).gate_up
 
     assert torch.equal(weights(), weights())
-    assert torch.equal(weights(), weights(layers=9))
+    assert torch.equal(weights(), weights(depth=9))
     assert not torch.equal(weights(), weights(seed=1))
     assert not torch.equal(weights(), weights(layer=1))
     torch.testing.assert_close(weights(std=2.0), 2 * weights(), rtol=1e-6, atol=0)
