@@ -1,7 +1,7 @@
 """``batched``: the weights of every (token, slot) pair are gathered and multiplied in one bmm.
 
-This is the way of transformers' ``batched_mm``: no loop and no sorting, but every pair copies its expert's weights. The
-copies are bounded: more pairs than fit go in turns.
+This is the way of transformers' ``batched_mm``: no loop over experts and no sorting, but every pair copies its expert's
+weights. The copies are bounded: more pairs than fit go in turns, of at least one pair.
 """
 
 from __future__ import annotations
@@ -67,14 +67,10 @@ class Batched:
         return Availability(True)
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
-        """Take layers of FFN experts of which at least one expert's copy fits into the limit."""
-        refused = rules.refusal(spec, "batched", tuple(ELEMENT_SIZE))
-        if refused is None and pair_bytes(spec) > self.limit_bytes:
-            need, limit = pair_bytes(spec) / 2**20, self.limit_bytes // 2**20
-            refused = Refusal(f"batched copies {need:.0f} MiB for one token and expert; raise limit_mib={limit}")
-        return refused or rules.execution(spec, ("topk",))
+        """Take layers of FFN experts, forward only."""
+        return rules.refusal(spec, "batched", tuple(ELEMENT_SIZE)) or rules.execution(spec, ("topk",))
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:
         """Load layers; dense weights in the case's dtype are used where they lie."""
-        notes = f"at most {self.limit_bytes // 2**20} MiB of gathered weights at a time"
+        notes = f"{self.limit_bytes // 2**20} MiB of gathered weights at a time, or one pair's"
         return open_session(partial(BatchedExecutor, limit_bytes=self.limit_bytes), layers, specs, notes)

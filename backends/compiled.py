@@ -44,6 +44,7 @@ def compiled_ffn() -> Callable[..., Tensor]:
     import torch._inductor.config as inductor
 
     inductor.compile_threads = 1
+    dynamo.recompile_limit = 64  # dtypes x activations x sparsity sites in one worker
     dynamo.fail_on_recompile_limit_hit = True  # or Dynamo would run the Python code and nobody would notice
     return torch.compile(_ffn, dynamic=True, fullgraph=True)
 

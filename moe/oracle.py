@@ -46,8 +46,9 @@ class Reference:
     """The expected output of one layer.
 
     ``y_TH`` float64. ``slack_T`` float64 is the error (absolute, in the norm of a row) that sparsity decisions near
-    their threshold may cause; ``near`` counts those decisions. ``scale_T`` float64 is the root of the summed squares
-    of the norms of a row's terms w * f_e(x): rounding is proportional to it, not to the sum, where terms cancel.
+    their threshold may cause, and ``near`` counts those decisions: each may add or leave out w * h_j * (column j of
+    down), the columns point all ways, and so their norms add up as squares. ``scale_T`` float64 is the root of the
+    summed squares of the norms of a row's terms w * f_e(x): rounding is proportional to it where terms cancel.
     """
 
     y_TH: Tensor
@@ -100,16 +101,16 @@ def reference(store: ExpertStore, routing: Routing, x_TH: Tensor, shared: Shared
         if shared is not None:
             total.add(torch.arange(len(x_TH), device=x_TH.device), _shared(shared, x_TH))
     scale_T = torch.maximum(total.squares_T.sqrt(), total.y_TH.norm(dim=1))
-    return Reference(total.y_TH, total.slack_T, total.near, scale_T)
+    return Reference(total.y_TH, total.flips_T.sqrt(), total.near, scale_T)
 
 
 class _Sum:
-    """The running sum over experts, with the squared norms of its terms and the slack."""
+    """The running sum over experts, with the squared norms of its terms and of what may flip."""
 
     def __init__(self, zeros_TH: Tensor) -> None:
         self.y_TH = zeros_TH
         self.squares_T = zeros_TH.new_zeros(len(zeros_TH))
-        self.slack_T = zeros_TH.new_zeros(len(zeros_TH))
+        self.flips_T = zeros_TH.new_zeros(len(zeros_TH))
         self.near = 0
 
     def add(self, token_N: Tensor, term_NH: Tensor) -> None:
@@ -122,9 +123,9 @@ def _add_expert(total: _Sum, store: ExpertStore, expert: int, x_TH: Tensor, toke
     kind = store.kinds[expert]
     x_NH, weight_N1 = x_TH[token_N], weight_N.double()[:, None]
     if kind == "ffn":
-        term_NH, slack_N, near = _ffn(store, store.ffn_ids.index(expert), x_NH)
+        term_NH, flips_N, near = _ffn(store, store.ffn_ids.index(expert), x_NH)
         total.add(token_N, weight_N1 * term_NH)
-        total.slack_T.index_add_(0, token_N, weight_N.double().abs() * slack_N)
+        total.flips_T.index_add_(0, token_N, weight_N.double().square() * flips_N)
         total.near += near
     elif kind == "copy":
         total.add(token_N, weight_N1 * x_NH.double())
@@ -146,18 +147,18 @@ def constant_expert(x_NH: Tensor, constants: Constants | None, number: int) -> T
 
 
 def _ffn(store: ExpertStore, slot: int, x_NH: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Return f_e(x) [N, H], the slack [N] of its near-threshold decisions, and how many there were."""
+    """Return f_e(x) [N, H], the summed squares [N] of what near-threshold decisions move, and their number."""
     gate_up, down = exact_weights(store, slot, x_NH.dtype)
     if store.sparsity is not None:
         x_NH = store.sparsity.apply("input", x_NH)
     hidden_NF = _activate(nnf.linear(x_NH.double(), gate_up), store.activation, store.gated)
-    slack_N, near = hidden_NF.new_zeros(len(x_NH)), 0
+    flips_N, near = hidden_NF.new_zeros(len(x_NH)), 0
     if store.sparsity is not None and "hidden" in store.sparsity.thresholds:
         near_NF = _near_threshold(store, hidden_NF, x_NH.dtype)
         near = int(near_NF.sum())
-        slack_N = (near_NF * hidden_NF.abs()) @ down.norm(dim=0)
+        flips_N = (near_NF * hidden_NF.square()) @ down.square().sum(0)
         hidden_NF = store.sparsity.apply("hidden", hidden_NF)
-    return nnf.linear(hidden_NF, down), slack_N, near
+    return nnf.linear(hidden_NF, down), flips_N, near
 
 
 def _activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
@@ -171,8 +172,9 @@ def _activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
 def _near_threshold(store: ExpertStore, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
     """Return which hidden activations lie so near their threshold that rounding in ``dtype`` decides about them.
 
-    A score carries six roundings in proportion to itself (gate, up, activation, product, weight, the threshold), and in
-    proportion to a typical score the float32 error of its dot products and, dequantized, the rounding of the weights.
+    A score carries the rounding of its threshold, at most u, and four or five more (gate, up, activation, product,
+    weight) of which each is about 0.4 u: 4 u covers three of their standard deviations. In proportion to a typical
+    score come the float32 error of the dot products and, where weights are dequantized, that of rounding them.
     """
     sparsity = store.sparsity
     if sparsity is None:
@@ -184,7 +186,7 @@ def _near_threshold(store: ExpertStore, hidden_NF: Tensor, dtype: torch.dtype) -
     typical_N1 = score_NF.square().mean(dim=1, keepdim=True).sqrt()
     u = unit_roundoff(dtype)
     dot_error = 2.0**-23 * math.sqrt(store.hidden) + (u if store.quantized else 0.0)
-    return (score_NF - threshold).abs() <= 6 * u * threshold + dot_error * typical_N1
+    return (score_NF - threshold).abs() <= 4 * u * threshold + dot_error * typical_N1
 
 
 def _shared(shared: SharedExpert, x_TH: Tensor) -> Tensor:

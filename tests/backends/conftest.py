@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from moebench.backends.plugins import DESCRIPTORS
 from moebench.contracts import LayerSpec, Refusal, SparsitySpec
 from moebench.moe.experts import ExpertStore, Sparsity

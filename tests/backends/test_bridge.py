@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+
 from moebench.backends import bridge
 from moebench.backends.compiled import Compiled
 from moebench.contracts import Availability, MoebenchError

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from moebench.backends.batched import BatchedExecutor, pair_bytes
 from moebench.backends.compiled import Compiled
 from moebench.contracts import MoebenchError, Scheme, Selection
@@ -66,6 +67,21 @@ def test_dense_backends_agree_with_the_oracle(lab, name, dtype, archetype, count
 def test_compiled_agrees_with_the_oracle(lab, dtype, archetype, count, boundary, seed, sparse):
     store = lab.store(seed % 7, dtype, sparsity=lab.sparsity() if sparse else None)
     check(lab, "compiled", store, dtype, archetype, count, boundary, seed)
+
+
+@needs_compiler
+def test_compiled_compiles_when_it_loads_and_never_again(lab):
+    from torch._dynamo.utils import counters
+
+    small, other = lab.store(), lab.store(1)
+    session = lab.backend("compiled").load({0: small, 1: other}, {0: lab.spec(small), 1: lab.spec(other)})
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for layer in (0, 1):
+        for count in (1, 2, 40):
+            for archetype in ("hot", "dynamic_k"):
+                session.layer(layer)(lab.tokens(count), *lab.inputs(lab.routing(archetype, count, 0), "topk"))
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize("scheme", [INT8, INT4, Scheme("rtn", 4.0, 32)])

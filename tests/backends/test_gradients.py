@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moebench.contracts import MoebenchError
 from moebench.moe.oracle import Gradients, compare_gradients, reference_gradients
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from moebench.backends.packed import MATMULS, pack
 from moebench.contracts import MoebenchError, Scheme
 from moebench.moe.quantization import quantize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SCHEMES = [
     Scheme("rtn", 8.0),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moebench.backends.eager import Eager
 from moebench.backends.reference import Reference
 from moebench.contracts import LayerSpec, MoebenchError

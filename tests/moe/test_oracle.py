@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moebench.contracts import MoebenchError, Scheme
 from moebench.moe.experts import Constants, ExpertStore, Sparsity, expert_forward
 from moebench.moe.layer import SharedExpert
@@ -122,6 +123,28 @@ def test_a_flip_at_the_hidden_threshold_is_forgiven_and_one_further_off_is_not()
         assert (verdict.ok, verdict.flips) == (forgiven, int(forgiven))
         assert compare(ref.y_TH.float(), ref, torch.float32).ok
         assert float(ref.slack_T[0]) == pytest.approx(float(term_H.norm()) if forgiven else 0.0, rel=1e-9)
+
+
+def test_slack_leaves_the_check_sharp():
+    """Half of the activations left out in bfloat16: what is forgiven stays far below a wrong expert."""
+    generator = torch.Generator().manual_seed(0)
+    gate_up = (torch.randn(4, 1024, 256, generator=generator) / 16).bfloat16()
+    down = (torch.randn(4, 256, 512, generator=generator) / 512**0.5).bfloat16()
+    store = ExpertStore(gate_up, down, ("ffn",) * 4, sparsity=Sparsity({"hidden": 0.15}))
+    x_TH = torch.randn(32, 256, generator=generator).bfloat16()
+    indices_TK = torch.rand(32, 4, generator=generator).topk(2).indices
+    routing = Routing.topk(indices_TK, torch.full((32, 2), 0.5), 4)
+    ref = reference(store, routing, x_TH)
+    assert ref.near > 32
+    assert float((ref.slack_T / ref.scale_T).max()) < 0.05
+    y_TH = torch.zeros(32, 256, dtype=torch.bfloat16)
+    for expert in range(4):
+        mine = routing.expert_N == expert
+        out_NH = expert_forward(x_TH[routing.token_N[mine]], gate_up[expert], down[expert], store)
+        y_TH.index_add_(0, routing.token_N[mine], 0.5 * out_NH)
+    assert compare(y_TH, ref, torch.bfloat16).ok
+    worse = reference(dataclasses.replace(store, down=torch.cat([down[:3], 1.15 * down[3:]])), routing, x_TH)
+    assert not compare(y_TH, worse, torch.bfloat16).ok
 
 
 def test_the_input_threshold_is_compared_as_a_backend_compares():
