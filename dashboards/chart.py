@@ -82,8 +82,9 @@ def safe(text: object) -> str:
 
 
 def figure_json(figure: go.Figure, narrow: Mapping[str, Any]) -> str:
-    """Return a figure as JSON that may stand inside a script element."""
+    """Return a figure as JSON that may stand inside a script element; its colours come from the page's theme."""
     content = json.loads(figure.to_json())
+    content["layout"].pop("template", None)
     return script_json({"data": content["data"], "layout": content["layout"], "narrow": dict(narrow)})
 
 

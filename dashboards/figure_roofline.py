@@ -127,7 +127,7 @@ def _ceilings(roofs: Sequence[Row], intensities: Sequence[float]) -> list[go.Sca
 
 
 def _ceiling(xs: list[float], ys: list[float], name: str, roof: Row, unit: str) -> go.Scatter:
-    text = safe(f"{name.replace('bandwidth_', '').replace('peak_flops', 'peak')}: {units.si(roof['value'], unit)}")
+    text = safe(f"{name.replace('bandwidth_', '').replace('peak_flops', 'peak')}: {units.si(roof['value'], unit, 3)}")
     flat = ys[0] == ys[1]
     return go.Scatter(
         mode="lines+text",

@@ -47,14 +47,14 @@ def interval(ns: tuple[float | None, float | None], unit: tuple[float, str]) -> 
     return f"[{digits(lo / unit[0])}, {digits(hi / unit[0])}]"
 
 
-def si(value: float | None, unit: str = "") -> str:
+def si(value: float | None, unit: str = "", significant: int = 4) -> str:
     """Return a quantity with an SI prefix, such as ``1.234 Gflop/s``."""
     if value is None or not math.isfinite(value):
         return DASH
     for size, prefix in SI:
         if abs(value) >= size:
-            return f"{digits(value / size)} {prefix}{unit}".rstrip()
-    return f"{digits(value)} {unit}".rstrip()
+            return f"{digits(value / size, significant)} {prefix}{unit}".rstrip()
+    return f"{digits(value, significant)} {unit}".rstrip()
 
 
 def storage(value: float | None) -> str:

@@ -13,10 +13,15 @@ from moebench.dashboards.report import write_report
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
-ARGUMENTS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,6 +62,15 @@ def visit(browser):
     assert len([url for url in asked if url.startswith("file:")]) == len(contexts)
 
 
+def until(tab, expression, arg=None):
+    """Wait until an expression is true; Playwright's own wait evaluates strings, which the page forbids."""
+    for _ in range(200):
+        if tab.evaluate(expression, arg):
+            return
+        tab.wait_for_timeout(50)
+    raise AssertionError(f"never became true: {expression}")
+
+
 def column(tab, key):
     """Return the sort values of the visible rows of a column, None where nothing was measured."""
     return tab.evaluate(
@@ -75,7 +89,7 @@ def test_every_chart_is_drawn_and_the_page_does_not_scroll_sideways(visit, page,
     tab = visit(page, width, scheme)
     for place in tab.query_selector_all(".plot"):
         place.scroll_into_view_if_needed()
-        tab.wait_for_function("place => place.dataset.drawn === 'yes'", arg=place)
+        until(tab, "place => place.dataset.drawn === 'yes'", place)
         assert place.query_selector("svg.main-svg")
     assert {"summary", "problems", "cases", "compare", "scaling", "roofline", "loads", "quality", "claims"} <= {
         section.get_attribute("id") for section in tab.query_selector_all("section")
@@ -118,9 +132,7 @@ def test_search_and_drop_downs_filter_together(visit, page):
     assert set(column(tab, "sparsity")) == {"teal"}
     assert tab.text_content("#shown") == f"{len(found)} of {total} cases"
     tab.click("#filters button[type=reset]")
-    tab.wait_for_function(
-        "total => document.getElementById('shown').textContent === `${total} of ${total} cases`", arg=total
-    )
+    until(tab, "total => document.getElementById('shown').textContent === `${total} of ${total} cases`", total)
 
 
 def test_a_row_opens_to_its_samples_and_closes(visit, page):
@@ -129,7 +141,7 @@ def test_a_row_opens_to_its_samples_and_closes(visit, page):
     button = tab.locator("tr.case td.open button").first
     button.focus()
     tab.keyboard.press("Enter")
-    tab.wait_for_function("document.querySelectorAll('tr.detail .plot[data-drawn=yes]').length === 2")
+    until(tab, "() => document.querySelectorAll('tr.detail .plot[data-drawn=yes]').length === 2")
     assert button.get_attribute("aria-expanded") == "true"
     points = tab.evaluate("document.querySelector('tr.detail .plot').data.map((trace) => trace.x.length)")
     assert points == [180, 180, 180, 180]
@@ -144,15 +156,13 @@ def test_the_group_selector_redraws_and_copies_what_is_shown(visit, page):
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     place = tab.locator("#plot-compare")
     place.scroll_into_view_if_needed()
-    tab.wait_for_function("document.getElementById('plot-compare').dataset.drawn === 'yes'")
+    until(tab, "() => document.getElementById('plot-compare').dataset.drawn === 'yes'")
     before = tab.evaluate("document.getElementById('plot-compare').data[0].x")
     tab.select_option('select[data-chart="compare"]', "1")
-    tab.wait_for_function(
-        "before => JSON.stringify(document.getElementById('plot-compare').data[0].x) !== JSON.stringify(before)",
-        arg=before,
-    )
+    changed = "before => JSON.stringify(document.getElementById('plot-compare').data[0].x) !== JSON.stringify(before)"
+    until(tab, changed, before)
     tab.click('button[data-csv="compare"]')
-    tab.wait_for_selector('button[data-csv="compare"]:has-text("Copied")')
+    until(tab, "() => document.querySelector('button[data-csv=compare]').textContent === 'Copied'")
     copied = tab.evaluate("navigator.clipboard.readText()")
     shown = tab.evaluate("JSON.parse(document.getElementById('data-csv').textContent).compare[1]")
     assert copied.replace("\r\n", "\n") == shown

@@ -1,7 +1,9 @@
 import csv
+import datetime
 import io
 from itertools import pairwise
 
+import duckdb
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,14 +13,14 @@ from moebench.dashboards.details import thinned
 from moebench.dashboards.figure_quality import dominated
 from moebench.dashboards.query import ask, literal, to_csv
 from moebench.dashboards.ratios import baseline_of, paired_ratio, turn_minima
+from moebench.results.database import connect_parts
 
 
 @given(st.text())
 def test_a_literal_is_read_back_as_the_text_it_was_made_from(text):
-    import duckdb
-
     text = text.replace("\0", "")
-    assert duckdb.sql(f"SELECT {literal(text)}").fetchone() == (text,)
+    with duckdb.connect() as connection:
+        assert connection.execute(f"SELECT {literal(text)}").fetchone() == (text,)
 
 
 def test_the_query_that_is_shown_is_the_one_that_ran(connection):
@@ -37,7 +39,7 @@ def test_csv_is_read_back_with_null_as_an_empty_field():
 
 @pytest.mark.parametrize(
     ("ns", "shown"),
-    [(None, "–"), (12.0, "12.00 ns"), (12_345.0, "12.35 µs"), (1_234_500.0, "1.234 ms"), (2.5e9, "2.500 s")],
+    [(None, units.DASH), (12.0, "12.00 ns"), (12_345.0, "12.35 µs"), (1_234_500.0, "1.234 ms"), (2.5e9, "2.500 s")],
 )
 def test_times_are_shown_in_a_unit_that_fits(ns, shown):
     assert units.time(ns) == shown
@@ -49,8 +51,6 @@ def test_a_shown_number_is_within_its_digits(value):
 
 
 def test_the_latest_run_comes_first_and_a_run_without_record_is_listed(build, tmp_path):
-    import datetime
-
     later = build.START + datetime.timedelta(days=1)
     for run_id, started in (("old", build.START), ("new", later)):
         run = build.Builder(tmp_path, run_id)
@@ -60,15 +60,9 @@ def test_the_latest_run_comes_first_and_a_run_without_record_is_listed(build, tm
     bare.case(finished_at=build.START - datetime.timedelta(days=9))
     bare.write()
     (tmp_path / "runs" / "bare" / "run.json").unlink()
-    found = data.load_runs(build_connection(tmp_path))
+    found = data.load_runs(connect_parts(tmp_path))
     assert [run.run_id for run in found] == ["new", "old", "bare"]
     assert found[-1].row["cases"] == 1
-
-
-def build_connection(store):
-    from moebench.results.database import connect_parts
-
-    return connect_parts(store)
 
 
 def test_only_an_ok_case_has_a_time_whatever_the_parts_say(opened):
