@@ -267,9 +267,10 @@ def load_file(path: str | Path) -> types.ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise
+        reason = f"{type(error).__name__}: {error}"
+        raise MoebenchError(f"plug-in file '{path}' could not be loaded ({reason}); mend it.") from error
     return module
 
 
@@ -311,6 +312,8 @@ class Registry:
     def add(self, *descriptors: Descriptor) -> None:
         """Register plug-ins; a name may be taken only once."""
         for new in descriptors:
+            if not isinstance(new, Descriptor):
+                raise MoebenchError(f"{new!r} is no plug-in; DESCRIPTORS and entry points hold Descriptor objects.")
             names, aliases = self._by_kind[new.kind], self._aliases[new.kind]
             for name in (new.name, *new.aliases):
                 if name in names or name in aliases:

@@ -157,18 +157,20 @@ class Ring:
         self.cores = ring_cores(threads)
         self._workers: dict[tuple[tuple[str, str], ...], WorkerProcess] = {}
         self.versions: dict[str, Any] = {}
-        try:
-            for environment in environments:
-                key = _environment_key(environment)
-                if key not in self._workers:
-                    self._workers[key] = WorkerProcess(environment, threads, self.cores)
-            for worker in self._workers.values():
+        for environment in environments:
+            key = _environment_key(environment)
+            if key not in self._workers:
+                self._workers[key] = WorkerProcess(environment, threads, self.cores)
+        for key, worker in self._workers.items():
+            try:
                 self.versions = worker.request("hello", HELLO_TIMEOUT, plugins=list(plugins), protocol=PROTOCOL)
-        except (WorkerError, WorkerDiedError, WorkerTimeoutError) as error:
-            log = "".join(worker.log(2000) for worker in self._workers.values())
-            self.close()
-            last = log.strip().splitlines()[-1] if log.strip() else ""
-            raise MoebenchError(f"a worker could not start: {error} {last}".strip()) from error
+            except (WorkerError, WorkerDiedError, WorkerTimeoutError) as error:
+                last = (worker.log(2000).strip().splitlines() or [""])[-1]
+                self.close()
+                sentence = f"a worker could not start: {error} {last}".strip()
+                if not key:
+                    raise MoebenchError(sentence) from error
+                raise WorkerStartError(sentence, dict(key)) from error
 
     def worker(self, environment: Mapping[str, str]) -> WorkerProcess:
         """Return the worker with this environment."""

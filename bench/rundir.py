@@ -87,7 +87,7 @@ def _writable(store: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise MoebenchError(
-            f"the store {store} cannot be written ({error.strerror}); make room there or choose another with store=PATH."
+            f"the store {store} cannot be written ({error.strerror}); make room there or choose another with store=."
         ) from error
 
 

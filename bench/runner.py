@@ -13,7 +13,7 @@ from . import rows
 from .flags import Limits, flags_of, phases_of
 from .plan import Group, Plan
 from .progress import Progress
-from .ring import Ring
+from .ring import Ring, WorkerStartError
 from .rundir import RunFolder
 from .sampling import Member, Phases, RingLostError, Sitting, describe
 
@@ -126,7 +126,10 @@ class Runner:
         self, cases: Sequence[Case], name: str, logs: dict[str, bytes], action: Callable[[Sitting], None]
     ) -> None:
         started = time.perf_counter()
-        ring = Ring([case.environment for case in cases], cases[0].threads, self.plugins)
+        try:
+            ring = Ring([case.environment for case in cases], cases[0].threads, self.plugins)
+        except WorkerStartError as error:
+            raise RingLostError(_never_started(cases, error)) from None
         self.phases.add("spawn", started)
         seed = int(make_key([self.plan.seed, name])[:8], 16)
         try:
@@ -147,7 +150,7 @@ class Runner:
                 self._with_ring(waiting, name, logs, lambda sitting: self._once_in(sitting, waiting, results))
             except RingLostError as error:
                 results.append(([error.member], [""]))
-                waiting.pop(0)
+                waiting.remove(error.member.case)
         return results
 
     def _once_in(self, sitting: Sitting, waiting: list[Case], results: list[tuple[list[Member], list[str]]]) -> None:
@@ -161,6 +164,12 @@ class Runner:
             sitting.run_once(member, told)
             results.append(([member], [""]))
             waiting.pop(0)
+
+
+def _never_started(cases: Sequence[Case], error: WorkerStartError) -> Member:
+    member = Member(next(case for case in cases if case.environment == error.environment))
+    member.end(Status.CRASHED, str(error))
+    return member
 
 
 def _healthy(members: Sequence[Member]) -> bool:
