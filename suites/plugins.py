@@ -62,6 +62,20 @@ class Training(LayerSuite):
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """Quality on ``tokens`` tokens of the evaluation text, in windows of ``window`` tokens that see each other."""
+
+    tokens: int = 2048
+    window: int = 256
+
+    AXES: ClassVar[Mapping[str, Any]] = {**LayerSuite.AXES, "model": ["smollm2"], "backend": ["eager"]}
+
+    def __post_init__(self) -> None:
+        if self.window < 2 or self.tokens < 1 or self.tokens % self.window:
+            raise ValueError(f"tokens={self.tokens} must be a positive multiple of window={self.window}, itself >= 2")
+
+
+@dataclass(frozen=True)
 class SelfTest(LayerSuite):
     """A few seconds that go through everything: two methods on three backends of the smallest model."""
 
@@ -94,6 +108,9 @@ SUITES = [
     Descriptor("suite", "throughput", "many tokens through one layer", "moebench.suites.speed:throughput", Throughput),
     Descriptor("suite", "latency", "decode and prefill of one layer", "moebench.suites.speed:latency", Latency),
     Descriptor("suite", "training", "forward and backward of one layer", "moebench.suites.speed:training", Training),
+    Descriptor(
+        "suite", "accuracy", "perplexity and distance to the dense model", "moebench.suites.accuracy:create", Accuracy
+    ),
     Descriptor("suite", "roofline", "what this host can do at best", "moebench.suites.roofline:create", Roofline),
     Descriptor("suite", "selftest", "everything once, in seconds", "moebench.suites.speed:selftest", SelfTest),
 ]

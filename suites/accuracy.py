@@ -1,0 +1,57 @@
+"""Suite ``accuracy``: a language model's quality with some FFNs changed. Imports torch only in workers.
+
+A case is a method: whatever the axes say of backends, traffic or tokens, it is judged once, on ``eager``, on text of
+the suite's own length. Its layer is the one that layer suites take, so that quality and speed meet on ``method_key``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..contracts import Case, Planned, Registry, Trial
+from .base import Kind, SuiteConfig, expand, select_layers
+
+
+@dataclass(frozen=True)
+class AccuracySuite:
+    """The suite; how much text is judged, in windows of what length, are its parameters in the configuration."""
+
+    def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
+        """Yield one case per method and dtype; models without text are refused."""
+        for choice in config.axes["model"]:
+            model = registry.params("model", choice)
+            layers = select_layers(config.layers, model.shape(), per_layer=config.layers is None)
+            axes = {**config.axes, **self._fixed(config, registry, model.recorded), "model": [choice]}
+            kind = Kind("once", per_layer=False, workload={"window": config.suite_params.window})
+            for planned in expand(replace(config, axes=axes, layers=layers), registry, kind):
+                if model.recorded:
+                    yield planned
+                else:
+                    reason = f"model '{choice}' has no text to be judged on; use model=smollm2."
+                    yield replace(planned, refusal=reason)
+
+    def _fixed(self, config: SuiteConfig, registry: Registry, recorded: bool) -> dict[str, Any]:
+        """Return the axes that do not multiply quality."""
+        traffic = "recorded" if recorded else "gaussian"
+        return {
+            "backend": [registry.get("backend", "eager").choose()],
+            "traffic": [registry.get("traffic", traffic).choose()],
+            "tokens": [config.suite_params.tokens],
+            "pass": ["forward"],
+            "boundary": ["topk"],
+            "threads": list(config.axes["threads"])[:1],
+            "residency": ["warm"],
+        }
+
+    def prepare(self, case: Case, registry: Registry) -> Trial:
+        """Return the model with its layers changed, and the dense model's states on the text."""
+        from .quality.trial import AccuracyTrial
+
+        return AccuracyTrial(case, registry)
+
+
+def create(params: Any) -> AccuracySuite:
+    """Make the suite; cases carry what of ``params`` they need."""
+    return AccuracySuite()
