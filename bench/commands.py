@@ -122,8 +122,8 @@ def models(options: argparse.Namespace) -> int:
         return list_plugins(options)
     if not options.name:
         raise MoebenchError("name the model to fetch, for example `moebench models fetch smollm2`.")
-    source = registry.get("model", options.name).create()
-    if not hasattr(source, "fetch"):
-        raise MoebenchError(f"model '{options.name}' needs no fetching: its weights are made from a seed.")
-    source.fetch(lambda line: print(line, file=sys.stderr, flush=True))
+    params = registry.get("model", options.name).params_from()
+    if not hasattr(params, "fetch"):
+        raise MoebenchError(f"model '{options.name}' needs no fetching: its weights are made from a seed or are local.")
+    print(params.fetch(lambda line: print(line, file=sys.stderr, flush=True)))
     return 0
