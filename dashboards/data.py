@@ -130,9 +130,11 @@ ORDER BY name, case_key
 """
 
 CLAIMS = """
-SELECT key, title, claim, kind, figure, ours, model, unit, direction, margin, seeds, a, b, estimate, lo, hi, verdict,
-       reason, spec
-FROM claims WHERE run_id = $run_id ORDER BY key
+SELECT c.run_id, c.key, c.title, c.claim, c.kind, c.figure, c.ours, c.model, c.unit, c.direction, c.margin, c.seeds,
+       c.a, c.b, c.estimate, c.lo, c.hi, c.verdict, c.reason, c.spec
+FROM claims c LEFT JOIN runs r USING (run_id)
+QUALIFY row_number() OVER (PARTITION BY c.key ORDER BY c.run_id = $run_id DESC, r.started_at DESC NULLS LAST) = 1
+ORDER BY c.key
 """
 
 

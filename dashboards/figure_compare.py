@@ -64,7 +64,7 @@ def _compare_variant(name: str, members: list[Case], ratio: Compare, style: Styl
     modes = sorted({mode for case in members for mode in case.row["modes"] or ()})
     note = f"Baseline: {shown[base.key]}. Mode: {', '.join(modes) or 'not recorded'}."
     csv_rows = tuple(_compare_row(case, shown, base, ratios.get(case.key)) for case in reversed(ordered))
-    return Variant(name, figure, csv_rows, note, _stacked(len(ordered)))
+    return Variant(name, figure, csv_rows, note, _stacked(order))
 
 
 def ratio_ticks(values: Sequence[float]) -> dict[str, Any]:
@@ -82,19 +82,19 @@ def ratio_ticks(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _stacked(cases: int) -> dict[str, Any]:
-    """Return the layout of the two panels one above the other, with labels above the marks, for a narrow screen."""
-    rows = 36 * (cases + 1)
+def _stacked(names: Sequence[str]) -> dict[str, Any]:
+    """Return the layout of the two panels one above the other, with names above the marks, for a narrow screen."""
+    rows = 36 * (len(names) + 1)
     height = 2 * rows + 100
+    above = {"xref": "paper", "x": 0, "xanchor": "left", "yshift": 12, "showarrow": False, "font": {"size": 11}}
     return {
         "height": height + 110,
         "xaxis.domain": [0, 1],
         "xaxis2.domain": [0, 1],
         "yaxis.domain": [1 - rows / height, 1],
         "yaxis2.domain": [0, rows / height],
-        "yaxis2.showticklabels": True,
-        **{f"{axis}.ticklabelposition": "inside top" for axis in ("yaxis", "yaxis2")},
-        **{f"{axis}.ticklabelshift": -5 for axis in ("yaxis", "yaxis2")},
+        "yaxis.showticklabels": False,
+        "annotations": [{**above, "yref": axis, "y": name, "text": name} for axis in ("y", "y2") for name in names],
     }
 
 

@@ -59,7 +59,9 @@ def render(connection: duckdb.DuckDBPyConnection, run_id: str | None, store: str
         _problems(cases),
         _cases(cases, answer),
         *(chart_html(chart) for chart in charts),
-        _section("claims", "Claims", tables.claims_table(claims.rows) + disclosure("claims", (claims.sql,))),
+        _section(
+            "claims", "Claims", tables.claims_table(claims.rows, run.run_id) + disclosure("claims", (claims.sql,))
+        ),
     ]
     samples = ask(connection, data.SAMPLES, run_id=run.run_id)
     payloads = [
@@ -181,7 +183,7 @@ def _summary(connection: duckdb.DuckDBPyConnection, run: Run, runs: Sequence[Run
     host = next(iter(ask(connection, data.HOSTS, run_id=run.run_id).rows), None)
     content = (
         f"{tables.counts(cases)}{_left_out(connection)}"
-        f'<div class="cards"><div class="card"><h3>Run</h3>{_facts(_run_facts(run))}</div>'
+        f'<div class="cards"><div class="card"><h3>Run</h3>{_facts(_run_facts(run, cases))}</div>'
         f'<div class="card"><h3>Host</h3>{_host(host)}</div>'
         f'<div class="card"><h3>Evidence</h3><ul class="plain">{tables.evidence(cases)}</ul>'
         "<p class=quiet>Kinds of evidence are never ranked, averaged or drawn together.</p></div></div>"
@@ -207,7 +209,7 @@ def _value(value: Any) -> str:
     return ", ".join(esc(item) for item in value) if isinstance(value, (list, tuple)) and value else text(value)
 
 
-def _run_facts(run: Run) -> dict[str, Any]:
+def _run_facts(run: Run, cases: Sequence[Case]) -> dict[str, Any]:
     row = run.row
     dirty = {True: ", with uncommitted changes", False: "", None: ""}[row["git_dirty"]]
     duration = (row["finished_at"] - row["started_at"]) if row["finished_at"] and row["started_at"] else None
@@ -218,6 +220,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "git": f"{row['git_sha'][:12]}{dirty}" if row["git_sha"] else None,
         "moebench": row["version"],
         "torch": run.packages.get("torch"),
+        "threads": ", ".join(sorted({case.axes["threads"] for case in cases}, key=lambda value: (len(value), value))),
         "plan": row["plan_hash"][:12] if row["plan_hash"] else None,
     }
 

@@ -276,21 +276,21 @@ def _select(name: str, values: Iterable[str]) -> str:
 # Claims
 
 
-def claims_table(rows: Sequence[Row]) -> str:
-    """Return the claims of papers beside what was found here."""
+def claims_table(rows: Sequence[Row], run_id: str) -> str:
+    """Return the claims of papers beside what was found here, in this run or in the latest that tested them."""
     if not rows:
-        return "<p class=\"empty\">No claim of a paper was tested in this run; 'moebench papers' does it.</p>"
-    body = "".join(_claim(row) for row in rows)
+        return "<p class=\"empty\">No claim of a paper was tested in this store; 'moebench papers' does it.</p>"
+    body = "".join(_claim(row, run_id) for row in rows)
     titles = ("claim", "their figure", "ours", "interval", "verdict", "configuration")
     head = "".join(f'<th scope="col">{title}</th>' for title in titles)
     return (
         '<div class="scroll" role="region" aria-labelledby="claims-caption" tabindex="0"><table class="claims">'
-        '<caption id="claims-caption">Claims of papers, and what this run found.</caption>'
+        '<caption id="claims-caption">Claims of papers, and what was found here.</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _claim(row: Mapping[str, Any]) -> str:
+def _claim(row: Mapping[str, Any], run_id: str) -> str:
     unit = f" {esc(row['unit'])}" if row["unit"] else ""
     bounds = (
         NOT_MEASURED if row["lo"] is None else f"[{esc(units.digits(row['lo']))}, {esc(units.digits(row['hi']))}]{unit}"
@@ -299,9 +299,9 @@ def _claim(row: Mapping[str, Any]) -> str:
     seeds = row["seeds"] or ()
     spec = parse_json(row["spec"])
     shown = spec.get("run") if isinstance(spec, dict) and "run" in spec else spec
-    place = " · ".join(
-        str(part) for part in (row["kind"], row["model"], f"{len(seeds)} seeds" if seeds else None) if part
-    )
+    other = f"run {row['run_id']}" if row["run_id"] != run_id else None
+    seeded = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}" if seeds else None
+    place = " · ".join(str(part) for part in (row["kind"], row["model"], seeded, other) if part)
     configuration = (
         f"<details><summary>{esc(place or 'configuration')}</summary><pre>{esc(pretty(shown))}</pre></details>"
     )
@@ -315,7 +315,14 @@ def _claim(row: Mapping[str, Any]) -> str:
 
 
 def _verdict_kind(verdict: object) -> str:
-    return {"confirmed": "ok", "holds": "ok", "refuted": "wrong", "fails": "wrong"}.get(str(verdict), "plain")
+    return {
+        "confirmed": "ok",
+        "holds": "ok",
+        "improved": "ok",
+        "refuted": "wrong",
+        "fails": "wrong",
+        "regressed": "wrong",
+    }.get(str(verdict), "plain")
 
 
 def pretty(value: Any, indent: str = "") -> str:

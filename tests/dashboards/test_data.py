@@ -196,5 +196,5 @@ def test_capped_samples_say_how_many_there_were():
     row = {"case_key": "k", "clock": "wall", "ns": list(range(10)), "turn": [0] * 10}
     kept = thinned(row, limit=4)
     assert (kept["ns"], kept["of"], kept["step"]) == ([0, 3, 6, 9], 10, 3)
-    whole = thinned(row)
+    whole = thinned(row, limit=10)
     assert (whole["ns"], whole["of"], whole["step"]) == (row["ns"], 10, 1)

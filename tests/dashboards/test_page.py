@@ -306,3 +306,13 @@ def test_a_damaged_part_is_named_in_the_page(build, tmp_path):
     html = render(connect_parts(tmp_path), RUN, "store")
     assert "Not in this page" in html
     assert "damaged" in html
+
+
+def test_a_claim_of_another_run_is_shown_with_that_run(build, tmp_path):
+    build.full_store(tmp_path)
+    run = build.Builder(tmp_path, "later")
+    run.case()
+    run.write(build.START + datetime.timedelta(days=1))
+    html = render(connect_parts(tmp_path), None, "store")
+    assert f"3 seeds · run {RUN}" in html
+    assert "· run " not in render(connect_parts(tmp_path), RUN, "store")
