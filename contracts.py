@@ -389,7 +389,8 @@ class Selection:
 class LayerSpec:
     """Everything a backend must know of a layer before it sees a tensor.
 
-    ``kinds`` has one entry per expert id; ``schemes`` one per FFN expert, in the order of their ids.
+    ``kinds`` has one entry per expert id; ``schemes`` one per FFN expert, in the order of their ids. ``tokens`` is how
+    many a call will have at most, None where that is not known.
     """
 
     hidden: int
@@ -404,6 +405,7 @@ class LayerSpec:
     selection: Selection | None = None
     backward: bool = False
     max_k: int = 1
+    tokens: int | None = None
 
     @property
     def experts(self) -> int:

@@ -61,14 +61,25 @@ class Batched:
 
     def __init__(self, params: plugins.Batched) -> None:
         self.limit_bytes = params.limit_mib * 2**20
+        self.call_bytes = params.call_mib * 2**20
 
     def availability(self) -> Availability:
         """It runs wherever torch does."""
         return Availability(True)
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
-        """Take layers of FFN experts, forward only."""
-        return rules.refusal(spec, "batched", tuple(ELEMENT_SIZE)) or rules.execution(spec, ("topk",))
+        """Take layers of FFN experts, forward only, with calls so small that copying their weights makes sense."""
+        refused = rules.refusal(spec, "batched", tuple(ELEMENT_SIZE)) or self._too_much(spec)
+        return refused or rules.execution(spec, ("topk",))
+
+    def _too_much(self, spec: LayerSpec) -> Refusal | None:
+        copied = (spec.tokens or 0) * spec.max_k * pair_bytes(spec)
+        if copied <= self.call_bytes:
+            return None
+        return Refusal(
+            f"batched would copy {copied / 2**30:.1f} GiB of weights per call ({spec.tokens} tokens x {spec.max_k} slots "
+            f"x {pair_bytes(spec) / 2**20:.1f} MiB); use it for decode, or raise params.backend.batched.call_mib"
+        )
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:
         """Load layers; dense weights in the case's dtype are used where they lie."""

@@ -151,10 +151,11 @@ def _ffn(store: ExpertStore, slot: int, x_NH: Tensor) -> tuple[Tensor, Tensor, i
     gate_up, down = exact_weights(store, slot, x_NH.dtype)
     if store.sparsity is not None:
         x_NH = store.sparsity.apply("input", x_NH)
-    hidden_NF = _activate(nnf.linear(x_NH.double(), gate_up), store.activation, store.gated)
+    before = nnf.linear(x_NH.double(), gate_up)
+    hidden_NF = _activate(before, store.activation, store.gated)
     flips_N, near = hidden_NF.new_zeros(len(x_NH)), 0
     if store.sparsity is not None and "hidden" in store.sparsity.thresholds:
-        near_NF = _near_threshold(store, hidden_NF, x_NH.dtype)
+        near_NF = _near_threshold(store, before, hidden_NF, x_NH.dtype)
         near = int(near_NF.sum())
         flips_N = (near_NF * hidden_NF.square()) @ down.square().sum(0)
         hidden_NF = store.sparsity.apply("hidden", hidden_NF)
@@ -169,12 +170,14 @@ def _activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
     return act(gate) * up
 
 
-def _near_threshold(store: ExpertStore, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
+def _near_threshold(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
     """Return which hidden activations lie so near their threshold that rounding in ``dtype`` decides about them.
 
     A score carries the rounding of its threshold, at most u, and four or five more (gate, up, activation, product,
-    weight) of which each is about 0.4 u: 4 u covers three of their standard deviations. In proportion to a typical
-    score come the float32 error of the dot products and, where weights are dequantized, that of rounding them.
+    weight) of which each is about 0.4 u: 4 u covers three of their standard deviations. The rounding of the gate goes
+    through the activation, whose relative slope is far above 1 in its negative tail; it is measured there. In
+    proportion to a typical score come the float32 error of the dot products and, where weights are dequantized, that of
+    rounding them. ``before`` is what the activation reads, [N, 2F] or [N, F].
     """
     sparsity = store.sparsity
     if sparsity is None:
@@ -185,8 +188,13 @@ def _near_threshold(store: ExpertStore, hidden_NF: Tensor, dtype: torch.dtype) -
         score_NF = score_NF * sparsity.weights["hidden"].double()
     typical_N1 = score_NF.square().mean(dim=1, keepdim=True).sqrt()
     u = unit_roundoff(dtype)
+    shifted = before.clone()
+    shifted[:, : hidden_NF.shape[1]] *= 1 + 2 * u  # the gate, or all there is
+    moved_NF = (_activate(shifted, store.activation, store.gated) - hidden_NF).abs()
+    if "hidden" in sparsity.weights:
+        moved_NF = moved_NF * sparsity.weights["hidden"].double()
     dot_error = 2.0**-23 * math.sqrt(store.hidden) + (u if store.quantized else 0.0)
-    return (score_NF - threshold).abs() <= 4 * u * threshold + dot_error * typical_N1
+    return (score_NF - threshold).abs() <= 4 * u * threshold + moved_NF + dot_error * typical_N1
 
 
 def _shared(shared: SharedExpert, x_TH: Tensor) -> Tensor:

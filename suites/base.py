@@ -311,6 +311,7 @@ def layer_spec(case: Case, shape: ModelShape, registry: Registry) -> LayerSpec:
         selection=selection,
         backward=case.pass_ == "forward_backward",
         max_k=routing.max_k(shape),
+        tokens=case.tokens,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..contracts import Descriptor
 from . import model_plugins
 
-DENSE_BACKENDS = ("eager", "batched", "grouped", "compiled")
+DENSE_BACKENDS = ("eager", "grouped", "compiled")
 """The backends that run dense weights fast enough to be timed by default."""
 
 
@@ -47,7 +47,11 @@ class Throughput(LayerSuite):
 class Latency(LayerSuite):
     """Decode (T = 1 to 16, weights cold) and prefill of one layer."""
 
-    AXES: ClassVar[Mapping[str, Any]] = {**LayerSuite.AXES, "tokens": [1, 4, 16, 256]}
+    AXES: ClassVar[Mapping[str, Any]] = {
+        **LayerSuite.AXES,
+        "tokens": [1, 4, 16, 256],
+        "backend": ["eager", "batched", "grouped", "compiled"],
+    }
 
 
 @dataclass(frozen=True)

@@ -91,15 +91,20 @@ def make_batch(case: Case, registry: Registry, subject: Subject, step: int) -> B
     else:
         with torch.no_grad():
             routing = subject.layer.router(x_TH, Context(layer=index, experts=subject.layer.store))
-    return Batch(x_TH, routing, boundary_inputs(case.boundary, routing, subject.spec))
+    return Batch(x_TH, routing, boundary_inputs(case.boundary, routing, subject))
 
 
-def boundary_inputs(boundary: str, routing: Routing, spec: LayerSpec) -> tuple[Tensor, ...]:
-    """Return what an executor takes besides x at this boundary."""
+def boundary_inputs(boundary: str, routing: Routing, subject: Subject) -> tuple[Tensor, ...]:
+    """Return what an executor takes besides x at this boundary; logits come with the selection's bias, if it has one."""
     if boundary == "topk":
-        return routing.padded(spec.max_k)
+        return routing.padded(subject.spec.max_k)
     if boundary == "sorted":
         return routing.sorted()
-    if routing.logits_TE is None:
+    selection = subject.spec.selection
+    if routing.logits_TE is None or selection is None:
         raise ValueError("this router keeps no logits; use axes.boundary=topk")
-    return (routing.logits_TE.float(),)
+    logits_TE = routing.logits_TE.float()
+    if not selection.bias:
+        return (logits_TE,)
+    bias_E: Tensor = subject.layer.router.get_buffer("selector.bias_E")
+    return (logits_TE, bias_E)
