@@ -8,6 +8,7 @@ mistyped one gets a suggestion in plain words.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +42,8 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         for name in ("seconds", "precision", "memory", "turn_timeout", "prepare_timeout", "once_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be greater than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number greater than 0")
 
 
 @dataclass(frozen=True)

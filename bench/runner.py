@@ -73,6 +73,9 @@ class Runner:
         for members, names in measure(group.cases, logs):
             flags: list[Flag] = flags_of(members, self.limits) if all(m.alive for m in members) else []
             rows.merge(tables, rows.measured_rows(self.run.run_id, members, flags, names))
+            for member in members:
+                if member.traceback:
+                    logs[f"traceback-{member.case.case_key}.txt"] = member.traceback.encode()
         return tables, logs
 
     def _timed(self, cases: Sequence[Case], logs: dict[str, bytes]) -> list[tuple[list[Member], list[str]]]:

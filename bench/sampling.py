@@ -58,6 +58,7 @@ class Member:
     cost: dict[str, Any] | None = None
     seconds: float = 0.0
     peak_rss: int | None = None
+    traceback: str = ""
 
     @property
     def alive(self) -> bool:
@@ -119,6 +120,7 @@ class Sitting:
             action(member)
         except WorkerError as error:
             member.end(Status.FAILED, str(error))
+            member.traceback = error.traceback
         except WorkerDiedError as error:
             member.end(Status.CRASHED, str(error))
             raise RingLostError(member) from None
