@@ -38,6 +38,9 @@ AXES = (
 IN_LABEL = tuple(axis for axis in AXES if axis != "base")
 """Axes that name a case; the base of its weights follows from the model."""
 
+QUALITY_METRICS = ("kl_to_dense", "perplexity", "bits_per_byte")
+"""Metrics of suite accuracy that stand for the quality of a method; lower is better for all."""
+
 STATUSES = ("wrong", "crashed", "failed", "timed_out", "fell_back", "skipped", "ok")
 """The worst first."""
 
@@ -212,9 +215,12 @@ class Case:
         """How many layers one call runs."""
         return max(1, len(re.findall(r"\d+", str(self.row["layers"] or ""))))
 
-    def metric(self, name: str) -> Row | None:
-        """Return the metric of this name, or None."""
-        return next((metric for metric in self.metrics if metric["name"] == name), None)
+    @property
+    def quality(self) -> list[Row]:
+        """The metrics of quality that a case without a time was run for."""
+        if not self.ok or self.median_ns is not None:
+            return []
+        return [metric for name in QUALITY_METRICS for metric in self.metrics if metric["name"] == name]
 
 
 def load_runs(connection: duckdb.DuckDBPyConnection) -> list[Run]:

@@ -136,12 +136,12 @@ def _add_front(
 
 
 def _unit_of(row: Row) -> str:
-    return f", {safe(row['unit'])}" if row["unit"] else ""
+    return f", {safe(row['unit'])}" if row["unit"] not in (None, "", "1") else ""
 
 
 def _quality_hover(case: Case, label: str, row: Row, worse: bool) -> str:
     bounds = "" if row["lo"] is None else f" [{units.digits(row['lo'])}, {units.digits(row['hi'])}]"
-    text = f"{row['name']} {units.digits(row['value'])} {row['unit'] or ''}{bounds}"
+    text = f"{row['name']} {units.digits(row['value'])}{bounds}"
     return f"{hover(case, label)}<br>{safe(text)}{'<br>dominated' if worse else ''}"
 
 

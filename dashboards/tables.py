@@ -162,7 +162,7 @@ def cases_table(cases: Sequence[Case]) -> str:
         ("evidence", "evidence", False),
         ("executed", "executed", False),
         ("error", "error / bound", True),
-        ("note", "flags and reason", False),
+        ("note", "flags, reason, quality", False),
     ]
     head = "".join(_header(*header) for header in headers)
     body = "".join(_case_row(case, first, rest) for case in ordered)
@@ -248,6 +248,7 @@ def _error(case: Case) -> str:
 def _note(case: Case) -> str:
     reason = case.row["reason"]
     parts = [flag_marks(case.flags), f"<span class=reason>{esc(reason)}</span>" if reason else ""]
+    parts += [f"<div>{esc(metric['name'])} {esc(units.digits(metric['value']))}</div>" for metric in case.quality]
     return " ".join(part for part in parts if part)
 
 
@@ -291,7 +292,7 @@ def claims_table(rows: Sequence[Row], run_id: str) -> str:
 
 
 def _claim(row: Mapping[str, Any], run_id: str) -> str:
-    unit = f" {esc(row['unit'])}" if row["unit"] else ""
+    unit = f" {esc(row['unit'])}" if row["unit"] not in (None, "", "1") else ""
     bounds = (
         NOT_MEASURED if row["lo"] is None else f"[{esc(units.digits(row['lo']))}, {esc(units.digits(row['hi']))}]{unit}"
     )

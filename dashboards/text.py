@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 LABEL_WIDTH = 44
-QUALITY = ("kl_to_dense", "perplexity", "bits_per_byte")
 GAP = "  "
 
 
@@ -53,9 +52,7 @@ def _note(case: Case) -> str:
     parts = [] if evidence == "measured-cpu" else [evidence]
     parts += case.flags
     parts += [str(case.row["reason"])] if case.row["reason"] else []
-    if case.ok and case.median_ns is None:
-        found = [metric for name in QUALITY if (metric := case.metric(name))]
-        parts += [f"{metric['name']} {units.digits(metric['value'])}" for metric in found]
+    parts += [f"{metric['name']} {units.digits(metric['value'])}" for metric in case.quality]
     return ", ".join(parts)
 
 

@@ -316,3 +316,11 @@ def test_a_claim_of_another_run_is_shown_with_that_run(build, tmp_path):
     html = render(connect_parts(tmp_path), None, "store")
     assert f"3 seeds · run {RUN}" in html
     assert "· run " not in render(connect_parts(tmp_path), RUN, "store")
+
+
+def test_the_quality_of_a_case_without_a_time_stands_in_its_row(opened):
+    builder, open_store = opened
+    run = builder()
+    row = run.case(suite="accuracy", protocol="once")
+    run.metric(row, "perplexity", 17.25, "1")
+    assert "<div>perplexity 17.25</div>" in render(open_store(run), None, "store")
