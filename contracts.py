@@ -652,11 +652,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Planned:
-    """A case of a plan; with ``refusal`` it will not run, and the row says why."""
+    """A case of a plan; with ``refusal`` it will not run, and the row says why.
+
+    ``method_bytes`` is what the layer of its method takes, shared by all cases of that method and dtype in a worker;
+    ``own_bytes`` what the case takes besides.
+    """
 
     case: Case
     refusal: str | None = None
-    estimate_bytes: float = 0.0
+    method_bytes: float = 0.0
+    own_bytes: float = 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -77,8 +77,8 @@ class Batched:
         if copied <= self.call_bytes:
             return None
         return Refusal(
-            f"batched would copy {copied / 2**30:.1f} GiB of weights per call ({spec.tokens} tokens x {spec.max_k} slots "
-            f"x {pair_bytes(spec) / 2**20:.1f} MiB); use it for decode, or raise params.backend.batched.call_mib"
+            f"batched would copy {copied / 2**30:.1f} GiB of weights per call ({spec.tokens} tokens x {spec.max_k} "
+            f"slots x {pair_bytes(spec) / 2**20:.1f} MiB); use it for decode, or raise params.backend.batched.call_mib"
         )
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:

@@ -19,12 +19,13 @@ class Group:
     """Cases that are measured together, and those of the same kind that will not run.
 
     ``name`` is the group's key, with a number where a group is split for memory; every piece of a split group repeats
-    its first case, the anchor.
+    its first case, the anchor, whose row is that of piece 0.
     """
 
     name: str
     cases: tuple[Case, ...]
     refused: tuple[Planned, ...] = ()
+    piece: int = 0
 
     @property
     def once(self) -> bool:
@@ -96,15 +97,19 @@ def _split(key: str, items: Sequence[Planned], memory_bytes: float) -> list[Grou
     anchor, *rest = runnable
     pieces: list[list[Planned]] = [[anchor]]
     for item in rest:
-        used = sum(member.estimate_bytes for member in pieces[-1])
-        if used + item.estimate_bytes > memory_bytes:
+        if _bytes_of([*pieces[-1], item]) > memory_bytes and len(pieces[-1]) > 1:
             pieces.append([anchor])
         pieces[-1].append(item)
     names = [key] if len(pieces) == 1 else [f"{key}-{number}" for number in range(len(pieces))]
     return [
-        Group(name, tuple(member.case for member in piece), refused if number == 0 else ())
+        Group(name, tuple(member.case for member in piece), refused if number == 0 else (), number)
         for number, (name, piece) in enumerate(zip(names, pieces, strict=True))
     ]
+
+
+def _bytes_of(items: Sequence[Planned]) -> float:
+    methods = {(item.case.method_key, item.case.dtype): item.method_bytes for item in items}
+    return sum(methods.values()) + sum(item.own_bytes for item in items)
 
 
 def shard(plan: Plan, text: str) -> Plan:

@@ -43,10 +43,12 @@ def case_row(run_id: str, case: Case, status: Status, reason: str, flags: Sequen
     return row
 
 
-def measured_rows(run_id: str, sittings: Sequence[Member], flags: Sequence[Flag], names: Sequence[str]) -> Tables:
+def measured_rows(
+    run_id: str, sittings: Sequence[Member], flags: Sequence[Flag], names: Sequence[str], first_process: int = 0
+) -> Tables:
     """Return the rows of one case from its member in each sitting (one per process); ``names`` are the sittings' ids.
 
-    A case that failed in one sitting failed: it keeps that status and no samples.
+    Processes are numbered from ``first_process``: the anchor of a split group has some in each of its pieces. A case that failed in one sitting failed: it keeps that status and no samples.
     """
     worst = next((member for member in sittings if not member.alive), sittings[-1])
     row = case_row(run_id, worst.case, worst.status, worst.reason, flags if worst.alive else ())
@@ -65,7 +67,7 @@ def measured_rows(run_id: str, sittings: Sequence[Member], flags: Sequence[Flag]
     if worst.case.protocol == "timed":
         tables["timings"] = [
             timing
-            for process, (member, name) in enumerate(zip(sittings, names, strict=True))
+            for process, (member, name) in enumerate(zip(sittings, names, strict=True), first_process)
             for timing in _timing_rows(run_id, member, process, name)
         ]
     _add_facts(tables, run_id, worst)

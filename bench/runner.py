@@ -72,7 +72,11 @@ class Runner:
         measure = self._once if group.once else self._timed
         for members, names in measure(group.cases, logs):
             flags: list[Flag] = flags_of(members, self.limits) if all(m.alive for m in members) else []
-            rows.merge(tables, rows.measured_rows(self.run.run_id, members, flags, names))
+            first = group.piece * self.plan.engine.processes
+            found = rows.measured_rows(self.run.run_id, members, flags, names, first)
+            if group.piece and members[0].case.case_key == group.cases[0].case_key:
+                found = {"timings": found.get("timings", [])}  # the anchor's row and facts are those of piece 0
+            rows.merge(tables, found)
             for member in members:
                 if member.traceback:
                     logs[f"traceback-{member.case.case_key}.txt"] = member.traceback.encode()

@@ -199,7 +199,8 @@ class _Planner:
         answer, evidence = self._execution(case, spec)
         if isinstance(answer, Refusal):
             return Planned(case, answer.reason)
-        return Planned(replace(case, execution=answer, evidence=evidence), None, needed)
+        own = 0.0 if answer.weights == "dense" and case.pass_ == "forward" else size
+        return Planned(replace(case, execution=answer, evidence=evidence), None, needed, own)
 
     def _traffic_refusal(self, case: Case, model: Any, spec: LayerSpec) -> str | None:
         traffic = self.registry.params("traffic", case.traffic)

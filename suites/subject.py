@@ -95,7 +95,7 @@ def make_batch(case: Case, registry: Registry, subject: Subject, step: int) -> B
 
 
 def boundary_inputs(boundary: str, routing: Routing, subject: Subject) -> tuple[Tensor, ...]:
-    """Return what an executor takes besides x at this boundary; logits come with the selection's bias, if it has one."""
+    """Return what an executor takes besides x at this boundary; logits come with the selection's bias, if any."""
     if boundary == "topk":
         return routing.padded(subject.spec.max_k)
     if boundary == "sorted":
