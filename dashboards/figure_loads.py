@@ -65,6 +65,7 @@ def _load_variant(name: str, members: list[tuple[Case, Any, list[float]]]) -> Va
             y=[safe(name) for name in names],
             x=list(range(len(shares[0]))),
             zmin=0,
+            zmax=max(map(max, shares)),
             colorscale="Viridis",
             xgap=1,
             ygap=2,

@@ -162,7 +162,7 @@ def _cases(cases: Sequence[Case], answer: Answer) -> str:
 
 def _problems(cases: Sequence[Case]) -> str:
     bad, flagged = tables.problems(cases), tables.warnings(cases)
-    content = bad or f'<p class="empty">{"Every case ran and passed its oracle." if cases else "Nothing ran."}</p>'
+    content = bad or f'<p class="empty">{"Every case is ok." if cases else "Nothing ran."}</p>'
     if flagged:
         content += f"<h3>Ran, but in doubt: shown, and left out of verdicts</h3>{flagged}"
     if cases and not any(case.ok for case in cases):

@@ -12,7 +12,7 @@ from .data import STATUSES, Case, varying_axes
 from .query import Row, parse_json
 
 STATUS_MEANING = {
-    "ok": "the oracle passed on the timed calls",
+    "ok": "ran as planned and passed its check",
     "wrong": "the oracle rejected the output; there is no time",
     "crashed": "the worker process died",
     "failed": "the case raised an error",
@@ -37,8 +37,8 @@ FLAG_ADVICE = {
 }
 
 EVIDENCE_MEANING = {
-    "measured-cpu": "timed on this CPU",
-    "measured-gpu": "timed on a GPU",
+    "measured-cpu": "run and measured on this CPU",
+    "measured-gpu": "run and measured on a GPU",
     "interpreted": "run by an interpreter: right or wrong, but no time of real hardware",
     "host-executed": "GPU code executed on the host",
     "static-compile": "compiled and read, not run",
