@@ -48,7 +48,8 @@ def measured_rows(
 ) -> Tables:
     """Return the rows of one case from its member in each sitting (one per process); ``names`` are the sittings' ids.
 
-    Processes are numbered from ``first_process``: the anchor of a split group has some in each of its pieces. A case that failed in one sitting failed: it keeps that status and no samples.
+    Processes are numbered from ``first_process``: the anchor of a split group has some in each of its pieces. A case
+    that failed in one sitting failed: it keeps that status and no samples.
     """
     worst = next((member for member in sittings if not member.alive), sittings[-1])
     row = case_row(run_id, worst.case, worst.status, worst.reason, flags if worst.alive else ())
