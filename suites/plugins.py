@@ -80,6 +80,31 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class BalanceOptimum:
+    """The least balance loss of MoE++ for ``ffn_experts`` FFN experts and the other experts of the routing."""
+
+    ffn_experts: int = 8
+
+    AXES: ClassVar[Mapping[str, Any]] = {**LayerSuite.AXES, "routing": ["moepp"]}
+
+    def __post_init__(self) -> None:
+        if self.ffn_experts < 1:
+            raise ValueError(f"ffn_experts={self.ffn_experts} must be at least 1")
+
+
+@dataclass(frozen=True)
+class BalancedTime(LayerSuite):
+    """The FFN experts of a layer at the balance of MoE++, beside a layer of FFN experts alone."""
+
+    AXES: ClassVar[Mapping[str, Any]] = {
+        **LayerSuite.AXES,
+        "routing": ["topk", "moepp"],
+        "backend": ["eager"],
+        "tokens": [2048],
+    }
+
+
+@dataclass(frozen=True)
 class SelfTest(LayerSuite):
     """A few seconds that go through everything: two methods on three backends of the smallest model."""
 
@@ -96,13 +121,14 @@ class SelfTest(LayerSuite):
 
 @dataclass(frozen=True)
 class Roofline:
-    """Probes of this host: square products of ``size``, and reads of buffers that fit half of each cache level.
+    """Probes of this host: square products of ``size``, and reads of buffers that the cache levels hold.
 
-    ``levels`` maps a level to the bytes to read; DRAM is read over ``dram_factor`` times the last-level cache.
+    ``levels`` maps a level to the bytes to read; DRAM is read over ``dram_factor`` times the last-level cache. The first
+    level is left out: a call's own overhead is longer than reading it.
     """
 
     size: int = 1024
-    levels: Mapping[str, int] = field(default_factory=lambda: {"L1": 16 * 2**10, "L2": 512 * 2**10})
+    levels: Mapping[str, int] = field(default_factory=lambda: {"L2": 2**20, "L3": 2**25})
     dram_factor: float = 2.0
 
     AXES: ClassVar[Mapping[str, Any]] = {**LayerSuite.AXES, "dtype": ["float32", "bfloat16"]}
@@ -114,6 +140,20 @@ SUITES = [
     Descriptor("suite", "training", "forward and backward of one layer", "moebench.suites.speed:training", Training),
     Descriptor(
         "suite", "accuracy", "perplexity and distance to the dense model", "moebench.suites.accuracy:create", Accuracy
+    ),
+    Descriptor(
+        "suite",
+        "moepp_balance",
+        "the least balance loss of MoE++, found numerically",
+        "moebench.suites.moepp:balance",
+        BalanceOptimum,
+    ),
+    Descriptor(
+        "suite",
+        "moepp_time",
+        "time of the FFN experts at MoE++'s balance",
+        "moebench.suites.moepp:time_share",
+        BalancedTime,
     ),
     Descriptor("suite", "roofline", "what this host can do at best", "moebench.suites.roofline:create", Roofline),
     Descriptor("suite", "selftest", "everything once, in seconds", "moebench.suites.speed:selftest", SelfTest),
