@@ -123,8 +123,8 @@ class SelfTest(LayerSuite):
 class Roofline:
     """Probes of this host: square products of ``size``, and reads of buffers that the cache levels hold.
 
-    ``levels`` maps a level to the bytes to read; DRAM is read over ``dram_factor`` times the last-level cache. The first
-    level is left out: a call's own overhead is longer than reading it.
+    ``levels`` maps a level to the bytes to read; DRAM is read over ``dram_factor`` times the last-level cache. L1 is
+    left out: a call's own overhead is longer than reading it.
     """
 
     size: int = 1024
