@@ -25,7 +25,7 @@ LEVEL = 0.95
 
 def block_sums(columns_TC: Tensor, block: int = BLOCK) -> Tensor:
     """Return the sums of each column over blocks of ``block`` tokens, [B, C]; a last block may be shorter."""
-    return torch.stack([part_TC.sum(0) for part_TC in columns_TC.split(block)])
+    return torch.stack([part_TC.sum(0) for part_TC in torch.split(columns_TC, block)])
 
 
 def interval(

@@ -83,7 +83,7 @@ def _record(model: Any, ids: Tensor, window: int, first: int, target: Path) -> N
     final: list[Tensor] = []
     hook = model.model.layers[first].register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0][0]))
     try:
-        for part in ids.split(window):
+        for part in torch.split(ids, window):
             final.append(model.model(part[None], use_cache=False).last_hidden_state[0])
     finally:
         hook.remove()

@@ -29,7 +29,7 @@ def score(head: Any, final_TH: Tensor, dense_TH: Tensor, next_T: Tensor, bytes_T
     to predict. KL is sum_v p log(p / q), p dense and q changed; equal states give exactly 0 and agreement 1.
     """
     parts = []
-    for mine_TH, dense_RH, next_R in zip(*(t.split(ROWS) for t in (final_TH, dense_TH, next_T)), strict=True):
+    for mine_TH, dense_RH, next_R in zip(*(torch.split(t, ROWS) for t in (final_TH, dense_TH, next_T)), strict=True):
         logq_RV = head(mine_TH).double().log_softmax(-1)
         logp_RV = head(dense_RH).double().log_softmax(-1)
         kl_R = (logp_RV.exp() * (logp_RV - logq_RV)).sum(-1)
