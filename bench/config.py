@@ -22,7 +22,8 @@ class EngineConfig:
     """How a run measures. Times in seconds.
 
     ``processes`` fresh rings measure each group in succession. A case stops when the interval of its median is
-    within ``precision`` of it, or after ``seconds`` of timed calls per process; it has at least ``min_calls`` calls.
+    within ``precision`` of it, or after ``seconds`` of timed calls per process; it has at least ``min_calls`` calls,
+    unless these would take longer than four times its seconds.
     ``memory`` is the part of the free memory that a group may use.
     """
 
