@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moebench.contracts import MoebenchError
 from moebench.moe.experts import Constants, ExpertStore, Sparsity
 from moebench.moe.layer import LayerWeights, PreparedLayer, SharedExpert, expert_output, moe_forward

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moebench.contracts import Selection
 from moebench.moe.losses import balance_loss, capacities, eta, heterogeneous_loss, mean_probability, z_loss
 from moebench.moe.router import select

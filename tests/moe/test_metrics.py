@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moebench.moe.metrics import histogram, load_metrics, load_series, routing_metrics
 from moebench.moe.routing import Routing
 

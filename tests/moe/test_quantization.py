@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moebench.contracts import Scheme
 from moebench.moe.experts import ExpertStore, QTensor
 from moebench.moe.plugins import Int4, Int8, NoQuantization

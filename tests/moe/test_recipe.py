@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from moebench.contracts import Case, Choice, Descriptor, Evidence, MoebenchError, Registry, Selection
 from moebench.moe import plugins, quantization, recipe, sparsity, structure
 from moebench.moe.artefacts import Artefact, read, sources_sha256, tensors_sha256, write

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moebench.contracts import Selection
 from moebench.moe.layer import LayerWeights
 from moebench.moe.metrics import routing_metrics

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moebench.moe.routing import Routing
 from torch import Tensor
+
+from moebench.moe.routing import Routing
 
 relaxed = settings(deadline=None, max_examples=60)
 

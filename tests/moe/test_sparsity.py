@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moebench.moe.experts import ExpertStore, Sparsity
 from moebench.moe.layer import PreparedLayer, ffn_hidden, moe_forward
 from moebench.moe.plugins import Int8, NoSparsity, Teal

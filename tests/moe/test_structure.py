@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import LayerWeights, PreparedLayer, ffn_hidden, moe_forward
 from moebench.moe.plugins import Keep, Split

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from moebench.results.database import DATABASE, connect_parts, open_database
 from moebench.results.schema import TABLES
 from moebench.results.views import VIEWS, base_table

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+
 from moebench.results.database import DATABASE, DatabaseBusyError, ingest, open_database, rebuild
 from moebench.results.errors import ResultsError
 from moebench.results.parts import list_parts, verify_part

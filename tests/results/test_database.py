@@ -4,6 +4,7 @@ import shutil
 
 import duckdb
 import pytest
+
 from moebench.results import parts as parts_module
 from moebench.results.database import DATABASE, connect_parts, ingest, open_database, rebuild
 from moebench.results.errors import ResultsError

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from moebench.results.errors import ResultsError
 from moebench.results.parts import (
     blob_row,

@@ -4,6 +4,7 @@ import json
 
 import duckdb
 import pytest
+
 from moebench.results.database import DATABASE, connect_parts, ingest
 from moebench.results.errors import ResultsError
 from moebench.results.export import export

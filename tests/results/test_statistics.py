@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
+
 from moebench.results.statistics import (
     _ranks,
     bootstrap_interval,
@@ -16,7 +18,6 @@ from moebench.results.statistics import (
     summary,
 )
 from moebench.results.verdict import Verdict, verdict
-from scipy import stats
 
 finite = st.floats(-1e9, 1e9)
 
