@@ -91,20 +91,27 @@ def make_batch(case: Case, registry: Registry, subject: Subject, step: int) -> B
     else:
         with torch.no_grad():
             routing = subject.layer.router(x_TH, Context(layer=index, experts=subject.layer.store))
-    return Batch(x_TH, routing, boundary_inputs(case.boundary, routing, subject))
+    return Batch(x_TH, routing, boundary_inputs(case.boundary, routing, subject.spec, selection_bias(subject)))
 
 
-def boundary_inputs(boundary: str, routing: Routing, subject: Subject) -> tuple[Tensor, ...]:
+def selection_bias(subject: Subject) -> Tensor | None:
+    """Return the bias_E that the router adds for selection only, where its selection has one."""
+    selection = subject.spec.selection
+    if selection is None or not selection.bias:
+        return None
+    bias_E: Tensor = subject.layer.router.get_buffer("selector.bias_E")
+    return bias_E
+
+
+def boundary_inputs(
+    boundary: str, routing: Routing, spec: LayerSpec, bias_E: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Return what an executor takes besides x at this boundary; logits come with the selection's bias, if any."""
     if boundary == "topk":
-        return routing.padded(subject.spec.max_k)
+        return routing.padded(spec.max_k)
     if boundary == "sorted":
         return routing.sorted()
-    selection = subject.spec.selection
-    if routing.logits_TE is None or selection is None:
+    if routing.logits_TE is None:
         raise ValueError("this router keeps no logits; use axes.boundary=topk")
     logits_TE = routing.logits_TE.float()
-    if not selection.bias:
-        return (logits_TE,)
-    bias_E: Tensor = subject.layer.router.get_buffer("selector.bias_E")
-    return (logits_TE, bias_E)
+    return (logits_TE,) if bias_E is None else (logits_TE, bias_E)
