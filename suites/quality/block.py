@@ -47,7 +47,7 @@ class MoEBlock(nn.Module):
         x_TH = x_BTH.flatten(0, -2).to(DTYPES[spec.dtype])
         prev = self.calls[-1].routing if self.calls else None
         routing = layer.router(x_TH, Context(layer=self.index, experts=layer.store, prev=prev))
-        y_TH: Tensor = self.executor(x_TH, *boundary_inputs(spec.boundary, routing, self.subject), out_TH=None)
+        y_TH: Tensor = self.executor(x_TH, *boundary_inputs(spec.boundary, routing, spec), out_TH=None)
         if layer.shared is not None:
             y_TH = y_TH + layer.shared(x_TH)
         self.calls.append(Call(self, x_TH, routing, y_TH))
