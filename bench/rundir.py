@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ..contracts import MoebenchError
+from ..results.durable import remove_leftovers
 from ..results.parts import inspect_part, write_json_atomic
 
 
@@ -40,6 +41,7 @@ class RunFolder:
                 if lock is None:
                     continue
                 if _is_unfinished(path, plan_hash):  # nobody finished it before the lock was ours
+                    remove_leftovers(path.parent)
                     return cls(store, path.parent.name, lock)
                 os.close(lock)
             return cls._new(store, plan_hash, facts)
