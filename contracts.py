@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import sys
 import types
 import typing
@@ -216,6 +217,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         return dict(value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise MoebenchError(f"{where} must be a finite number, not {value!r}.")
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..contracts import AXES, NAMED_AXES, Choice, Descriptor, MoebenchError, Registry, build_params, plain, unknown
 from ..suites.base import PLAIN_AXES, SuiteConfig, points_of
+from .names import Names, checked
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ def load(overrides: Sequence[str], registry: Registry, memory_bytes: float, cach
     """
     overrides = _alias_experiment(list(overrides))
     with _composer(registry) as compose:
-        outer = compose(overrides)
-        experiment = outer.get("experiment")
+        chosen = compose([o for o in overrides if o.startswith(("suite=", "experiment="))])
+        experiment = chosen.get("experiment")
         shared = list(experiment.get("overrides", [])) if experiment else []
-        blocks = _experiment_blocks(experiment) if experiment else [_suite_defaults(outer, overrides, registry)]
+        blocks = _experiment_blocks(experiment) if experiment else [_suite_defaults(chosen, overrides, registry)]
         given = [o for o in overrides if not o.startswith("experiment=")]
         trees = [compose([*shared, *own, *given]) for own in blocks]
-        outer = {**outer, "engine": compose([*shared, *given])["engine"] if experiment else trees[0]["engine"]}
+        outer = {**compose([*shared, *given]), "experiment": experiment} if experiment else trees[0]
     engine = build_params(EngineConfig, outer["engine"], "engine")
     configs = tuple(_suite_config(tree, registry, memory_bytes * engine.memory, cache_bytes) for tree in trees)
     return RunConfig(configs, engine, experiment["name"] if experiment else None, outer.get("store"), outer)
@@ -83,9 +84,9 @@ def _alias_experiment(overrides: list[str]) -> list[str]:
     return [f"experiment={o[6:]}" if o.startswith("suite=") and o[6:] in names else o for o in overrides]
 
 
-def _suite_defaults(outer: Mapping[str, Any], overrides: Sequence[str], registry: Registry) -> list[str]:
+def _suite_defaults(chosen: Mapping[str, Any], overrides: Sequence[str], registry: Registry) -> list[str]:
     """Return what a suite asks for where the command line says nothing: its model, and how it is measured."""
-    params = registry.get("suite", outer["suite"]["name"]).params
+    params = registry.get("suite", chosen["suite"]["name"]).params
     own = [f"engine.{name}={value}" for name, value in getattr(params, "ENGINE", {}).items()]
     models = getattr(params, "AXES", {}).get("model")
     if models and not any(override.startswith("model=") for override in overrides):
@@ -110,6 +111,7 @@ class _composer:
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
+        self._names = Names(registry, experiment_names(), EngineConfig, self._members)
 
     def __enter__(self) -> Any:
         from hydra import initialize_config_module
@@ -143,52 +145,18 @@ class _composer:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
-        self._check_names(overrides)
+        self._names.check(overrides)
         try:
             tree = compose("config", list(overrides))
             result: dict[str, Any] = OmegaConf.to_container(tree, resolve=True)  # type: ignore[assignment]
         except (HydraException, OmegaConfBaseException) as error:
             raise MoebenchError(f"the settings cannot be read: {_first_line(error)}") from error
-        return result
+        return checked(result)
 
-    def _check_names(self, overrides: Sequence[str]) -> None:
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals:
-                raise MoebenchError(f"'{override}' is no setting: write NAME=VALUE, for example suite=throughput.")
-            if key in ("suite", "model"):
-                self.registry_check(key, value)
-            elif key == "experiment":
-                if value not in experiment_names():
-                    raise MoebenchError(unknown("experiment", value, experiment_names()))
-            else:
-                self._check_path(key.lstrip("+~"))
-
-    def registry_check(self, group: str, value: str) -> None:
-        """Raise a sentence with suggestions where ``group`` has no member ``value``."""
-        known = self.registry.names(group) + (experiment_names() if group == "suite" else [])
-        if value not in known:
-            raise MoebenchError(unknown(group, value, known))
-
-    def _check_path(self, key: str) -> None:
-        parts = key.split(".")
-        known: dict[str, Sequence[str]] = {
-            "axes": AXES,
-            "engine": [f.name for f in dataclasses.fields(EngineConfig)],
-            "params": [axis for axis in NAMED_AXES if axis != "model"],
-        }
-        top = ("suite", "model", "experiment", "axes", "params", "engine", "calibration")
-        plain_top = ("seed", "store", "device", "combine")
-        if parts[0] not in top + plain_top:
-            raise MoebenchError(unknown("setting", parts[0], top + plain_top))
-        if len(parts) > 1 and parts[0] in known and parts[1] not in known[parts[0]]:
-            raise MoebenchError(unknown(f"setting of {parts[0]}", parts[1], known[parts[0]]))
-        if parts[0] == "params" and len(parts) > 2:
-            descriptor = self.registry.get(parts[1], parts[2])
-            if len(parts) > 3 and parts[3] not in _defaults(descriptor):
-                raise MoebenchError(
-                    unknown(f"parameter of {parts[1]} '{parts[2]}'", parts[3], list(_defaults(descriptor)))
-                )
+    def _members(self, group: str, overrides: Sequence[str]) -> list[str]:
+        """Return the parameters of the suite or model that the overrides choose."""
+        tree = self.compose([o for o in overrides if o.startswith((f"{group}=", "experiment="))])
+        return [name for name in tree[group] if name != "name"]
 
 
 def _first_line(error: BaseException) -> str:
