@@ -296,7 +296,7 @@ def test_int8_is_far_nearer_than_int4(judged):
 
 
 def test_the_codes_that_the_weights_came_in_lose_next_to_nothing(judged):
-    """The GGUF is Q4_1: asymmetric groups of 32. Slices of 192 channels keep its groups whole; scales round a little."""
+    """The GGUF is Q4_1: asymmetric groups of 32. Slices of 192 channels keep them whole; scales round a little."""
     own = judged("axes.quantization=int4", "params.quantization.int4.group=32")[0]
     int8 = judged("axes.quantization=int8")[0]
     assert own["kl_to_dense"].value <= 1e-5
