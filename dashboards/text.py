@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import units
-from .data import STATUSES, Case, load_cases
+from .data import STATUSES, Case, labels, load_cases
 
 if TYPE_CHECKING:
     import duckdb
@@ -16,24 +17,58 @@ WIDTH = 100
 LABEL_WIDTH = 44
 GAP = "  "
 
+IN_GROUP = ("backend", "structure", "routing", "quantization", "sparsity")
+"""The axes that may differ between the cases of a group."""
+
 
 def summary_table(connection: duckdb.DuckDBPyConnection, run_id: str) -> str:
-    """Return the cases of a run as a table: label, status, median with its interval, flags or reason.
+    """Return the cases of a run as a table: method and backend, status, median with its interval, flags or reason.
 
-    What is ok comes first and the worst last, next to the prompt. Control characters from the data are replaced, so no
-    reason can drive the terminal.
+    Cases stand below a heading that says what the cases of their group share. What is not ok comes last, next to the
+    prompt. Control characters from the data are replaced, so no reason can drive the terminal.
     """
     cases, _ = load_cases(connection, run_id)
     if not cases:
         return f"run {clean(run_id)} has no cases"
+    sections = [_section(group) for group in _groups([case for case in cases if case.status == "ok"])]
+    lines = _aligned([("case", "status", "median", "note"), *(row for _, rows in sections for row in rows)])
+    body = iter(lines[1:])
+    told = [line for title, rows in sections for line in (fit(title, WIDTH), *(next(body) for _ in rows))]
+    head = [lines[0], "-" * min(WIDTH, max(map(width, lines)))] if sections else []
+    return "\n".join([*head, *told, *_not_ok(cases), "", _counts(cases)])
+
+
+def _not_ok(cases: Sequence[Case]) -> list[str]:
+    """Return what did not run, the worst last, each with its whole reason."""
     order = {status: rank for rank, status in enumerate(STATUSES)}
-    rows = [_line(case) for case in sorted(cases, key=lambda case: -order.get(case.status, -1))]
-    lines = _aligned([("case", "status", "median", "note"), *rows])
-    return "\n".join([lines[0], "-" * min(WIDTH, max(map(width, lines))), *lines[1:], "", _counts(cases)])
+    bad = sorted((case for case in cases if case.status != "ok"), key=lambda case: -order.get(case.status, -1))
+    lines = ["what did not run, and why"] if bad else []
+    for case in bad:
+        lines.append(fit(f"  {clean(case.status)}: {clean(case.label)}", WIDTH))
+        reason = clean(str(case.row["reason"] or "no reason was recorded"))
+        lines += textwrap.wrap(reason, WIDTH, initial_indent="    ", subsequent_indent="    ", max_lines=4)
+    return lines
 
 
-def _line(case: Case) -> tuple[str, str, str, str]:
-    return clean(case.label), clean(case.status), _median(case), clean(_note(case))
+def _groups(cases: Sequence[Case]) -> list[list[Case]]:
+    """Return the cases of each group, fastest first; cases that run once have the order of the plan."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(str(case.row["group_key"]), []).append(case)
+    return [sorted(group, key=lambda case: case.median_ns or 0.0) for group in groups.values()]
+
+
+def _section(cases: Sequence[Case]) -> tuple[str, list[tuple[str, str, str, str]]]:
+    row = cases[0].row
+    layers = f"layer {row['layers']}" if row["layers"] else ""
+    shared = (row["suite"], row["model"], layers, row["traffic"], f"T={row['tokens']}", row["dtype"], row["residency"])
+    title = " · ".join(clean(str(part)) for part in shared if part not in ("", "none", None))
+    named = labels([{name: case.axes[name] for name in IN_GROUP} for case in cases], IN_GROUP)
+    return title, [_line(case, f"  {label}") for case, label in zip(cases, named, strict=True)]
+
+
+def _line(case: Case, label: str) -> tuple[str, str, str, str]:
+    return clean(label), clean(case.status), _median(case), clean(_note(case))
 
 
 def _median(case: Case) -> str:
