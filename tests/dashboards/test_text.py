@@ -2,7 +2,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebench.dashboards.text import clean, fit, summary_table, width
-from moebench.dashboards.units import DASH
 
 GOLDEN = [
     "case       status           median  note",
