@@ -54,8 +54,9 @@ def measured_rows(
     worst = next((member for member in sittings if not member.alive), sittings[-1])
     row = case_row(run_id, worst.case, worst.status, worst.reason, flags if worst.alive else ())
     check = _worst_check(sittings) or Check(True)
+    executed = worst.executed or (worst.facts or {}).get("executed")
     row.update(
-        executed=canonical_json(worst.executed) if worst.executed else None,
+        executed=canonical_json(executed) if executed else None,
         error=check.error,
         error_bound=check.bound,
         flips=sum(member.flips for member in sittings),

@@ -119,8 +119,9 @@ class Worker:
         for step in range(first_step, held.trial.steps):
             output = held.trial.run(step)
             check = held.trial.verify(step, output)
-            if not check.ok:
+            if not check.ok or (check.error or 0.0) >= (worst.error or 0.0):
                 worst = check
+            if not check.ok:
                 break
             self.channel.send({"id": self._number, "progress": [step + 1, held.trial.steps]})
         return {"check": plain(worst), "seconds": time.perf_counter() - started}
