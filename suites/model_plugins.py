@@ -339,7 +339,7 @@ class HuggingFace:
 
     def _folder(self) -> Path:
         if not self.path:
-            raise MoebenchError("model 'hf' needs a folder; add params.model.hf.path=FOLDER.")
+            raise MoebenchError("model 'hf' needs a folder; add model.path=FOLDER.")
         return Path(self.path).expanduser()
 
 

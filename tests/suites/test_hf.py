@@ -175,7 +175,7 @@ def test_bad_folders_get_one_sentence(tmp_path, config, sentence):
 
 def test_a_hub_id_is_told_to_be_downloaded():
     assert "hf download allenai/OLMoE-1B-7B-0924" in HuggingFace("allenai/OLMoE-1B-7B-0924").missing()
-    assert "params.model.hf.path=FOLDER" in HuggingFace().missing()
+    assert "model.path=FOLDER" in HuggingFace().missing()
 
 
 def test_a_truncated_file_is_named(tmp_path):
