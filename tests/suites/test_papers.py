@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moebench.bench.cli import main
 from moebench.bench.papers import CLAIM_VIEWS, cut_to_runs, measured
+from moebench.bench.run import planned
 from moebench.contracts import MoebenchError, Registry
 from moebench.moe.losses import eta, heterogeneous_loss
 from moebench.moe.routing import Routing
@@ -20,7 +21,7 @@ from moebench.results.claims import Rule, judge, mean_interval, student_quantile
 from moebench.results.parts import write_part
 from moebench.results.query import reading, run_sql, select
 from moebench.results.schema import TABLES
-from moebench.suites.moepp_trials import balanced_routing, deal, ffn_entries, ffn_share, whole_counts
+from moebench.suites.moepp_trials import FFNTimeTrial, balanced_routing, deal, ffn_entries, ffn_share, whole_counts
 from moebench.suites.paper_specs import choose_papers, load_papers, read_paper
 
 PAPER = """\
@@ -280,6 +281,24 @@ def test_our_balance_loss_attains_the_minimum_at_the_balanced_load(tau):
     )
     loss = float(heterogeneous_loss(routing, eta(kinds, tau), k))
     assert loss == pytest.approx(k / float((1 / eta(kinds, tau)).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("tau", [0.25, 0.75])
+def test_the_timed_layer_is_the_ffn_part_at_the_balanced_share(tau):
+    registry = Registry.load()
+    plan, _ = planned(["suite=moepp_time", "model=tiny", "axes.tokens=64", f"params.routing.moepp.tau={tau}"], registry)
+    assert len({case.group_key for case in plan.cases}) == 1
+    flops = {}
+    for case in plan.cases:
+        trial = FFNTimeTrial(case, registry)
+        trial.begin_turn()
+        for step in range(trial.steps):
+            assert trial.verify(step, trial.run(step)).ok
+        assert not trial.verify(0, trial.run(0) + 1).ok
+        flops[case.routing.name] = trial.cost(0).flops
+        trial.close()
+    assert flops["moepp"] / flops["topk"] == pytest.approx(ffn_share(tau, 8, 4), abs=8 / 128)
+    assert flops["moepp"] < flops["topk"]
 
 
 # --- through real processes ------------------------------------------------------------------------------------------
