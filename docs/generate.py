@@ -1,0 +1,224 @@
+"""Writes the pages that are made from the code: ``plugins.md`` from descriptors, ``results.md`` from the schema.
+
+``python docs/generate.py`` writes them; with ``--check`` it only says which are out of date, and exits 1 if any is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moebench.contracts import BUILTIN_PLUGINS, KINDS, Descriptor, plain
+from moebench.results.schema import KEYS, SCHEMA_VERSION, TABLES
+from moebench.results.views import VIEWS, base_table
+
+FOLDER = Path(__file__).resolve().parent
+NOTICE = "<!-- Written by docs/generate.py: change the code, then run `nox -s docs`. -->\n"
+
+KIND_SUMMARIES = {
+    "model": "Where weights and shapes come from. `suite=throughput model=NAME` chooses one.",
+    "structure": "What is done to a model's FFNs before anything else; `split` makes experts of a dense one.",
+    "routing": "Which experts a token gets, with which weights.",
+    "quantization": "How expert weights are stored. The oracle uses the same dequantized values.",
+    "sparsity": "Which activations are left out.",
+    "backend": "How experts are executed. `moebench list backend` says which work on this machine.",
+    "traffic": "The hidden states of a case, or the routing itself where the traffic forces it.",
+    "suite": "What is measured. An experiment such as `quick` is several suites in one run.",
+}
+
+TABLE_SUMMARIES = {
+    "runs": "One `moebench run`: when, by which command, of which sources, with which packages.",
+    "hosts": "The machine of a run.",
+    "cases": "One thing that was to be measured, how it ended, and why; every axis has a column.",
+    "timings": "All samples of a case in one process on one clock, with their summary.",
+    "metrics": "One number of a case: routing balance, bytes, flops, quality.",
+    "series": "Numbers along an index, such as tokens per expert.",
+    "items": "One judged item of an evaluation, kept so that two methods can be compared item by item.",
+    "blobs": "Files beside the tables, such as what a worker printed; found by their sha256.",
+    "claims": "One published claim and what `moebench papers` measured for it.",
+    "comparisons": "The verdict of two cases that were sampled in the same sitting.",
+}
+
+COLUMN_NOTES = {
+    "plan_hash": "of plan, sources, packages and host: an unfinished run with the same one is resumed",
+    "method_key": "sha256 of what is computed: speed and quality of a method meet here",
+    "case_key": "sha256 of method, group, backend and execution",
+    "group_key": "cases that were measured together share it",
+    "protocol": "`timed`, or `once` for evaluations, which have no latency",
+    "base": "how the weights were stored before us, such as Q4_1",
+    "evidence": "what kind of thing the numbers are",
+    "reason": "one sentence wherever the status is not ok",
+    "flags": "doubts about an ok row",
+    "weights": "what the plan said: dense, packed or dequantized",
+    "sparse": "what the plan said: none, skip or mask",
+    "executed": "what the backend says that it ran",
+    "params": "every parameter of every axis, defaults included",
+    "error": "largest error of an output row, relative to the reference",
+    "error_bound": "what the oracle allows",
+    "flips": "sparsity decisions near their threshold that may have gone the other way",
+    "elapsed_s": "wall time of a case that runs once; never a latency",
+    "process": "0, 1, ...: each group runs in several fresh processes",
+    "clock": "wall or cpu",
+    "sitting": "cases of one sitting were sampled in turns together",
+    "ns": "every call, in nanoseconds",
+    "turn": "the turn of every call",
+    "p99_ns": "NULL below 368 calls",
+    "switches": "involuntary context switches during the samples",
+    "step": "which input it was",
+}
+
+
+def plugins_page() -> str:
+    """Return the page of all built-in plug-ins with their parameters and defaults."""
+    found = [d for module in BUILTIN_PLUGINS for d in importlib.import_module(module).DESCRIPTORS]
+    lines = [
+        NOTICE,
+        "# Plug-ins",
+        "",
+        "Every built-in member of every axis. Parameters are set as `params.<kind>.<name>.<parameter>=VALUE` (those of",
+        "a model as `model.<parameter>=VALUE`, of a suite as `suite.<parameter>=VALUE`); a list given to a parameter",
+        "that takes one value measures each of them. `moebench list` also shows what is installed beside these, and",
+        "what works on this machine. How to add one: [CONTRIBUTING.md](../CONTRIBUTING.md).",
+    ]
+    for kind in KINDS:
+        lines += ["", f"## {kind}", "", KIND_SUMMARIES[kind], "", *_kind(d for d in found if d.kind == kind)]
+    return "\n".join(lines) + "\n"
+
+
+def _kind(descriptors: Iterator[Descriptor]) -> Iterator[str]:
+    members = list(descriptors)
+    yield "| name | what it is | parameters with their defaults |"
+    yield "|---|---|---|"
+    texts: dict[str, list[str]] = {}
+    for member in members:
+        names = ", ".join(f"`{name}`" for name in (member.name, *member.aliases))
+        parameters = ", ".join(f"`{f.name}={_default(f)}`" for f in _fields(member))
+        needs = f" (needs {', '.join(member.requires)})" if member.requires else ""
+        yield f"| {names} | {member.summary}{needs} | {parameters or '-'} |"
+        texts.setdefault(_documentation(member), []).append(member.name)
+    for text, owners in texts.items():
+        if text:
+            yield f"\n**{', '.join(owners)}.** {text}"
+
+
+def _fields(descriptor: Descriptor) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(descriptor.params) if f.init] if descriptor.params else []
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    factory = field.default_factory
+    value = field.default if factory is dataclasses.MISSING else factory()
+    return "(required)" if value is dataclasses.MISSING else json.dumps(plain(value))
+
+
+def _documentation(descriptor: Descriptor) -> str:
+    """Return what the parameter class says of itself; presets, which are made, have the words of their base."""
+    if descriptor.params is None:
+        return ""
+    made = descriptor.params.__name__.startswith("Synthetic_")
+    documented = descriptor.params.__base__ if made else descriptor.params
+    text = inspect.cleandoc((documented.__doc__ if documented else "") or "")
+    return "" if text.startswith(f"{descriptor.params.__name__}(") else text.replace("``", "`")
+
+
+def results_page() -> str:
+    """Return the page of tables and views, with their SQL."""
+    lines: list[str] = [NOTICE, "# Results", "", RESULTS_INTRO, f"Schema version {SCHEMA_VERSION}.", "", "## Tables"]
+    for table, columns in TABLES.items():
+        stored = base_table(table)
+        named = f" Its rows are stored as `{stored}`; `{table}` is a view." if stored != table else ""
+        lines += ["", f"### {table}", "", f"{TABLE_SUMMARIES[table]}{named}"]
+        lines += ["", f"Key: {', '.join(f'`{key}`' for key in KEYS[table])}."]
+        lines += ["", "| column | type | |", "|---|---|---|"]
+        lines += [f"| `{name}` | {kind} | {COLUMN_NOTES.get(name, '')} |" for name, kind in columns.items()]
+    lines += ["", "## Views", "", "What people query; the same over the database and over the Parquet files."]
+    for name, view in VIEWS.items():
+        sql = textwrap.dedent(view.sql).strip()
+        lines += ["", f"### view {name}", "", view.summary, "", "```text", sql, "```"]
+    return "\n".join([*lines, "", RESULTS_QUERIES])
+
+
+RESULTS_INTRO = """\
+`<store>/runs/<run_id>/<part>/*.parquet` is the truth: one folder per finished group, written aside, synced and renamed
+once, and never changed. `<store>/moebench.duckdb` is what people query; it holds the same rows and can be deleted and
+made again by `moebench ingest`. `moebench export FOLDER` writes every table as Parquet or CSV. A missing measurement is
+NULL, never 0. Times are in nanoseconds, and every single call is kept.
+"""
+
+RESULTS_QUERIES = """\
+## Queries to begin with
+
+How the cases of every run ended:
+
+```sql
+SELECT run_id, suite, status, cases, flagged FROM statuses ORDER BY ALL
+```
+
+Median time of a call with its interval, latest run of each case first:
+
+```sql
+SELECT model, backend, routing, tokens, wall_median_ns / 1e3 AS us, wall_lo_ns / 1e3 AS lo, wall_hi_ns / 1e3 AS hi
+FROM latest WHERE status = 'ok' AND protocol = 'timed' ORDER BY model, tokens, us
+```
+
+Single samples, as they were taken:
+
+```sql
+SELECT backend, process, unnest(ns) AS ns, unnest(turn) AS turn FROM timings WHERE clock = 'wall' LIMIT 20
+```
+
+Speed beside quality, where both were measured for one method:
+
+```sql
+SELECT s.backend, s.routing, s.quantization, s.sparsity, s.wall_median_ns / 1e3 AS us, q.name, q.value, q.unit
+FROM latest s JOIN metrics q USING (method_key) WHERE q.suite = 'accuracy' AND s.status = 'ok' AND s.protocol = 'timed'
+```
+
+What is not ok, and why:
+
+```sql
+SELECT suite, backend, routing, status, reason FROM cases WHERE status <> 'ok'
+```
+"""
+
+PAGES = {"plugins.md": plugins_page, "results.md": results_page}
+
+
+def stale(folder: Path = FOLDER) -> list[str]:
+    """Return the names of the pages in ``folder`` that are not what the code says."""
+    written = {name: folder / name for name in PAGES}
+    return [name for name, path in written.items() if not path.exists() or path.read_text() != PAGES[name]()]
+
+
+def unknown_notes(tables: Mapping[str, Mapping[str, str]] = TABLES) -> set[str]:
+    """Return the notes of this file that are about no table, column or kind."""
+    columns = {name for table in tables.values() for name in table}
+    return (
+        (COLUMN_NOTES.keys() - columns) | (TABLE_SUMMARIES.keys() ^ tables.keys()) | (KIND_SUMMARIES.keys() ^ {*KINDS})
+    )
+
+
+def main() -> int:
+    """Write the pages, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
+    if parser.parse_args().check:
+        old = stale()
+        print(f"out of date: {', '.join(old)}; run nox -s docs" if old else "all pages are up to date")
+        return int(bool(old))
+    for name, page in PAGES.items():
+        (FOLDER / name).write_text(page())
+        print(f"docs/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
