@@ -316,6 +316,31 @@ def layer_spec(case: Case, shape: ModelShape, registry: Registry) -> LayerSpec:
     )
 
 
+NONE = Choice("none")
+
+
+def plain_case(config: SuiteConfig, **fields: Any) -> Case:
+    """Return a case that is about no layer of a model: every axis is ``none`` or plain, but for ``fields``."""
+    nothing: dict[str, Any] = dict.fromkeys(NAMED_AXES, NONE)
+    values = {
+        "suite": config.suite,
+        "suite_version": config.suite_version,
+        "protocol": "timed",
+        "layers": (),
+        "tokens": 1,
+        "dtype": "float32",
+        "pass_": "forward",
+        "boundary": "topk",
+        "threads": config.axes["threads"][0],
+        "device": config.device,
+        "residency": "warm",
+        "evidence": Evidence.MEASURED_CPU,
+        "seed": config.seed,
+        "weights_sha256": "",
+    }
+    return Case(**{**nothing, **values, **fields})
+
+
 def points_of(values: Iterable[tuple[str, Mapping[str, Any]]], registry: Registry, axis: str) -> list[Choice]:
     """Return the Choices of a named axis; a list given to a parameter that is no list makes several of one name."""
     result = []

@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..contracts import Case, Choice, Evidence, Planned, Registry, Trial
-from .base import Kind, SuiteConfig, expand
-
-NONE = Choice("none")
+from ..contracts import Case, Choice, Planned, Registry, Trial
+from .base import Kind, SuiteConfig, expand, plain_case
 
 
 @dataclass(frozen=True)
@@ -28,30 +26,8 @@ class BalanceSuite:
             yield Planned(self._case(config, routing), reason)
 
     def _case(self, config: SuiteConfig, routing: Choice) -> Case:
-        return Case(
-            suite=config.suite,
-            suite_version=config.suite_version,
-            protocol="once",
-            model=NONE,
-            layers=(),
-            structure=NONE,
-            routing=routing,
-            quantization=NONE,
-            sparsity=NONE,
-            backend=NONE,
-            traffic=NONE,
-            tokens=1,
-            dtype="float64",
-            pass_="forward",
-            boundary="topk",
-            threads=config.axes["threads"][0],
-            device=config.device,
-            residency="warm",
-            evidence=Evidence.MEASURED_CPU,
-            seed=config.seed,
-            weights_sha256="",
-            workload={"ffn_experts": config.suite_params.ffn_experts},
-        )
+        workload = {"ffn_experts": config.suite_params.ffn_experts}
+        return plain_case(config, protocol="once", routing=routing, dtype="float64", workload=workload)
 
     def prepare(self, case: Case, registry: Registry) -> Trial:
         """Return the minimisation."""

@@ -10,58 +10,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..contracts import Case, Check, Choice, Cost, Evidence, Facts, Planned, Registry, Trial
-from .base import SuiteConfig
+from ..contracts import Case, Check, Choice, Cost, Facts, Planned, Registry, Trial
+from .base import SuiteConfig, plain_case
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NONE = Choice("none")
+DRAM_BYTES = 2**28
+"""The smallest buffer that counts as lying in DRAM."""
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """The suite; ``params`` holds the size of the matrices and the levels to read."""
-
-    params: Any
+    """The suite; the size of the matrices and the levels to read are its parameters in the configuration."""
 
     def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
         """Yield one gemm probe per dtype and one read probe per memory level."""
+        params = config.suite_params
         for dtype in config.axes["dtype"]:
-            yield Planned(self._case(config, dtype, {"probe": "gemm", "size": self.params.size}))
-        levels = dict(self.params.levels)
-        levels["DRAM"] = int(max(config.cache_bytes * self.params.dram_factor, 2**28))
+            yield Planned(self._case(config, dtype, {"probe": "gemm", "size": params.size}))
+        levels = {**params.levels, "DRAM": int(max(config.cache_bytes * params.dram_factor, DRAM_BYTES))}
         for level, size in levels.items():
-            if 4 * size > config.memory_bytes:
-                reason = f"a buffer of {size / 2**30:.1f} GiB does not fit; lower suite.dram_factor."
-                yield Planned(self._case(config, "float32", {"probe": "read", "level": level, "size": size}), reason)
-            else:
-                yield Planned(self._case(config, "float32", {"probe": "read", "level": level, "size": size}))
+            fits = 2 * size <= config.memory_bytes
+            reason = None if fits else f"a buffer of {size / 2**30:.1f} GiB does not fit; lower suite.dram_factor."
+            yield Planned(self._case(config, "float32", {"probe": "read", "level": level, "size": size}), reason)
 
-    def _case(self, config: SuiteConfig, dtype: str, probe: dict[str, Any]) -> Case:
-        return Case(
-            suite=config.suite,
-            suite_version=config.suite_version,
-            protocol="timed",
-            model=NONE,
-            layers=(),
-            structure=NONE,
-            routing=NONE,
-            quantization=NONE,
-            sparsity=NONE,
-            backend=Choice("probe", probe),
-            traffic=NONE,
-            tokens=1,
-            dtype=dtype,
-            pass_="forward",
-            boundary="topk",
-            threads=config.axes["threads"][0],
-            device=config.device,
-            residency="warm",
-            evidence=Evidence.MEASURED_CPU,
-            seed=config.seed,
-            weights_sha256="",
-        )
+    @staticmethod
+    def _case(config: SuiteConfig, dtype: str, probe: dict[str, Any]) -> Case:
+        return plain_case(config, backend=Choice("probe", probe), dtype=dtype)
 
     def prepare(self, case: Case, registry: Registry) -> Trial:
         """Return the probe."""
@@ -155,4 +131,4 @@ class Read:
 
 def create(params: Any) -> Roofline:
     """Make the suite."""
-    return Roofline(params)
+    return Roofline()

@@ -1,0 +1,173 @@
+"""The trials of one layer: rotation, variants, cold copies, shared experts, gradients and counted bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from moebench.bench.config import load
+from moebench.bench.plan import make_plan
+from moebench.contracts import Registry
+from moebench.suites.layer import WARM_STEPS, LayerTrial
+from moebench.suites.memory import PeakBytes, saved_bytes
+from moebench.suites.training import TrainingTrial
+
+REGISTRY = Registry.load()
+CACHE_BYTES = 2.0**20
+MEMORY = 2.0**32
+
+
+def cases(*settings, seed=0):
+    config = load([*settings, f"seed={seed}"], REGISTRY, MEMORY, CACHE_BYTES)
+    plan = make_plan(config, REGISTRY, MEMORY)
+    assert not plan.refused, plan.refused[0].refusal
+    return plan.cases
+
+
+def only_case(*settings, **kwargs):
+    (case,) = cases(*settings, **kwargs)
+    return case
+
+
+@pytest.fixture(autouse=True)
+def _cache(cache, monkeypatch):
+    monkeypatch.setenv("MOEBENCH_CACHE", str(cache))
+
+
+def all_ok(trial, turns=2):
+    for _ in range(turns):
+        trial.begin_turn()
+        for step in range(trial.steps):
+            check = trial.verify(step, trial.run(step))
+            assert check.ok, check.reason
+    return True
+
+
+@pytest.mark.parametrize("boundary", ["topk", "sorted", "logits"])
+@pytest.mark.parametrize("backend", ["reference", "eager", "batched", "grouped"])
+def test_every_boundary_is_right_on_every_backend(boundary, backend):
+    case = only_case(
+        "suite=throughput", "model=tiny", "axes.tokens=9", f"axes.boundary={boundary}", f"axes.backend={backend}"
+    )
+    assert all_ok(LayerTrial(case, REGISTRY))
+
+
+@pytest.mark.parametrize("model", ["small", "deepseek-v3", "switch-base-8", "qwen1.5-moe-a2.7b"])
+def test_presets_run_with_their_own_routing_and_shared_experts(model):
+    small = ("model.hidden=64", "model.width=32", "model.experts=16")
+    case = only_case("suite=throughput", f"model={model}", *small, "axes.tokens=3", "axes.backend=eager")
+    trial = LayerTrial(case, REGISTRY)
+    assert all_ok(trial, turns=1)
+    shared = trial.subject.layer.shared
+    assert (shared is not None) == (model in ("deepseek-v3", "qwen1.5-moe-a2.7b"))
+
+
+@pytest.mark.parametrize("traffic", ["gaussian", "uniform", "balanced", "zipf", "hotspot", "dead", "bursty"])
+def test_every_traffic_reaches_the_experts(traffic):
+    case = only_case(
+        "suite=throughput", "model=tiny", "axes.tokens=16", "axes.backend=eager", f"axes.traffic={traffic}"
+    )
+    trial = LayerTrial(case, REGISTRY)
+    assert all_ok(trial, turns=1)
+    names = [series.name for series in trial.facts().series]
+    assert ("requested_share" in names) == (traffic != "gaussian")
+
+
+def test_each_turn_has_other_inputs_in_the_same_buffer():
+    trial = LayerTrial(only_case("suite=throughput", "model=tiny", "axes.tokens=8", "axes.backend=eager"), REGISTRY)
+    seen = []
+    for _ in range(2):
+        trial.begin_turn()
+        seen.append((trial.x[0].data_ptr(), trial.x[0].clone()))
+    assert seen[0][0] == seen[1][0]
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_a_remembered_answer_is_wrong():
+    trial = LayerTrial(only_case("suite=throughput", "model=tiny", "axes.tokens=8", "axes.backend=eager"), REGISTRY)
+    trial.begin_turn()
+    remembered = trial.run(0).clone()
+    trial.begin_turn()
+    assert not trial.verify(0, remembered).ok
+
+
+def test_an_unwritten_output_is_wrong():
+    trial = LayerTrial(only_case("suite=throughput", "model=tiny", "axes.tokens=8", "axes.backend=eager"), REGISTRY)
+    trial.begin_turn()
+    output = trial.run(0)
+    output[3, 5:] = torch.nan
+    check = trial.verify(0, output)
+    assert not check.ok
+    assert "unwritten" in check.reason
+
+
+def test_cold_weights_rotate_through_copies_that_pass_the_cache():
+    case = only_case("suite=throughput", "model=tiny", "axes.tokens=2", "axes.backend=eager", "axes.residency=cold")
+    trial = LayerTrial(case, REGISTRY)
+    stores = trial._stores()
+    assert sum(store.nbytes for store in stores) >= CACHE_BYTES
+    assert len({store.gate_up.data_ptr() for store in stores}) == len(stores) == trial.steps
+    assert all_ok(trial, turns=1)
+    assert trial.cost(0).footprint >= CACHE_BYTES
+
+
+def test_cost_counts_distinct_experts_and_two_flops_per_weight():
+    case = only_case("suite=throughput", "model=tiny", "axes.tokens=1", "axes.backend=eager", "axes.residency=warm")
+    cost = LayerTrial(case, REGISTRY).cost(0)
+    assert cost.distinct_experts == cost.assignments == 2
+    assert cost.flops == 2 * 2 * 3 * 64 * 32
+    assert cost.bytes == 2 * 3 * 64 * 32 * 4 + 2 * 64 * 4
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped"])
+def test_training_steps_are_right_and_their_bytes_are_counted(backend):
+    case = only_case("suite=training", "model=tiny", "axes.tokens=12", f"axes.backend={backend}")
+    trial = TrainingTrial(case, REGISTRY)
+    assert all_ok(trial)
+    metrics = {metric.name: metric.value for metric in trial.facts().metrics}
+    assert metrics == {metric.name: metric.value for metric in trial.facts().metrics}
+    assert 0 < metrics["saved_tensor_bytes"] <= metrics["peak_step_bytes"]
+
+
+def test_a_wrong_gradient_is_caught():
+    trial = TrainingTrial(only_case("suite=training", "model=tiny", "axes.backend=eager"), REGISTRY)
+    trial.begin_turn()
+    y_TH, gradients = trial.run(0)
+    off = dataclasses.replace(gradients, down=gradients.down * 1.01)
+    assert trial.verify(0, (y_TH, gradients)).ok
+    assert not trial.verify(0, (y_TH, off)).ok
+
+
+def test_training_through_a_shared_expert_is_right():
+    case = only_case("suite=training", "model=tiny", "model.shared_width=32", "axes.backend=eager")
+    assert all_ok(TrainingTrial(case, REGISTRY), turns=1)
+
+
+def test_saved_and_peak_bytes_of_a_known_graph():
+    x = torch.ones(1024, requires_grad=True)
+
+    def step():
+        return (x.exp() * 2).sum()
+
+    assert saved_bytes(step, [x]) == 4096  # exp keeps its result; doubling and adding up keep nothing
+    with PeakBytes([x]) as peak:
+        step()
+    assert peak.peak == 2 * 4096 + 4
+
+
+def test_inputs_are_the_same_for_all_backends_of_a_group():
+    found = {
+        LayerTrial(case, REGISTRY).input_sha256
+        for case in cases("suite=throughput", "model=tiny", "axes.tokens=8", "axes.backend=[eager,grouped,reference]")
+    }
+    assert len(found) == 1
+    other = only_case("suite=throughput", "model=tiny", "axes.tokens=8", "axes.backend=eager", seed=1)
+    assert LayerTrial(other, REGISTRY).input_sha256 not in found
+
+
+def test_steps_are_distinct_inputs():
+    trial = LayerTrial(only_case("suite=throughput", "model=tiny", "axes.tokens=8", "axes.backend=eager"), REGISTRY)
+    trial.begin_turn()
+    assert len({tuple(x.flatten().tolist()) for x in trial.x}) == WARM_STEPS
