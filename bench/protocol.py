@@ -4,7 +4,7 @@ Requests (each with ``id``):
 
 - ``hello {plugins}`` -> ``{protocol, versions, evidence}``
 - ``prepare {trial, case}`` -> ``{steps, input_sha256, executed, seen, seconds}``
-- ``turn {trial, first_step, calls}`` -> ``{ns, cpu_ns, switches, ready_s}``
+- ``turn {trial, first_step, calls}`` -> ``{ns, cpu_ns, switches, warm_s, ready_s}``
 - ``verify {trial}`` -> ``{check}`` of every output of the last turn
 - ``facts {trial}`` -> ``{metrics, series, items, executed, notes}`` and ``{cost}``
 - ``run_once {trial, first_step}`` streams ``{id, progress}`` and ends with ``{check}``

@@ -25,6 +25,9 @@ TURN_NS = 100_000
 
 MAX_CALLS = 256
 
+FIRST_CALLS = 3
+"""Calls before the first check, as many as there are different inputs."""
+
 FEWEST_CALLS = 6
 """So many samples are needed for an interval of the median at all (95 %)."""
 
@@ -82,14 +85,14 @@ class Member:
 class Phases:
     """Where the wall time of a run went, in seconds; what is left over is the engine's own share.
 
-    ``spawn``: starting workers and their imports. ``prepare``: loading, compiling, references. ``ready``: untimed calls
-    before a turn, fresh inputs and outputs full of NaN. ``verify``: oracle checks. ``calls``: timed calls. ``once``:
-    cases without clocks.
+    ``spawn``: starting workers and their imports. ``prepare``: loading, compiling, references. ``warm``: the
+    untimed call before a turn of warm weights. ``verify``: oracle checks, with fresh inputs and outputs full of NaN
+    before each turn. ``calls``: timed calls. ``once``: cases without clocks.
     """
 
     spawn: float = 0.0
     prepare: float = 0.0
-    ready: float = 0.0
+    warm: float = 0.0
     verify: float = 0.0
     calls: float = 0.0
     once: float = 0.0
@@ -156,7 +159,8 @@ class Sitting:
             "turn", self.engine.turn_timeout, trial=member.case.case_key, first_step=member.next_step, calls=calls
         )
         self.phases.calls += sum(reply["ns"]) / 1e9
-        self.phases.ready += reply["ready_s"]
+        self.phases.warm += reply["warm_s"]
+        self.phases.verify += reply["ready_s"]
         member.next_step += calls
         return reply["ns"], reply["cpu_ns"], reply["switches"]
 
@@ -172,7 +176,7 @@ class Sitting:
             member.end(Status.WRONG, check.reason or "the output differs from the reference")
 
     def _first_check(self, member: Member) -> None:
-        self._turn(member, member.steps)
+        self._turn(member, min(member.steps, FIRST_CALLS))
         self._verify(member)
 
     def _warm_up(self, member: Member) -> None:
@@ -183,7 +187,8 @@ class Sitting:
             ns, _, _ = self._turn(member, member.calls)
             spent += sum(ns) / 1e9
             minima.append(min(ns))
-            member.calls = min(MAX_CALLS, max(1, math.ceil(TURN_NS / max(1, statistics.median(ns)))))
+            wanted = math.ceil(TURN_NS / max(1, statistics.median(ns)))
+            member.calls = min(MAX_CALLS, max(_least_calls(member.case), wanted))
             if _steady(minima, self.engine.steady_tolerance):
                 return
             if spent > self.engine.warmup_seconds and len(minima) >= 2 * STEADY_WINDOW:
@@ -250,6 +255,11 @@ class Sitting:
 
 def _alive(members: Iterable[Member]) -> Iterable[Member]:
     return [member for member in members if member.alive]
+
+
+def _least_calls(case: Case) -> int:
+    """Return the calls of the shortest turn: with warm weights each turn has an untimed call, which two may share."""
+    return 2 if case.residency == "warm" else 1
 
 
 def _steady(minima: Sequence[int], tolerance: float) -> bool:
