@@ -122,6 +122,8 @@ def shard(plan: Plan, text: str) -> Plan:
         raise MoebenchError(f"--shard {text} does not exist: the first number goes from 1 to {max(count, 1)}.")
     ordered = sorted(plan.groups, key=lambda group: group.name)
     kept = {group.name for group in ordered[index - 1 :: count]}
+    if not kept:
+        raise MoebenchError(f"--shard {text} holds no group: the plan has only {len(ordered)}; use fewer shards.")
     return replace(plan, groups=tuple(group for group in plan.groups if group.name in kept))
 
 

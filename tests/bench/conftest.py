@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import moebench
+from moebench.contracts import Case, Choice, Evidence
 from moebench.results.database import DATABASE, connect_parts, open_database
 from moebench.results.integrity import problems
 
@@ -109,3 +110,21 @@ def store_problems():
         return found
 
     return find
+
+
+@pytest.fixture(scope="session")
+def case():
+    """Return a Case of the smallest model on eager, with some fields replaced."""
+
+    def make(**changes):
+        named = {axis: Choice("none") for axis in ("structure", "quantization", "sparsity")}
+        values = {
+            **{"suite": "selftest", "suite_version": "1", "protocol": "timed", "layers": (2,), "tokens": 32},
+            **{"model": Choice("tiny"), "routing": Choice("topk"), "backend": Choice("eager"), **named},
+            **{"traffic": Choice("gaussian"), "dtype": "float32", "pass_": "forward", "boundary": "topk"},
+            **{"threads": 1, "device": "cpu", "residency": "warm", "evidence": Evidence.MEASURED_CPU},
+            **{"seed": 0, "weights_sha256": "0" * 64},
+        }
+        return Case(**{**values, **changes})
+
+    return make
