@@ -702,7 +702,11 @@ class Backend(Protocol):
 
 
 class Trial(Protocol):
-    """A case made ready in a worker. The engine calls ``begin_turn`` before the clock starts, then ``run``."""
+    """A case made ready in a worker.
+
+    The engine calls ``begin_turn`` off the clock, before a turn and before each further round through the steps in it,
+    then ``run``.
+    """
 
     @property
     def steps(self) -> int: ...

@@ -2,12 +2,12 @@
 
 Requests (each with ``id``):
 
-- ``hello {plugins}`` -> ``{protocol, versions, evidence}``
+- ``hello {plugins}`` -> ``{protocol, versions, threads, capability}``
 - ``prepare {trial, case}`` -> ``{steps, input_sha256, executed, seen, seconds}``
 - ``turn {trial, first_step, calls}`` -> ``{ns, cpu_ns, switches, warm_s, ready_s}``
-- ``verify {trial}`` -> ``{check}`` of every output of the last turn
-- ``facts {trial}`` -> ``{metrics, series, items, executed, notes}`` and ``{cost}``
-- ``run_once {trial, first_step}`` streams ``{id, progress}`` and ends with ``{check}``
+- ``verify {trial}`` -> ``{check}`` of every output of the turn's last round through the steps
+- ``facts {trial}`` -> ``{facts, cost, rss}``
+- ``run_once {trial}`` streams ``{id, progress}`` and ends with ``{check, seconds}``
 - ``close {trial}`` frees a trial.
 
 A reply has the id of its request and either ``ok`` or ``error {type, message, traceback}``. Tensors never cross.

@@ -1,7 +1,7 @@
 """One sitting: the cases of a group, prepared in a ring, checked, warmed up and sampled in random turns.
 
 What is compared is sampled here together: in each round every case gets one turn, in random order. A turn is as many
-calls as make at least ``TURN_NS``; the oracle checks every output of every turn.
+calls as make at least ``TURN_NS``; the oracle checks the outputs of each turn's last round through the steps.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class Sitting:
             spent += sum(ns) / 1e9
             minima.append(min(ns))
             wanted = math.ceil(TURN_NS / max(1, statistics.median(ns)))
-            member.calls = min(MAX_CALLS, max(_least_calls(member.case), wanted))
+            member.calls = whole_rounds(max(_least_calls(member.case), wanted), member.steps)
             if _steady(minima, self.engine.steady_tolerance):
                 return
             if spent > self.engine.warmup_seconds and len(minima) >= 2 * STEADY_WINDOW:
@@ -260,6 +260,16 @@ def _alive(members: Iterable[Member]) -> Iterable[Member]:
 def _least_calls(case: Case) -> int:
     """Return the calls of the shortest turn: with warm weights each turn has an untimed call, which two may share."""
     return 2 if case.residency == "warm" else 1
+
+
+def whole_rounds(calls: int, steps: int) -> int:
+    """Return ``calls``, at most MAX_CALLS; where they are more than ``steps``, a multiple of it, mostly rounded up.
+
+    The inputs change after each round through the steps, and the outputs of the last round are checked.
+    """
+    if min(calls, MAX_CALLS) <= steps:
+        return min(calls, MAX_CALLS)
+    return min(math.ceil(calls / steps), MAX_CALLS // steps) * steps
 
 
 def _steady(minima: Sequence[int], tolerance: float) -> bool:

@@ -101,7 +101,7 @@ class Worker:
         return self.trials[trial].turn(first_step, calls)
 
     def verify(self, trial: str) -> dict[str, Any]:
-        """Check every output of the last turn against its reference."""
+        """Check every output of the last round against its reference."""
         return {"check": plain(self.trials[trial].verify())}
 
     def facts(self, trial: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Worker:
 
 @dataclasses.dataclass
 class _Held:
-    """A trial with the outputs of its last turn."""
+    """A trial with the outputs of the last round through its steps."""
 
     trial: Any
     case: Case
@@ -155,9 +155,12 @@ class _Held:
         trial.begin_turn()
         ready = time.perf_counter()
         ns, cpu_ns = [0] * calls, [0] * calls
+        renewed = 0.0
         gc.disable()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         for call in range(calls):
+            if call and call % steps == 0:
+                renewed += self._renew()
             step = (first_step + call) % steps
             cpu_start = cpu()
             start = wall()
@@ -173,8 +176,18 @@ class _Held:
             "cpu_ns": cpu_ns,
             "switches": switches,
             "warm_s": warmed - entered,
-            "ready_s": ready - warmed,
+            "ready_s": ready - warmed + renewed,
         }
+
+    def _renew(self) -> float:
+        """Begin another round through the steps, off the clock; return the seconds that it took.
+
+        Every input is then another than in the last call of its step, so that no answer can be kept from that call.
+        """
+        entered = time.perf_counter()
+        self.outputs = {}
+        self.trial.begin_turn()
+        return time.perf_counter() - entered
 
     def verify(self) -> Check:
         if not self.outputs:

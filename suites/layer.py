@@ -1,12 +1,14 @@
 """A trial of one MoE layer on one backend: the timed call is boundary inputs -> y, shared experts included.
 
-Inputs rotate with the step. Each step has two variants of its input in one buffer, exchanged before each turn, so that
-an answer remembered from an earlier turn is a wrong answer. Every turn starts with outputs full of NaN.
+Inputs rotate with the step. Each step has two variants of its inputs in the same buffers, exchanged before each turn
+and each round through the steps, so that an answer, or an order of the assignments, remembered from an earlier call is
+a wrong one. Each round starts with outputs full of NaN. Copies of cold weights are taken in turn by the calls.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -23,8 +25,9 @@ from .base import cold_copies
 from .digest import sha256_of
 from .subject import Batch, Subject, make_batch, prepare_subject
 
-WARM_STEPS = 3
+STEPS = 3
 VARIANTS = 2
+"""Different inputs, and how many of them each step has."""
 
 _REFERENCES: dict[str, Reference] = {}
 _COPIES: dict[str, list[ExpertStore]] = {}
@@ -34,30 +37,30 @@ class LayerTrial:
     """One layer, forward pass. See the module for what is timed and what is checked."""
 
     state: Literal["none"] = "none"
+    steps = STEPS
 
     def __init__(self, case: Case, registry: Registry) -> None:
         self.case, self.registry = case, registry
         self.subject: Subject = prepare_subject(case, registry)
         self.batches = self._make_batches()
-        self.steps = WARM_STEPS
         self._variant = 0
         self.input_sha256 = sha256_of(*(t for batch in self.batches for t in (batch.x_TH, *batch.inputs)))
         stores = self._stores()
         self._copies = len(stores)
-        self.steps = WARM_STEPS if self._copies == 1 else max(self._copies, WARM_STEPS)
         folded = case.execution.folded
         spec = self.subject.spec.folded() if folded else self.subject.spec
         backend = registry.get("backend", case.backend.name).create(case.backend.params)
         loaded = {index: fold_store(store) if folded else store for index, store in enumerate(stores)}
         self.session = backend.load(loaded, dict.fromkeys(loaded, spec))
-        self.executors = [self._executor(index, store) for index, store in enumerate(stores)]
-        self.x = [self.batches[step].x_TH.clone() for step in range(WARM_STEPS)]
+        self.executors = itertools.cycle([self._executor(index, store) for index, store in enumerate(stores)])
+        self.x = [self.batches[step].x_TH.clone() for step in range(STEPS)]
+        self.inputs = [tuple(t.clone() for t in self.batches[step].inputs) for step in range(STEPS)]
         self.out = [torch.empty_like(x) for x in self.x]
         self.references = [self._reference(batch) for batch in self.batches]
 
     def _make_batches(self) -> list[Batch]:
-        """Return the batches, variant after variant: batch of (step, variant) is at variant * WARM_STEPS + step."""
-        numbers = range(WARM_STEPS * VARIANTS)
+        """Return the batches, variant after variant: batch of (step, variant) is at variant * STEPS + step."""
+        numbers = range(STEPS * VARIANTS)
         return [make_batch(self.case, self.registry, self.subject, number) for number in numbers]
 
     def _stores(self) -> list[ExpertStore]:
@@ -83,22 +86,24 @@ class LayerTrial:
         return _REFERENCES[key]
 
     def _batch_number(self, step: int) -> int:
-        return self._variant * WARM_STEPS + step % WARM_STEPS
+        return self._variant * STEPS + step % STEPS
 
     def begin_turn(self) -> None:
         """Exchange the inputs for the other variant, in place, and fill the outputs with NaN."""
         self._variant = 1 - self._variant
         for step, x_TH in enumerate(self.x):
-            x_TH.copy_(self.batches[self._batch_number(step)].x_TH)
+            batch = self.batches[self._batch_number(step)]
+            x_TH.copy_(batch.x_TH)
+            self.inputs[step] = tuple(map(_exchanged, self.inputs[step], batch.inputs))
         for out_TH in self.out:
             out_TH.fill_(torch.nan)
 
     def run(self, step: int) -> Tensor:
-        """Call the backend on the inputs of ``step`` and add what is always on."""
-        place = step % WARM_STEPS
+        """Call the backend, on the next copy of the weights, with the inputs of ``step``; add what is always on."""
+        place = step % STEPS
         x_TH, out_TH = self.x[place], self.out[place]
         with torch.no_grad():
-            self.executors[step % self._copies](x_TH, *self.batches[self._batch_number(step)].inputs, out_TH=out_TH)
+            next(self.executors)(x_TH, *self.inputs[place], out_TH=out_TH)
             if self.subject.layer.shared is not None:
                 out_TH += self.subject.layer.shared(x_TH)
         return out_TH
@@ -109,7 +114,7 @@ class LayerTrial:
 
     def cost(self, step: int) -> Cost:
         """Return the least work of one call, with the distinct experts that its routing touches."""
-        batch = self.batches[step % WARM_STEPS]
+        batch = self.batches[step % STEPS]
         return layer_cost(self.subject, batch, self.case, self._copies)
 
     def facts(self) -> Facts:
@@ -137,6 +142,11 @@ class LayerTrial:
     def close(self) -> None:
         """Free the backend's session."""
         self.session.close()
+
+
+def _exchanged(buffer: Tensor, new: Tensor) -> Tensor:
+    """Return ``new`` in ``buffer``, or in a new one where the shape is another: the number of assignments may vary."""
+    return buffer.copy_(new) if buffer.shape == new.shape else new.clone()
 
 
 def layer_cost(subject: Subject, batch: Batch, case: Case, copies: int = 1) -> Cost:

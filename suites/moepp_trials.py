@@ -16,7 +16,7 @@ from ..moe.fold import fold_store
 from ..moe.losses import eta
 from ..moe.plugins import MoEPlusPlus
 from ..moe.routing import Routing
-from .layer import VARIANTS, WARM_STEPS, LayerTrial
+from .layer import STEPS, VARIANTS, LayerTrial
 from .models import substream
 from .subject import DTYPES, Batch, Subject, boundary_inputs
 
@@ -102,7 +102,7 @@ class FFNTimeTrial(LayerTrial):
         kinds = self.subject.spec.kinds
         tau = getattr(self.registry.params("routing", self.case.routing), "tau", 1.0)
         self.subject = ffn_part(self.subject)
-        return [self._batch(kinds, tau, number) for number in range(WARM_STEPS * VARIANTS)]
+        return [self._batch(kinds, tau, number) for number in range(STEPS * VARIANTS)]
 
     def _batch(self, kinds: tuple[str, ...], tau: float, number: int) -> Batch:
         case, spec = self.case, self.subject.spec

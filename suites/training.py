@@ -11,7 +11,7 @@ from ..contracts import Case, Check, Cost, Facts, Metric, Registry
 from ..moe.experts import ExpertStore
 from ..moe.layer import SharedExpert
 from ..moe.oracle import Gradients, compare_gradients, reference_gradients
-from .layer import WARM_STEPS, LayerTrial
+from .layer import STEPS, LayerTrial
 from .memory import PeakBytes, saved_bytes
 from .subject import Batch
 
@@ -45,8 +45,8 @@ class TrainingTrial(LayerTrial):
 
     def _forward(self, step: int) -> tuple[Tensor, Tensor]:
         """Return (y, the x that it was made of, as a leaf)."""
-        x_TH = self.x[step % WARM_STEPS].detach().requires_grad_()
-        y_TH: Tensor = self.executors[0](x_TH, *self.batches[self._batch_number(step)].inputs, out_TH=None)
+        x_TH = self.x[step % STEPS].detach().requires_grad_()
+        y_TH: Tensor = next(self.executors)(x_TH, *self.inputs[step % STEPS], out_TH=None)
         if self.subject.layer.shared is not None:
             y_TH = y_TH + self.subject.layer.shared(x_TH)
         return y_TH, x_TH

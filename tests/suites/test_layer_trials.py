@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from moebench.bench.config import load
 from moebench.bench.plan import make_plan
 from moebench.contracts import Registry
-from moebench.suites.layer import WARM_STEPS, LayerTrial
+from moebench.suites.layer import STEPS, LayerTrial
 from moebench.suites.memory import PeakBytes, saved_bytes
 from moebench.suites.training import TrainingTrial
 
@@ -108,7 +109,7 @@ def test_cold_weights_rotate_through_copies_that_pass_the_cache():
     trial = LayerTrial(case, REGISTRY)
     stores = trial._stores()
     assert sum(store.nbytes for store in stores) >= CACHE_BYTES
-    assert len({store.gate_up.data_ptr() for store in stores}) == len(stores) == trial.steps
+    assert len({store.gate_up.data_ptr() for store in stores}) == len(stores)
     assert all_ok(trial, turns=1)
     assert trial.cost(0).footprint >= CACHE_BYTES
 
@@ -170,4 +171,28 @@ def test_inputs_are_the_same_for_all_backends_of_a_group():
 def test_steps_are_distinct_inputs():
     trial = LayerTrial(only_case("suite=throughput", "model=tiny", "axes.tokens=8", "axes.backend=eager"), REGISTRY)
     trial.begin_turn()
-    assert len({tuple(x.flatten().tolist()) for x in trial.x}) == WARM_STEPS
+    assert len({tuple(x.flatten().tolist()) for x in trial.x}) == STEPS
+
+
+@pytest.mark.parametrize("boundary", ["topk", "sorted", "logits"])
+def test_inputs_are_exchanged_where_they_lie(boundary):
+    case = only_case(
+        "suite=throughput", "model=tiny", "axes.tokens=8", "axes.backend=eager", f"axes.boundary={boundary}"
+    )
+    trial = LayerTrial(case, REGISTRY)
+    trial.begin_turn()
+    places = [(t.data_ptr(), t.tolist()) for inputs in trial.inputs for t in inputs]
+    trial.begin_turn()
+    exchanged = [(t.data_ptr(), t.tolist()) for inputs in trial.inputs for t in inputs]
+    assert [pointer for pointer, _ in places] == [pointer for pointer, _ in exchanged]
+    assert [values for _, values in places] != [values for _, values in exchanged]
+
+
+def test_calls_take_the_copies_of_cold_weights_in_turn():
+    case = only_case("suite=throughput", "model=tiny", "axes.tokens=2", "axes.backend=eager", "axes.residency=cold")
+    trial = LayerTrial(case, REGISTRY)
+    used = []
+    trial.executors = itertools.cycle([lambda *a, n=n, out_TH: used.append(n) for n in range(trial._copies)])
+    for call in range(2 * trial._copies):
+        trial.run(call % trial.steps)
+    assert used == [*range(trial._copies)] * 2
