@@ -17,6 +17,7 @@ Settings are NAME=VALUE pairs, composed by Hydra. Examples:
   moebench run suite=throughput model=small axes.backend=[eager,grouped] axes.routing=[topk,moepp]
   moebench run suite=throughput axes.routing=[topk,moepp] params.routing.moepp.tau=[0.25,0.75]
   moebench run experiment=quick
+  moebench run -m suite=selftest seed=0,1,2
 Axes: model structure routing quantization sparsity backend traffic tokens dtype pass boundary threads residency.
 Each takes a value, a list, or `all`. `moebench list` shows every name.
 """
@@ -86,6 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     run = _add(commands, "run", "run:run", "measure", RUN_HELP)
     run.add_argument("settings", nargs="*", metavar="NAME=VALUE")
+    run.add_argument(
+        "-m", "--multirun", action="store_true", help="one run for each combination of NAME=A,B (hosts, models, seeds)"
+    )
     run.add_argument("--plan", action="store_true", help="show what would run, and run nothing")
     run.add_argument("--shard", metavar="I/N", help="only every n-th group, for several hosts")
     run.add_argument("--quiet", action="store_true", help="print errors only")

@@ -64,7 +64,7 @@ def load(overrides: Sequence[str], registry: Registry, memory_bytes: float, cach
 
     ``memory_bytes`` is what is free here, of which the part ``engine.memory`` may be used.
     """
-    overrides = _alias_experiment(list(overrides))
+    overrides = alias_experiment(list(overrides))
     with _composer(registry) as compose:
         chosen = compose([o for o in overrides if o.startswith(("suite=", "experiment="))])
         experiment = chosen.get("experiment")
@@ -78,7 +78,7 @@ def load(overrides: Sequence[str], registry: Registry, memory_bytes: float, cach
     return RunConfig(configs, engine, experiment["name"] if experiment else None, outer.get("store"), outer)
 
 
-def _alias_experiment(overrides: list[str]) -> list[str]:
+def alias_experiment(overrides: list[str]) -> list[str]:
     """Rewrite ``suite=NAME`` to ``experiment=NAME`` where NAME is an experiment."""
     names = experiment_names()
     return [f"experiment={o[6:]}" if o.startswith("suite=") and o[6:] in names else o for o in overrides]
@@ -106,6 +106,22 @@ def _experiment_blocks(experiment: Mapping[str, Any]) -> list[list[str]]:
     return [[f"suite={block['suite']}", *block.get("overrides", [])] for block in experiment["blocks"]]
 
 
+def register_groups(registry: Registry) -> None:
+    """Give Hydra the groups that are made from descriptors: suites, models, parameters and the engine's settings."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for descriptor in registry.all("suite"):
+        node = {"name": descriptor.name, **_defaults(descriptor)}
+        store.store(group="suite", name=descriptor.name, node=node)
+    for descriptor in registry.all("model"):
+        node = {"name": descriptor.name, **_defaults(descriptor), "layers": None}
+        store.store(group="model", name=descriptor.name, node=node)
+    params = {axis: {d.name: _defaults(d) for d in registry.all(axis)} for axis in NAMED_AXES if axis != "model"}
+    store.store(group="params", name="defaults", node=params)
+    store.store(group="engine", name="defaults", node=plain(EngineConfig()))
+
+
 class _composer:
     """Hydra, started once with our groups registered, as a context manager that yields ``compose(overrides)``."""
 
@@ -115,22 +131,10 @@ class _composer:
 
     def __enter__(self) -> Any:
         from hydra import initialize_config_module
-        from hydra.core.config_store import ConfigStore
         from hydra.core.global_hydra import GlobalHydra
 
         GlobalHydra.instance().clear()
-        store = ConfigStore.instance()
-        for descriptor in self.registry.all("suite"):
-            node = {"name": descriptor.name, **_defaults(descriptor)}
-            store.store(group="suite", name=descriptor.name, node=node)
-        for descriptor in self.registry.all("model"):
-            node = {"name": descriptor.name, **_defaults(descriptor), "layers": None}
-            store.store(group="model", name=descriptor.name, node=node)
-        params = {
-            axis: {d.name: _defaults(d) for d in self.registry.all(axis)} for axis in NAMED_AXES if axis != "model"
-        }
-        store.store(group="params", name="defaults", node=params)
-        store.store(group="engine", name="defaults", node=plain(EngineConfig()))
+        register_groups(self.registry)
         self._context = initialize_config_module("moebench.suites.conf", version_base="1.3")
         self._context.__enter__()
         return self.compose

@@ -35,6 +35,10 @@ class Finished:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; exit status 1 for any case that is neither ok nor skipped (with --strict: for flags too)."""
+    if options.multirun:
+        from .multirun import multirun
+
+        return multirun(options.settings, _flags(options))
     plugins, settings = split_plugins(options.settings)
     registry = Registry.load(plugins)
     warn(registry)
@@ -49,6 +53,12 @@ def run(options: argparse.Namespace) -> int:
     finished = execute(plan, plugins, store_path(settled.store), command, options.quiet)
     _tell(finished, options)
     return exit_status(finished.outcome, options.strict)
+
+
+def _flags(options: argparse.Namespace) -> list[str]:
+    """Return the flags of this command as they were given, for the runs of a multirun."""
+    shard = ["--shard", options.shard] if options.shard else []
+    return shard + [f"--{name}" for name in ("plan", "quiet", "strict", "report") if getattr(options, name)]
 
 
 def split_plugins(settings: Sequence[str]) -> tuple[list[str], list[str]]:
