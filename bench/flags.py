@@ -17,7 +17,7 @@ IMPLAUSIBLE_FACTOR = 1.15
 
 
 class Limits:
-    """The best that this host ever showed in suite ``roofline``: flop/s by dtype, byte/s by level.
+    """The best that a thread of this host ever showed in suite ``roofline``: flop/s by dtype, byte/s by level.
 
     ``levels`` maps a cache level or ``DRAM`` to (bytes it holds, byte/s).
     """
@@ -31,7 +31,7 @@ class Limits:
         from ..results.database import connect_parts
 
         query = """
-            SELECT m.name, c.dtype, max(m.value) FROM metrics_raw m JOIN cases c USING (run_id, case_key)
+            SELECT m.name, c.dtype, max(m.value / c.threads) FROM metrics_raw m JOIN cases c USING (run_id, case_key)
             JOIN hosts h USING (run_id) WHERE c.suite = 'roofline' AND c.status = 'ok' AND h.host_key = ?
             GROUP BY m.name, c.dtype
         """

@@ -72,7 +72,7 @@ def measured_rows(
             for process, (member, name) in enumerate(zip(sittings, names, strict=True), first_process)
             for timing in _timing_rows(run_id, member, process, name)
         ]
-    _add_facts(tables, run_id, worst)
+    _add_facts(tables, run_id, worst, sittings)
     return tables
 
 
@@ -87,7 +87,7 @@ def _timing_rows(run_id: str, member: Member, process: int, sitting: str) -> lis
         "case_key": member.case.case_key,
         "process": process,
         "sitting": sitting,
-        "mode": "interleaved",
+        "mode": member.mode,
         "turn": member.turns,
         "switches": member.switches,
     }
@@ -95,10 +95,10 @@ def _timing_rows(run_id: str, member: Member, process: int, sitting: str) -> lis
     return [{**shared, "clock": clock, "ns": ns, **summary(ns)} for clock, ns in clocks.items()]
 
 
-def _add_facts(tables: Tables, run_id: str, member: Member) -> None:
+def _add_facts(tables: Tables, run_id: str, member: Member, sittings: Sequence[Member]) -> None:
     facts: Mapping[str, Any] = member.facts or {}
     key = {"run_id": run_id, "case_key": member.case.case_key}
-    metrics = [*facts.get("metrics", []), *plain(_engine_metrics(member))]
+    metrics = [*facts.get("metrics", []), *plain([*_engine_metrics(member), *_established_rate(sittings)])]
     tables["metrics"] = [{**key, **metric} for metric in metrics]
     tables["series"] = [{**key, **series} for series in facts.get("series", [])]
     tables["items"] = [{**key, **item} for item in facts.get("items", [])]
@@ -115,16 +115,18 @@ def _engine_metrics(member: Member) -> list[Metric]:
         Metric("prepare_seconds", member.seconds if member.case.protocol == "timed" else None, "s"),
         Metric("worker_peak_rss", member.peak_rss, "byte"),
     ]
-    return [metric for metric in [*metrics, *_established_rate(member)] if metric.value is not None]
+    return [metric for metric in metrics if metric.value is not None]
 
 
-def _established_rate(member: Member) -> list[Metric]:
-    """Return the rate of the fastest call under the name that a probe gives it."""
-    notes = (member.facts or {}).get("notes", {})
-    if "rate" not in notes or not member.wall_ns or not member.cost:
+def _established_rate(sittings: Sequence[Member]) -> list[Metric]:
+    """Return the rate of the fastest call of all processes under the name that a probe gives it."""
+    cost = sittings[-1].cost
+    notes = (sittings[-1].facts or {}).get("notes", {})
+    times = [ns for member in sittings for ns in member.wall_ns]
+    if "rate" not in notes or not times or not cost:
         return []
-    amount, unit = member.cost[notes["per"]], {"flops": "flop/s", "bytes": "byte/s"}[notes["per"]]
-    return [Metric(notes["rate"], amount / min(member.wall_ns) * 1e9, unit)]
+    amount, unit = cost[notes["per"]], {"flops": "flop/s", "bytes": "byte/s"}[notes["per"]]
+    return [Metric(notes["rate"], amount / min(times) * 1e9, unit)]
 
 
 def merge(tables: Tables, more: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

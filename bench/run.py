@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def execute(plan: Plan, plugins: Sequence[str], store: Path, command: str, quiet
     folder = RunFolder.open(store, key, _record(plan, command, facts, installed))
     progress = Progress(len(plan.cases), quiet)
     try:
-        limits = Limits.of_host(store, facts["host_key"], facts["stable"]["caches"])
+        limits = functools.partial(Limits.of_host, store, facts["host_key"], facts["stable"]["caches"])
         outcome = Runner(plan, folder, plugins, progress, limits).execute()
         folder.finish(phases=outcome.phases)
         report = ingest(store)

@@ -28,10 +28,16 @@ class Outcome:
 
 
 class Runner:
-    """Measures the groups of a plan that the run folder does not hold yet."""
+    """Measures the groups of a plan that the run folder does not hold yet.
 
-    def __init__(self, plan: Plan, run: RunFolder, plugins: Sequence[str], progress: Progress, limits: Limits) -> None:
-        self.plan, self.run, self.plugins, self.progress, self.limits = plan, run, list(plugins), progress, limits
+    ``limits`` reads the host's probes from the store; it is asked again when the run itself has probed the host.
+    """
+
+    def __init__(
+        self, plan: Plan, run: RunFolder, plugins: Sequence[str], progress: Progress, limits: Callable[[], Limits]
+    ) -> None:
+        self.plan, self.run, self.plugins, self.progress = plan, run, list(plugins), progress
+        self._read_limits, self.limits = limits, limits()
         self.phases = Phases()
         self.counts: dict[str, int] = {}
         self.flagged = 0
@@ -55,6 +61,8 @@ class Runner:
             rows.merge(tables, {"blobs": blobs})
             manifest = {"group": group.name, "run_id": self.run.run_id, "phases": asdict(self.phases)}
             write_part(self.run.path, group.name, tables, logs, manifest)
+            if first.suite == "roofline":
+                self.limits = self._read_limits()
             self.progress.done(len(group.cases), _summary(group, tables))
         wall = time.perf_counter() - started
         return Outcome(self.counts, self.flagged, phases_of(asdict(self.phases), wall))
@@ -95,9 +103,13 @@ class Runner:
                 together[member.case.case_key].append(member)
                 names[member.case.case_key].append(name)
         if len(cases) > 1:
-            for member in culprits:
-                key = member.case.case_key
-                together[key], names[key] = self._alone(member.case, logs)
+            for culprit in culprits:
+                key = culprit.case.case_key
+                together[key], names[key] = self._alone(culprit.case, logs)
+                if _healthy(together[key]):
+                    together[key][
+                        -1
+                    ].reason = f"measured alone; beside the others it {culprit.status}: {culprit.reason}"
         return [(together[case.case_key], names[case.case_key]) for case in cases]
 
     def _alone(self, case: Case, logs: dict[str, bytes]) -> tuple[list[Member], list[str]]:
@@ -118,7 +130,7 @@ class Runner:
         lost: list[Member] = []
         while True:
             left = [case for case in cases if case.case_key not in {member.case.case_key for member in lost}]
-            members = [Member(case) for case in left]
+            members = [Member(case, "alone" if alone else "interleaved") for case in left]
             name = make_key([self.run.run_id, [case.case_key for case in left], process, alone])[:16]
             if not members:
                 return [], lost, name

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..contracts import Case, Check, Status
 from ..results.statistics import median_interval, steady_start
@@ -47,9 +47,10 @@ class RingLostError(Exception):
 
 @dataclass
 class Member:
-    """A case on its way through one sitting."""
+    """A case on its way through one sitting; ``mode`` says whether it had others beside it."""
 
     case: Case
+    mode: Literal["interleaved", "alone"] = "interleaved"
     status: Status = Status.OK
     reason: str = ""
     steady: bool = True
@@ -237,10 +238,14 @@ class Sitting:
         member.facts, member.cost, member.peak_rss = reply["facts"], reply["cost"], reply["rss"]
 
     def run_once(self, member: Member, on_progress: Callable[[int, int], None]) -> None:
-        """Run a case of protocol ``once``: every step once, with progress, and no timings."""
+        """Run a case of protocol ``once``: every step once, with progress, and no timings; then free it."""
         self._guarded(member, self._prepare)
         self._guarded(member, lambda m: self._steps(m, on_progress))
         self._guarded(member, self._collect)
+        self._guarded(member, self._close)
+
+    def _close(self, member: Member) -> None:
+        self._worker(member).request("close", self.engine.prepare_timeout, trial=member.case.case_key)
 
     def _steps(self, member: Member, on_progress: Callable[[int, int], None]) -> None:
         started = time.perf_counter()
@@ -249,6 +254,7 @@ class Sitting:
         self.phases.add("once", started)
         member.seconds = reply["seconds"]
         member.check = Check(**reply["check"])
+        member.flips = member.check.flips
         if not member.check.ok:
             member.end(Status.WRONG, member.check.reason or "the result failed its check")
 

@@ -111,20 +111,21 @@ class Worker:
         cost = plain(held.trial.cost(0)) if held.case.protocol == "timed" else None
         return {"facts": facts, "cost": cost, "rss": _peak_rss()}
 
-    def run_once(self, trial: str, first_step: int = 0) -> dict[str, Any]:
+    def run_once(self, trial: str) -> dict[str, Any]:
         """Run every step once, telling progress; for evaluations and training, which have no latency."""
         held = self.trials[trial]
         started = time.perf_counter()
-        worst = Check(True)
-        for step in range(first_step, held.trial.steps):
+        worst, flips = Check(True), 0
+        for step in range(held.trial.steps):
             output = held.trial.run(step)
             check = held.trial.verify(step, output)
+            flips += check.flips
             if not check.ok or (check.error or 0.0) >= (worst.error or 0.0):
                 worst = check
             if not check.ok:
                 break
             self.channel.send({"id": self._number, "progress": [step + 1, held.trial.steps]})
-        return {"check": plain(worst), "seconds": time.perf_counter() - started}
+        return {"check": plain(dataclasses.replace(worst, flips=flips)), "seconds": time.perf_counter() - started}
 
     def close(self, trial: str) -> dict[str, Any]:
         """Free a trial."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from ..contracts import (
     Planned,
     Refusal,
     Registry,
+    Scheme,
     SparsitySpec,
 )
 from ..moe.shapes import ModelShape
@@ -184,6 +186,9 @@ class _Planner:
         missing = model.missing()
         if missing:
             return Planned(case, missing)
+        refusal = threads_refusal(case.threads)
+        if refusal:
+            return Planned(case, refusal)
         size = shape.expert_bytes(ELEMENT_SIZE[case.dtype])
         cold = case.protocol == "timed" and case.residency == "cold"
         needed = 3.0 * size + (COLD_FACTOR * self.config.cache_bytes if cold else 0.0)
@@ -240,9 +245,14 @@ class _Planner:
         answer = backend.supports(spec)
         if isinstance(answer, Refusal) and set(spec.kinds) - {"ffn"} <= {"zero", "copy", "constant"}:
             inner = backend.supports(spec.folded())
-            if isinstance(inner, Execution):
-                answer = replace(inner, folded=True)
+            answer = replace(inner, folded=True) if isinstance(inner, Execution) else inner
         return answer, available.evidence[0]
+
+
+def threads_refusal(threads: int) -> str | None:
+    """Return why so many threads cannot each have a core of their own here, or None."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{threads} threads do not fit on the {cores} cores here; lower axes.threads." if threads > cores else None
 
 
 def residency_of(point: Mapping[str, Any]) -> Literal["cold", "warm"]:
@@ -297,8 +307,8 @@ def layer_spec(case: Case, shape: ModelShape, registry: Registry) -> LayerSpec:
     for channels in (shape.hidden, shape.width):
         if scheme.group and channels % scheme.group:
             raise ValueError(f"groups of {scheme.group} do not divide the {channels} channels of the experts")
-    if scheme.codec != "none" and case.pass_ == "forward_backward":
-        raise ValueError("quantized weights have no gradient; use pass=forward or quantization=none")
+    if case.pass_ == "forward_backward":
+        _check_training(case, kinds, scheme, sparsity)
     return LayerSpec(
         hidden=shape.hidden,
         width=shape.width,
@@ -314,6 +324,20 @@ def layer_spec(case: Case, shape: ModelShape, registry: Registry) -> LayerSpec:
         max_k=routing.max_k(shape),
         tokens=case.tokens,
     )
+
+
+def _check_training(case: Case, kinds: Sequence[str], scheme: Scheme, sparsity: SparsitySpec | None) -> None:
+    """Raise ValueError where a training step cannot be checked, or is not what the case says."""
+    if scheme.codec != "none":
+        raise ValueError("quantized weights have no gradient; use pass=forward or quantization=none")
+    if sparsity is not None:
+        raise ValueError("gradients are not checked through sparsity; use axes.pass=forward or axes.sparsity=none")
+    if "constant" in kinds:
+        raise ValueError(
+            "gradients are not checked through constant experts; use axes.pass=forward or a routing without them"
+        )
+    if case.residency == "cold":
+        raise ValueError("a training step has one copy of its weights; use axes.residency=warm")
 
 
 NONE = Choice("none")

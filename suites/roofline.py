@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..contracts import Case, Check, Choice, Cost, Facts, Planned, Registry, Trial
-from .base import SuiteConfig, plain_case
+from .base import SuiteConfig, plain_case, threads_refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,19 +25,22 @@ class Roofline:
     """The suite; the size of the matrices and the levels to read are its parameters in the configuration."""
 
     def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
-        """Yield one gemm probe per dtype and one read probe per memory level."""
+        """Yield, for each number of threads, one gemm probe per dtype and one read probe per memory level."""
         params = config.suite_params
-        for dtype in config.axes["dtype"]:
-            yield Planned(self._case(config, dtype, {"probe": "gemm", "size": params.size}))
         levels = {**params.levels, "DRAM": int(max(config.cache_bytes * params.dram_factor, DRAM_BYTES))}
-        for level, size in levels.items():
-            fits = 2 * size <= config.memory_bytes
-            reason = None if fits else f"a buffer of {size / 2**30:.1f} GiB does not fit; lower suite.dram_factor."
-            yield Planned(self._case(config, "float32", {"probe": "read", "level": level, "size": size}), reason)
+        for threads in config.axes["threads"]:
+            for dtype in config.axes["dtype"]:
+                yield self._planned(config, threads, dtype, {"probe": "gemm", "size": params.size})
+            for level, size in levels.items():
+                yield self._planned(config, threads, "float32", {"probe": "read", "level": level, "size": size})
 
     @staticmethod
-    def _case(config: SuiteConfig, dtype: str, probe: dict[str, Any]) -> Case:
-        return plain_case(config, backend=Choice("probe", probe), dtype=dtype)
+    def _planned(config: SuiteConfig, threads: int, dtype: str, probe: dict[str, Any]) -> Planned:
+        case = plain_case(config, backend=Choice("probe", probe), dtype=dtype, threads=threads)
+        size = probe["size"] if probe["probe"] == "read" else 0
+        if 2 * size > config.memory_bytes:
+            return Planned(case, f"a buffer of {size / 2**30:.1f} GiB does not fit; lower suite.dram_factor.")
+        return Planned(case, threads_refusal(threads))
 
     def prepare(self, case: Case, registry: Registry) -> Trial:
         """Return the probe."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebench.bench.sampling import MAX_CALLS, whole_rounds
-from moebench.bench.worker import _Held
-from moebench.contracts import Check
+from moebench.bench.config import load
+from moebench.bench.plan import make_plan
+from moebench.bench.rows import measured_rows
+from moebench.bench.sampling import MAX_CALLS, Member, whole_rounds
+from moebench.bench.worker import Worker, _Held
+from moebench.contracts import Check, Registry
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rounds
@@ -53,3 +58,83 @@ def test_a_turn_of_several_rounds_has_whole_ones(calls, steps):
     assert 1 <= rounded <= MAX_CALLS
     assert rounded <= steps or rounded % steps == 0
     assert rounded >= min(calls, MAX_CALLS - steps + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a case says of itself
+
+
+REGISTRY = Registry.load()
+
+
+def planned(*settings):
+    return make_plan(load(settings, REGISTRY, 2.0**32, 2.0**20), REGISTRY, 2.0**32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["axes.routing=moepp"], "constant experts"),
+        (["axes.sparsity=teal"], "through sparsity"),
+        (["axes.quantization=int8"], "quantized weights have no gradient"),
+        (["axes.residency=cold"], "one copy of its weights"),
+        (["axes.backend=batched"], "batched has no backward"),
+        (["axes.threads=4096"], "4096 threads do not fit"),
+    ],
+)
+def test_a_training_step_that_could_not_be_checked_is_refused_before_it_runs(settings, words):
+    plan = planned("suite=training", "model=tiny", "axes.backend=eager", *settings)
+    assert not plan.cases
+    assert all(words in (item.refusal or "") for item in plan.refused)
+
+
+def test_who_folds_and_still_refuses_says_why():
+    (refused,) = planned("suite=selftest", "axes.routing=moepp", "axes.backend=packed").refused
+    assert "fold" not in refused.refusal
+    assert "quantized" in refused.refusal
+
+
+def test_every_number_of_threads_is_probed():
+    plan = planned("suite=roofline", "axes.threads=[1,4096]")
+    assert len(plan.cases) == len(plan.refused)
+    assert {case.threads for case in plan.cases} == {1}
+
+
+def test_a_rate_is_that_of_the_fastest_process(case):
+    members = []
+    for ns in (500, 1000):
+        member = Member(case(), wall_ns=[ns], cpu_ns=[ns], turns=[0], cost={"flops": 1000.0})
+        member.facts = {"notes": {"rate": "peak_flops", "per": "flops"}}
+        members.append(member)
+    metrics = measured_rows("r", members, [], ["a", "b"])["metrics"]
+    assert [metric["value"] for metric in metrics if metric["name"] == "peak_flops"] == [2e9]
+
+
+def test_who_was_measured_alone_says_so(case):
+    member = Member(case(), "alone", wall_ns=[1], cpu_ns=[1], turns=[0])
+    assert {row["mode"] for row in measured_rows("r", [member], [], ["a"])["timings"]} == {"alone"}
+
+
+def test_flips_of_a_case_that_runs_once_are_those_of_all_steps(case):
+    trial = Rounds(3)
+    worker = Worker(channel=type("Nobody", (), {"send": lambda self, message: None})())
+    worker._number, worker.trials["t"] = 1, _Held(trial, case(protocol="once"))
+    assert worker.run_once("t")["check"]["flips"] == 3
+
+
+def test_a_case_that_only_works_alone_is_labelled(engine, query, store_problems, tmp_path):
+    plugin = Path(__file__).parent.parent / "plugins" / "once_bitten.py"
+    settings = ["axes.routing=topk", "axes.backend=[eager,once_bitten]", "engine.seconds=0.02", "--quiet"]
+    done = engine(
+        tmp_path / "store", "run", f"plugin={plugin}", "suite=selftest", *settings, MOEBENCH_MARK=str(tmp_path / "mark")
+    )
+    assert done.returncode == 0, done.stderr
+    rows = query(tmp_path / "store", "SELECT backend, status, reason, mode, sitting FROM timings WHERE clock = 'wall'")
+    found = {backend: row for backend, *row in rows}
+    assert found["eager"][:3] == ["ok", None, "interleaved"]
+    status, reason, mode, sitting = found["once_bitten"]
+    assert (status, mode) == ("ok", "alone")
+    assert "measured alone" in reason
+    assert "SIGKILL" in reason
+    assert sitting != found["eager"][3]
+    assert store_problems(tmp_path / "store") == []
