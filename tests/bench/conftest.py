@@ -85,6 +85,19 @@ def small():
 
 
 @pytest.fixture(scope="session")
+def finished(engine, small, tmp_path_factory):
+    """Return (store, settings, completed process) of a finished run of one case; copy the store to change it."""
+    store, settings = tmp_path_factory.mktemp("finished"), (*small, "axes.backend=eager")
+    return store, settings, engine(store, "run", "--quiet", *settings)
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """Return (a copy of the store of ``finished``, its settings)."""
+    return Path(shutil.copytree(finished[0], tmp_path / "copy")), finished[1]
+
+
+@pytest.fixture(scope="session")
 def query():
     """Return the rows of a query over the parts of a store, or over its database file."""
 

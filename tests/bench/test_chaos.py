@@ -8,29 +8,20 @@ from pathlib import Path
 import pytest
 
 CHAOS = runpy.run_path(str(Path(__file__).parent.parent / "chaos.py"), run_name="chaos")
-LANES = 2
+KINDS = {"moment": 10, "fault write": 2, "fault fsync": 2, "fault rename": 2, "fault ingest": 2}
 
 
 @pytest.fixture(scope="module")
-def kill(engine, small, tmp_path_factory):
-    """Run ``chaos`` on the small run with more settings."""
-
-    def run(*settings, **how):
-        folder = tmp_path_factory.mktemp("chaos")
-        command = CHAOS["Command"]([*small, *settings], engine.env(folder), 120.0)
-        return CHAOS["chaos"](command, folder, lanes=LANES, seed=3, **how)
-
-    return run
+def results(engine, small, tmp_path_factory):
+    """Two groups, of which one holds only refused cases and needs no worker: see test_resume for two that do."""
+    folder = tmp_path_factory.mktemp("chaos")
+    settings = [*small, "axes.backend=eager", "axes.residency=[warm,cold]"]
+    command = CHAOS["Command"](settings, engine.env(folder), 120.0)
+    return CHAOS["chaos"](command, folder, moments=KINDS["moment"], seed=3, lanes=2)
 
 
-def test_nothing_is_lost_or_doubled_at_ten_random_moments(kill):
-    results = kill("axes.tokens=[16,32]", "axes.residency=warm", moments=10, points=())
-    assert len(results) == 10
-    assert not {name: wrong for name, wrong in results.items() if wrong}
-
-
-def test_nothing_is_lost_or_doubled_at_the_fault_points(kill):
-    """Two groups again, of which one holds only refused cases and so needs no worker."""
-    results = kill("axes.backend=eager", "axes.residency=[warm,cold]", moments=0)
-    assert {name.split()[1].split(":")[0] for name in results} == {"write", "fsync", "rename", "ingest"}
-    assert not {name: wrong for name, wrong in results.items() if wrong}
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kill_loses_and_doubles_nothing(kind, results):
+    mine = {name: wrong for name, wrong in results.items() if name.startswith(kind)}
+    assert len(mine) == KINDS[kind]
+    assert not {name: wrong for name, wrong in mine.items() if wrong}

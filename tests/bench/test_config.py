@@ -219,7 +219,7 @@ setting = st.one_of(
 @given(st.lists(setting, min_size=1, max_size=3))
 @example(["axes.backend=\x00"])
 @example(["params.quantization.int4.group=null", "axes.quantization=int4"])
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_malformed_settings_are_told_in_one_sentence(overrides):
     try:
         plan = make_plan(load(*overrides), REGISTRY, MEMORY)

@@ -127,15 +127,14 @@ def test_a_failure_before_the_cut_still_fails_the_resumed_run(engine, small, tmp
     assert len(runs(tmp_path)) == 1
 
 
-def test_a_damaged_part_of_an_unfinished_run_is_measured_again(engine, small, store_problems, tmp_path):
-    settings = (*small, "axes.tokens=32", "axes.backend=eager")
-    assert engine(tmp_path, "run", "--quiet", *settings).returncode == 0
-    (file,) = tmp_path.glob("runs/*/run.json")
-    (part,) = parts(tmp_path)
+def test_a_damaged_part_of_an_unfinished_run_is_measured_again(engine, finished_copy, store_problems):
+    store, settings = finished_copy
+    (file,) = store.glob("runs/*/run.json")
+    (part,) = parts(store)
     file.write_text(json.dumps({**json.loads(file.read_text()), "status": "running"}))
-    (tmp_path / "moebench.duckdb").unlink()
+    (store / "moebench.duckdb").unlink()
     (part / "timings.parquet").write_bytes(b"half")
-    assert engine(tmp_path, "run", "--quiet", *settings).returncode == 0
-    assert len(list(tmp_path.glob("corrupt/*/*"))) == 1
-    assert len(runs(tmp_path)) == 1
-    assert store_problems(tmp_path) == []
+    assert engine(store, "run", "--quiet", *settings).returncode == 0
+    assert len(list(store.glob("corrupt/*/*"))) == 1
+    assert len(runs(store)) == 1
+    assert store_problems(store) == []
