@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 from ..contracts import KINDS, Descriptor, MoebenchError, Registry, unknown
@@ -20,7 +21,11 @@ def report(options: argparse.Namespace) -> int:
     from ..dashboards.report import write_report
 
     store = existing_store(options.store)
-    print(write_report(store, Path(options.output) if options.output else store / "report.html", options.run))
+    file = Path(options.output) if options.output else store / "report.html"
+    try:
+        print(write_report(store, file, options.run))
+    except OSError as error:
+        raise MoebenchError(f"{file} cannot be written ({error.strerror}); name another file with -o.") from error
     return 0
 
 
@@ -72,7 +77,7 @@ def list_plugins(options: argparse.Namespace) -> int:
 
 def _availability(descriptor: Descriptor) -> Iterator[str]:
     """Yield what keeps a plug-in from working here; nothing where it works."""
-    absent = [name for name in descriptor.requires if importlib.util.find_spec(name.replace("-", "_")) is None]
+    absent = [name for name in descriptor.requires if not any(metadata.distributions(name=name))]
     if absent:
         yield f"needs {', '.join(absent)}: pip install {' '.join(absent)}"
     elif descriptor.kind == "backend":

@@ -46,6 +46,11 @@ class EngineConfig:
         for name in ("seconds", "precision", "memory", "turn_timeout", "prepare_timeout", "once_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number greater than 0")
+        for name in ("warmup_seconds", "steady_tolerance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number from 0")
+        if self.memory > 1:
+            raise ValueError("memory must be a part of the free memory, at most 1")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,10 @@ def load(overrides: Sequence[str], registry: Registry, memory_bytes: float, cach
     with _composer(registry) as compose:
         chosen = compose([o for o in overrides if o.startswith(("suite=", "experiment="))])
         experiment = chosen.get("experiment")
+        if experiment and any(o.startswith("suite=") for o in overrides):
+            raise MoebenchError(
+                f"experiment={experiment['name']} names its own suites; leave out suite= or experiment=."
+            )
         shared = list(experiment.get("overrides", [])) if experiment else []
         blocks = _experiment_blocks(experiment) if experiment else [_suite_defaults(chosen, overrides, registry)]
         given = [o for o in overrides if not o.startswith("experiment=")]
@@ -214,11 +223,13 @@ def _axis_values(
 
 
 def _model_default(axis: str, tree: Mapping[str, Any], registry: Registry) -> Any:
-    """Return the value of an axis that depends on the model where none is given."""
+    """Return the value of an axis that depends on the model where none is given; models must agree on it."""
     if axis == "model":
         return [tree["model"]["name"]]
-    params = registry.get("model", tree["model"]["name"]).params
-    return getattr(params, "AXES", {}).get(axis)
+    given = tree["axes"]["model"] or tree["model"]["name"]
+    names = registry.names("model") if given in ("all", ["all"]) else given if isinstance(given, list) else [given]
+    wanted = [getattr(registry.get("model", str(name)).params, "AXES", {}).get(axis) for name in names]
+    return wanted[0] if all(value == wanted[0] for value in wanted) else None
 
 
 def _named(

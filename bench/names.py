@@ -84,6 +84,8 @@ def _known(what: str, name: str, known: Sequence[str]) -> None:
 def checked(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the composed settings with their plain values as the types that they must have."""
     values = {name: coerce(tree[name], hint, name) for name, hint in PLAIN.items()}
+    if not -(2**63) <= values["seed"] < 2**63:
+        raise MoebenchError(f"seed must be a whole number of at most 64 bits, not {values['seed']}.")
     store = tree["store"]
     if isinstance(store, (dict, list, bool)):
         raise MoebenchError(f"store must be a folder, not {store!r}.")

@@ -80,7 +80,7 @@ def make_plan(config: RunConfig, registry: Registry, memory_bytes: float) -> Pla
         for item in suite.cases(block, registry):
             planned.setdefault(item.case.case_key, item)
     if not planned:
-        raise MoebenchError("the plan has no cases: every axis is empty; give at least one value to each.")
+        raise MoebenchError("the plan has no cases: an axis or the list of layers is empty; give it a value.")
     groups: dict[str, list[Planned]] = {}
     for item in planned.values():
         groups.setdefault(item.case.group_key, []).append(item)

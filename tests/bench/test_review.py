@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moebench.bench.cli import main
 from moebench.bench.config import load
 from moebench.bench.plan import make_plan
 from moebench.bench.rows import measured_rows
 from moebench.bench.sampling import MAX_CALLS, Member, whole_rounds
 from moebench.bench.worker import Worker, _Held
-from moebench.contracts import Check, Registry
+from moebench.contracts import Check, MoebenchError, Registry
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rounds
@@ -138,3 +139,44 @@ def test_a_case_that_only_works_alone_is_labelled(engine, query, store_problems,
     assert "SIGKILL" in reason
     assert sitting != found["eager"][3]
     assert store_problems(tmp_path / "store") == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("engine.memory=5", "at most 1"),
+        ("engine.steady_tolerance=-1", "from 0"),
+        ("engine.warmup_seconds=-1", "from 0"),
+        (f"seed={2**64}", "at most 64 bits"),
+        ("experiment=quick", "names its own suites"),
+        ("axes.backend=[]", "is empty"),
+    ],
+)
+def test_settings_without_a_meaning_are_told_in_a_sentence(setting, words):
+    with pytest.raises(MoebenchError, match=words):
+        planned("suite=selftest", setting)
+
+
+def test_a_model_given_as_an_axis_brings_the_axes_that_it_needs():
+    def structures(*models):
+        config = load([f"axes.model=[{','.join(models)}]", "suite=throughput"], REGISTRY, 2.0**32, 2.0**20)
+        return [choice.name for choice in config.blocks[0].axes["structure"]]
+
+    assert structures("smollm2") == ["split"]
+    assert structures("tiny") == ["none"]
+    assert structures("smollm2", "tiny") == ["none"]  # where models differ the structure must be given
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(monkeypatch, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+
+    def refuse(*arguments):
+        raise IsADirectoryError(21, "Is a directory")
+
+    monkeypatch.setattr("moebench.dashboards.report.write_report", refuse)
+    assert main(["report", "--store", str(tmp_path), "-o", str(tmp_path)]) == 2
+    assert "cannot be written (Is a directory)" in capsys.readouterr().err
