@@ -34,6 +34,9 @@ FEWEST_CALLS = 6
 PATIENCE = 4
 """A group that is short of ``min_calls`` goes on for this many times its budget at most."""
 
+LOOK_GROWTH = 1.05
+"""Precision is looked at again when there are this many times the samples: a look costs a sort, and invites chance."""
+
 STEADY_WINDOW = 5
 
 
@@ -111,6 +114,7 @@ class Sitting:
     ) -> None:
         self.ring, self.engine, self.phases, self.tell = ring, engine, phases, tell
         self._random = random.Random(seed)
+        self._next_look = 0.0
 
     def measure(self, members: Sequence[Member]) -> None:
         """Take every member from prepare to its samples, or to the status that stopped it."""
@@ -225,7 +229,10 @@ class Sitting:
         fewest = min(len(member.wall_ns) for member in alive)
         if fewest < self.engine.min_calls:
             return fewest >= FEWEST_CALLS and spent >= PATIENCE * budget
-        return spent >= budget or all(precise(member.wall_ns, self.engine.precision) for member in alive)
+        if spent >= budget or fewest < self._next_look:
+            return spent >= budget
+        self._next_look = LOOK_GROWTH * fewest
+        return all(precise(member.wall_ns, self.engine.precision) for member in alive)
 
     def _collect(self, member: Member) -> None:
         reply = self._worker(member).request("facts", self.engine.prepare_timeout, trial=member.case.case_key)

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebench.bench.cli import main
-from moebench.bench.config import load
+from moebench.bench.config import EngineConfig, load
 from moebench.bench.plan import make_plan
 from moebench.bench.rows import measured_rows
-from moebench.bench.sampling import MAX_CALLS, Member, whole_rounds
+from moebench.bench.sampling import MAX_CALLS, Member, Phases, Sitting, whole_rounds
 from moebench.bench.worker import Worker, _Held
 from moebench.contracts import Check, MoebenchError, Registry
 
@@ -180,3 +180,15 @@ def test_a_report_that_cannot_be_written_is_one_sentence(monkeypatch, tmp_path, 
     monkeypatch.setattr("moebench.dashboards.report.write_report", refuse)
     assert main(["report", "--store", str(tmp_path), "-o", str(tmp_path)]) == 2
     assert "cannot be written (Is a directory)" in capsys.readouterr().err
+
+
+def test_precision_is_looked_at_seldom(case, monkeypatch):
+    looks = []
+    monkeypatch.setattr("moebench.bench.sampling.precise", lambda ns, precision: looks.append(len(ns)))
+    sitting = Sitting(None, EngineConfig(seconds=1e9, min_calls=1), 0, Phases(), print)
+    member = Member(case())
+    for _ in range(2000):
+        member.wall_ns.append(1)
+        assert not sitting._enough([member], 0.0, 1e9)
+    assert len(looks) < 120
+    assert all(b >= 1.05 * a for a, b in zip(looks, looks[1:], strict=False))
