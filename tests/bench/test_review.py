@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -191,4 +192,4 @@ def test_precision_is_looked_at_seldom(case, monkeypatch):
         member.wall_ns.append(1)
         assert not sitting._enough([member], 0.0, 1e9)
     assert len(looks) < 120
-    assert all(b >= 1.05 * a for a, b in zip(looks, looks[1:], strict=False))
+    assert all(b >= 1.05 * a for a, b in itertools.pairwise(looks))
