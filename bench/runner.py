@@ -83,12 +83,20 @@ class Runner:
             first = group.piece * self.plan.engine.processes
             found = rows.measured_rows(self.run.run_id, members, flags, names, first)
             if group.piece and members[0].case.case_key == group.cases[0].case_key:
+                self._tell_lost_anchor(members)
                 found = {"timings": found.get("timings", [])}  # the anchor's row and facts are those of piece 0
             rows.merge(tables, found)
             for member in members:
                 if member.traceback:
                     logs[f"traceback-{member.case.case_key}.txt"] = member.traceback.encode()
         return tables, logs
+
+    def _tell_lost_anchor(self, members: Sequence[Member]) -> None:
+        """Count and print an anchor that failed in a later piece: its row, in a part that is written, says ok."""
+        lost = next((member for member in members if not member.alive), None)
+        if lost is not None:
+            self.counts[lost.status] = self.counts.get(lost.status, 0) + 1
+            self.progress.error(f"moebench: the anchor of a split group {lost.status}: {lost.reason}")
 
     def _timed(self, cases: Sequence[Case], logs: dict[str, bytes]) -> list[tuple[list[Member], list[str]]]:
         """Measure cases together in ``processes`` fresh rings; whoever took a ring down is tried again alone."""

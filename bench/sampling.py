@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ..contracts import Case, Check, Status
 from ..results.statistics import median_interval, steady_start
 from .config import EngineConfig
-from .ring import Ring, WorkerDiedError, WorkerError, WorkerProcess, WorkerTimeoutError
+from .ring import Ring, WorkerDiedError, WorkerError, WorkerTimeoutError
 
 TURN_NS = 100_000
 """A turn takes at least this long, so that its minimum is not the clock's resolution."""
@@ -143,15 +143,19 @@ class Sitting:
             member.end(Status.TIMED_OUT, str(error))
             raise RingLostError(member) from None
 
-    def _worker(self, member: Member) -> WorkerProcess:
-        return self.ring.worker(member.case.environment)
+    def _ask(self, member: Member, op: str, limit: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request about the member's trial; ``limit`` names the engine's setting that bounds the answer."""
+        worker = self.ring.worker(member.case.environment)
+        try:
+            return worker.request(op, getattr(self.engine, limit), trial=member.case.case_key, **arguments)
+        except WorkerTimeoutError as error:
+            remedy = f"raise engine.{limit} if it only needs longer"
+            raise WorkerTimeoutError(f"{str(error).rstrip('.')}; {remedy}.") from None
 
     def _prepare(self, member: Member) -> None:
         started = time.perf_counter()
         self.tell(f"preparing {describe(member.case)}")
-        timeout = self.engine.prepare_timeout
-        key = member.case.case_key
-        reply = self._worker(member).request("prepare", timeout, trial=key, case=member.case.to_json())
+        reply = self._ask(member, "prepare", "prepare_timeout", case=member.case.to_json())
         self.phases.add("prepare", started)
         member.steps, member.executed = reply["steps"], reply["executed"]
         member.input_sha256, member.seconds = reply["input_sha256"], reply["seconds"]
@@ -160,9 +164,7 @@ class Sitting:
             member.end(Status.FELL_BACK, fallback)
 
     def _turn(self, member: Member, calls: int) -> tuple[list[int], list[int], int]:
-        reply = self._worker(member).request(
-            "turn", self.engine.turn_timeout, trial=member.case.case_key, first_step=member.next_step, calls=calls
-        )
+        reply = self._ask(member, "turn", "turn_timeout", first_step=member.next_step, calls=calls)
         self.phases.calls += sum(reply["ns"]) / 1e9
         self.phases.warm += reply["warm_s"]
         self.phases.verify += reply["ready_s"]
@@ -171,7 +173,7 @@ class Sitting:
 
     def _verify(self, member: Member) -> None:
         started = time.perf_counter()
-        reply = self._worker(member).request("verify", self.engine.prepare_timeout, trial=member.case.case_key)
+        reply = self._ask(member, "verify", "prepare_timeout")
         self.phases.add("verify", started)
         check = Check(**reply["check"])
         member.flips += check.flips
@@ -235,7 +237,7 @@ class Sitting:
         return all(precise(member.wall_ns, self.engine.precision) for member in alive)
 
     def _collect(self, member: Member) -> None:
-        reply = self._worker(member).request("facts", self.engine.prepare_timeout, trial=member.case.case_key)
+        reply = self._ask(member, "facts", "prepare_timeout")
         executed = reply["facts"]["executed"]
         fallback = fallback_reason(member.case, executed, ())
         if fallback:  # it kept to the plan when it was prepared, and left it when it was called
@@ -252,12 +254,11 @@ class Sitting:
         self._guarded(member, self._close)
 
     def _close(self, member: Member) -> None:
-        self._worker(member).request("close", self.engine.prepare_timeout, trial=member.case.case_key)
+        self._ask(member, "close", "prepare_timeout")
 
     def _steps(self, member: Member, on_progress: Callable[[int, int], None]) -> None:
         started = time.perf_counter()
-        key = member.case.case_key
-        reply = self._worker(member).request("run_once", self.engine.once_timeout, on_progress, trial=key)
+        reply = self._ask(member, "run_once", "once_timeout", on_progress=on_progress)
         self.phases.add("once", started)
         member.seconds = reply["seconds"]
         member.check = Check(**reply["check"])

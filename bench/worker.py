@@ -159,19 +159,21 @@ class _Held:
         renewed = 0.0
         gc.disable()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-        for call in range(calls):
-            if call and call % steps == 0:
-                renewed += self._renew()
-            step = (first_step + call) % steps
-            cpu_start = cpu()
-            start = wall()
-            output = run(step)
-            end = wall()
-            cpu_end = cpu()
-            ns[call], cpu_ns[call] = end - start, cpu_end - cpu_start
-            self.outputs[step] = output
+        try:
+            for call in range(calls):
+                if call and call % steps == 0:
+                    renewed += self._renew()
+                step = (first_step + call) % steps
+                cpu_start = cpu()
+                start = wall()
+                output = run(step)
+                end = wall()
+                cpu_end = cpu()
+                ns[call], cpu_ns[call] = end - start, cpu_end - cpu_start
+                self.outputs[step] = output
+        finally:
+            gc.enable()
         switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
-        gc.enable()
         return {
             "ns": ns,
             "cpu_ns": cpu_ns,

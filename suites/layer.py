@@ -45,6 +45,7 @@ class LayerTrial:
         self.batches = self._make_batches()
         self._variant = 0
         self.input_sha256 = sha256_of(*(t for batch in self.batches for t in (batch.x_TH, *batch.inputs)))
+        self.references = [self._reference(batch) for batch in self.batches]  # before a backend sees the weights
         stores = self._stores()
         self._copies = len(stores)
         folded = case.execution.folded
@@ -56,7 +57,6 @@ class LayerTrial:
         self.x = [self.batches[step].x_TH.clone() for step in range(STEPS)]
         self.inputs = [tuple(t.clone() for t in self.batches[step].inputs) for step in range(STEPS)]
         self.out = [torch.empty_like(x) for x in self.x]
-        self.references = [self._reference(batch) for batch in self.batches]
 
     def _make_batches(self) -> list[Batch]:
         """Return the batches, variant after variant: batch of (step, variant) is at variant * STEPS + step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 from moebench.bench.cli import main
 from moebench.bench.config import EngineConfig, load
 from moebench.bench.plan import make_plan
+from moebench.bench.progress import Progress
+from moebench.bench.ring import WorkerTimeoutError
 from moebench.bench.rows import measured_rows
-from moebench.bench.sampling import MAX_CALLS, Member, Phases, Sitting, whole_rounds
+from moebench.bench.runner import Runner
+from moebench.bench.sampling import MAX_CALLS, Member, Phases, RingLostError, Sitting, whole_rounds
 from moebench.bench.worker import Worker, _Held
-from moebench.contracts import Check, MoebenchError, Registry
+from moebench.contracts import Check, MoebenchError, Registry, Status
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rounds
@@ -193,3 +197,59 @@ def test_precision_is_looked_at_seldom(case, monkeypatch):
         assert not sitting._enough([member], 0.0, 1e9)
     assert len(looks) < 120
     assert all(b >= 1.05 * a for a, b in itertools.pairwise(looks))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong is told
+
+
+def test_a_call_that_raises_leaves_the_garbage_collector_on(case):
+    trial = Rounds(1)
+    trial.run = lambda step: [][0]
+    with pytest.raises(IndexError):
+        _Held(trial, case(residency="cold")).turn(0, 1)
+    assert gc.isenabled()
+
+
+def test_a_timeout_names_the_setting_that_bounds_it(case):
+    class Slow:
+        def request(self, op, timeout, **arguments):
+            raise WorkerTimeoutError(f"no answer to '{op}' within {timeout:g} s; the worker was killed.")
+
+    ring = type("OneRing", (), {"worker": lambda self, environment: Slow()})()
+    member = Member(case())
+    with pytest.raises(RingLostError):
+        Sitting(ring, EngineConfig(), 0, Phases(), lambda text: None).measure([member])
+    assert member.reason.count(".") == 2  # one sentence, and the name of the setting
+    assert "raise engine.prepare_timeout" in member.reason
+
+
+def test_an_anchor_that_fails_in_a_later_piece_is_counted_and_told(case, capsys):
+    runner = Runner.__new__(Runner)
+    runner.counts, runner.progress = {}, Progress(1, quiet=True)
+    member = Member(case())
+    member.end(Status.CRASHED, "killed")
+    runner._tell_lost_anchor([Member(case()), member])
+    assert runner.counts == {"crashed": 1}
+    assert "killed" in capsys.readouterr().err
+
+
+def test_references_are_made_before_a_backend_sees_the_weights(monkeypatch, tmp_path):
+    import torch
+
+    from moebench.backends.eager import Eager
+    from moebench.suites.layer import LayerTrial
+
+    monkeypatch.setenv("MOEBENCH_CACHE", str(tmp_path))
+    honest = Eager.load
+
+    def tampering(self, layers, specs):
+        for store in layers.values():
+            store.gate_up.mul_(torch.tensor(1.01))
+        return honest(self, layers, specs)
+
+    monkeypatch.setattr(Eager, "load", tampering)
+    (case,) = planned("suite=selftest", "axes.routing=topk", "axes.backend=eager", "seed=77").cases
+    trial = LayerTrial(case, REGISTRY)
+    trial.begin_turn()
+    assert not trial.verify(0, trial.run(0)).ok

@@ -165,7 +165,8 @@ def test_a_lost_worker_names_its_culprit(op, error, status, members):
     with pytest.raises(RingLostError) as caught:
         sit(Worker(ns=200_000, trouble={(bad.case.case_key, op): error}), members)
     assert caught.value.member is bad
-    assert (bad.status, bad.reason, bad.wall_ns) == (status, str(error), [])
+    assert (bad.status, bad.wall_ns) == (status, [])
+    assert bad.reason.startswith(str(error))
 
 
 def test_what_is_not_steady_in_time_is_marked(members):
