@@ -234,6 +234,14 @@ class _Planner:
         return None
 
     def _execution(self, case: Case, spec: LayerSpec) -> tuple[Execution | Refusal, Evidence]:
+        """Ask the backend how it would run the layer; one that cannot even be asked costs its own cases alone."""
+        try:
+            return self._asked(case, spec)
+        except Exception as error:
+            reason = f"backend '{case.backend}' could not be asked ({type(error).__name__}: {error}); mend the plug-in."
+            return Refusal(reason), Evidence.MEASURED_CPU
+
+    def _asked(self, case: Case, spec: LayerSpec) -> tuple[Execution | Refusal, Evidence]:
         backend = self.registry.get("backend", case.backend.name).create(case.backend.params)
         if case.backend.name not in self._available:
             self._available[case.backend.name] = backend.availability()

@@ -244,3 +244,18 @@ def test_an_environment_in_which_no_worker_starts_costs_only_its_own_cases(engin
     assert rows == {"eager": "ok", "mine": "crashed"}
     ((reason,),) = query(store, "SELECT reason FROM cases WHERE backend = 'mine'")
     assert reason.startswith("a worker could not start: the worker exited with code")
+
+
+def test_a_backend_that_cannot_be_asked_costs_only_its_own_cases(engine, tmp_path):
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(
+        "from moebench.contracts import Descriptor\n\n\n"
+        "class Broken:\n    def availability(self):\n        raise RuntimeError('no driver')\n\n\n"
+        "def create(params):\n    return Broken()\n\n\n"
+        "DESCRIPTORS = [Descriptor('backend', 'broken', 'x', f'{__file__}:create')]\n"
+    )
+    settings = (f"plugin={plugin}", "suite=selftest", "axes.backend=[eager,broken]", "axes.routing=topk", "--plan")
+    result = engine(tmp_path, "run", *settings)
+    assert result.returncode == 0, result.stderr
+    assert "could not be asked (RuntimeError: no driver)" in result.stdout
+    assert "1 cases" in result.stdout
