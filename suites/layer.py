@@ -23,7 +23,7 @@ from ..moe.oracle import Reference, compare, reference
 from ..moe.sparsity import density
 from .base import cold_copies
 from .digest import sha256_of
-from .subject import Batch, Subject, make_batch, prepare_subject
+from .subject import DTYPES, Batch, Subject, make_batch, prepare_subject
 
 STEPS = 3
 VARIANTS = 2
@@ -113,9 +113,18 @@ class LayerTrial:
         return compare(output, self.references[self._batch_number(step)], self.x[0].dtype)
 
     def cost(self, step: int) -> Cost:
-        """Return the least work of one call, with the distinct experts that its routing touches."""
+        """Return the least work of one call, with the distinct experts that its routing touches.
+
+        The footprint of cold weights is what the calls really read of all copies: experts that no input chooses do not
+        push others out of a cache.
+        """
         batch = self.batches[step % STEPS]
-        return layer_cost(self.subject, batch, self.case, self._copies)
+        cost = layer_cost(self.subject, batch, self.case)
+        if self._copies == 1:
+            return cost
+        used_E = torch.stack([other.routing.counts_E for other in self.batches]).sum(0) > 0
+        used = int(used_E[list(self.subject.layer.store.ffn_ids)].sum())
+        return replace(cost, footprint=self._copies * used * expert_bytes(self.subject, self.case))
 
     def facts(self) -> Facts:
         """Return routing metrics, the load per expert, densities and what really ran."""
@@ -149,7 +158,15 @@ def _exchanged(buffer: Tensor, new: Tensor) -> Tensor:
     return buffer.copy_(new) if buffer.shape == new.shape else new.clone()
 
 
-def layer_cost(subject: Subject, batch: Batch, case: Case, copies: int = 1) -> Cost:
+def expert_bytes(subject: Subject, case: Case) -> float:
+    """Return the bytes of one FFN expert as the case's backend reads it."""
+    store, spec = subject.layer.store, subject.spec
+    if case.execution.weights == "packed":
+        return store.nbytes / max(1, len(store.ffn_ids))
+    return float((3 if spec.gated else 2) * spec.hidden * spec.width * DTYPES[case.dtype].itemsize)
+
+
+def layer_cost(subject: Subject, batch: Batch, case: Case) -> Cost:
     """Return the least work of a layer: 2 flops per weight and assignment; each touched expert's bytes once."""
     store, spec = subject.layer.store, subject.spec
     ffn_ids = list(store.ffn_ids)
@@ -157,15 +174,13 @@ def layer_cost(subject: Subject, batch: Batch, case: Case, copies: int = 1) -> C
     distinct, assigned = int((counts > 0).sum()), int(counts.sum())
     per_expert = (3 if spec.gated else 2) * spec.hidden * spec.width
     element = batch.x_TH.element_size()
-    packed = case.execution.weights == "packed"
-    expert_bytes = store.nbytes / max(1, len(ffn_ids)) if packed else per_expert * element
     shared = subject.layer.shared
     shared_size = 0 if shared is None else shared.gate_up.numel() + shared.down.numel()
-    moved = distinct * expert_bytes + shared_size * element + 2 * batch.x_TH.nbytes
+    moved = distinct * expert_bytes(subject, case) + shared_size * element + 2 * batch.x_TH.nbytes
     return Cost(
         flops=2.0 * (assigned * per_expert + case.tokens * shared_size),
         bytes=float(moved),
         distinct_experts=distinct,
         assignments=int(batch.routing.counts_E.sum()),
-        footprint=float(moved) if copies == 1 else float(copies * len(ffn_ids) * expert_bytes),
+        footprint=float(moved),
     )

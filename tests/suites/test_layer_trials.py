@@ -196,3 +196,12 @@ def test_calls_take_the_copies_of_cold_weights_in_turn():
     for call in range(2 * trial._copies):
         trial.run(call % trial.steps)
     assert used == [*range(trial._copies)] * 2
+
+
+def test_experts_that_are_never_chosen_do_not_count_as_cold():
+    settings = ("suite=throughput", "model=small", "axes.tokens=1", "axes.backend=eager", "axes.residency=cold")
+    trial = LayerTrial(only_case(*settings), REGISTRY)
+    chosen = {expert for batch in trial.batches for expert in batch.inputs[0].flatten().tolist()}
+    store = trial.subject.layer.store
+    assert len(chosen) < store.num_experts
+    assert trial.cost(0).footprint == trial._copies * store.nbytes * len(chosen) / store.num_experts
