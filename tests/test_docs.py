@@ -20,6 +20,7 @@ from moebench.bench.config import EngineConfig
 from moebench.bench.run import planned, split_plugins
 from moebench.contracts import Flag, Registry, Status
 from moebench.moe.oracle import BOUNDS
+from moebench.results.parts import write_part
 from moebench.results.query import run_sql
 from moebench.results.statistics import PERCENTILES, quantile_n_required
 
@@ -249,3 +250,28 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_name_no_machine(page):
     assert not re.search(r"/root/|/home/|/work/|/tmp/|https?://", page.read_text())
+
+
+def test_the_page_of_papers_has_every_claim_with_its_verdict(generate, tmp_path):
+    claim = {
+        "key": "a-claim",
+        "title": "Title",
+        "claim": "It holds.",
+        "kind": "empirical",
+        "figure": "Table 1",
+        "ours": "A small one.",
+        "unit": "ratio",
+        "direction": "at_most",
+        "margin": 0.1,
+        "seeds": [0, 1, 2],
+        "a": [2.0, 2.0, 2.0],
+        "b": [1.0, 1.0, 1.0],
+        "estimate": 2.0,
+        "lo": 1.9,
+        "hi": 2.1,
+        "verdict": "not supported",
+    }
+    write_part(tmp_path / "runs" / "r", "claims", {"claims": [{**claim, "run_id": "r"}]})
+    page = generate.papers_page(tmp_path)
+    assert "| [a-claim](#a-claim) | empirical | ratio 2 [1.9, 2.1] | not supported |" in page
+    assert "(a, b) by seed: (2, 1), (2, 1), (2, 1)." in page
