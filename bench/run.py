@@ -131,13 +131,10 @@ def _tell(finished: Finished, options: argparse.Namespace) -> None:
     if options.quiet and not options.report:
         return
     from ..dashboards.text import summary_table
-    from ..results.database import connect_parts
+    from ..results.query import reading
 
-    connection = connect_parts(finished.store)
-    try:
+    with reading(finished.store) as connection:
         print(summary_table(connection, finished.run_id))
-    finally:
-        connection.close()
     phases = finished.outcome.phases
     share = phases["engine_share"]
     print(f"run {finished.run_id}: {phases['wall']:.1f} s, engine's own share {share:.1%}; store {finished.store}")
