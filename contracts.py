@@ -149,7 +149,7 @@ class Descriptor:
 
     def choose(self, overrides: Mapping[str, Any] | None = None) -> Choice:
         """Return this plug-in with its parameters checked and its defaults filled in."""
-        return Choice(self.name, plain(self.params_from(overrides)) or {})
+        return Choice(self.name, plain(self.params_from(overrides)) or {}, self.version)
 
     def params_from(self, overrides: Mapping[str, Any] | None = None) -> Any:
         """Return an instance of ``params`` made from ``overrides`` (None where the plug-in has no parameters)."""
@@ -167,10 +167,11 @@ class Descriptor:
 
 @dataclass(frozen=True)
 class Choice:
-    """One named value of an axis with all its parameters resolved."""
+    """One named value of an axis with all its parameters resolved, and the version of its plug-in."""
 
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
+    version: str = "1"
 
     def __str__(self) -> str:
         return self.name

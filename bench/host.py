@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import platform
 import subprocess
@@ -10,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..contracts import make_key
+from ..contracts import KINDS, make_key
 
 PACKAGES = ("torch", "numpy", "transformers", "triton", "duckdb", "pyarrow", "plotly", "hydra-core", "safetensors")
 """The packages whose versions every run stores by name; the plan hash covers all that are installed."""
@@ -132,11 +134,29 @@ def git_facts(folder: Path) -> tuple[str | None, bool | None]:
 
 
 def source_hash(plugins: list[str]) -> str:
-    """Return the hash of every source file of the installed package and of the given plug-in files, as they are now."""
+    """Return the hash of every source file, as it is now: ours, those of installed plug-ins, and the given files."""
     root = Path(__file__).resolve().parent.parent
     folders = [path for path in root.iterdir() if path.is_dir() and (path / "__init__.py").exists()]
     found = [*root.glob("*.py"), *(path for folder in folders for path in folder.rglob("*"))]
     ours = [path for path in found if path.suffix in SOURCE_SUFFIXES and "runs" not in path.relative_to(root).parts]
     files = {str(path.relative_to(root)): path for path in ours}
     files |= {f"plugin:{Path(path).resolve()}": Path(path) for path in plugins}
+    files |= {f"installed:{path}": path for path in _installed_plugin_files()}
     return make_key({name: make_key(path.read_text(errors="replace")) for name, path in files.items()})
+
+
+def _installed_plugin_files() -> set[Path]:
+    """Return the Python files of the packages behind entry points; an editable one changes without a new version."""
+    modules = {
+        point.module.split(".")[0] for kind in KINDS for point in metadata.entry_points(group=f"moebench.{kind}")
+    }
+    files: set[Path] = set()
+    for module in modules:
+        spec = _try(functools.partial(importlib.util.find_spec, module))
+        if spec is None:
+            continue
+        for folder in spec.submodule_search_locations or ():
+            files |= set(Path(folder).rglob("*.py"))
+        if spec.origin and Path(spec.origin).is_file():
+            files.add(Path(spec.origin))
+    return files

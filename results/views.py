@@ -44,6 +44,7 @@ VIEWS: dict[str, View] = {
         LEFT JOIN (
             SELECT run_id, case_key,
                 count(*) AS wall_processes,
+                string_agg(DISTINCT mode, ' ') AS wall_mode,
                 sum(n)::BIGINT AS wall_n,
                 min(min_ns) AS wall_min_ns,
                 list_aggregate(flatten(list(ns)), 'median') AS wall_median_ns,

@@ -190,17 +190,19 @@ class _Planner:
         if refusal:
             return Planned(case, refusal)
         size = shape.expert_bytes(ELEMENT_SIZE[case.dtype])
-        cold = case.protocol == "timed" and case.residency == "cold"
-        needed = 3.0 * size + (COLD_FACTOR * self.config.cache_bytes if cold else 0.0)
+        needed = 3.0 * size
         if needed > self.config.memory_bytes:
             return Planned(case, memory_refusal(shape, case.dtype, needed, self.config.memory_bytes))
         try:
             spec = layer_spec(case, shape, self.registry)
         except ValueError as error:
             return Planned(case, f"{error}.")
-        refusal = self._traffic_refusal(case, model, spec) or self._cold_refusal(case, size)
+        stored = size * min(1.0, spec.schemes[0].bits / (8.0 * ELEMENT_SIZE[case.dtype])) if spec.schemes else size
+        refusal = self._traffic_refusal(case, model, spec) or self._cold_refusal(case, spec, stored)
         if refusal:
             return Planned(case, refusal)
+        if case.residency == "cold":
+            needed += stored * cold_copies(self.config.cache_bytes, stored, touched_share(spec))
         answer, evidence = self._execution(case, spec)
         if isinstance(answer, Refusal):
             return Planned(case, answer.reason)
@@ -221,15 +223,16 @@ class _Planner:
             return f"traffic '{case.traffic}': {error}"
         return None
 
-    def _cold_refusal(self, case: Case, layer_bytes: float) -> str | None:
-        if case.residency == "warm" or case.protocol == "once":
+    def _cold_refusal(self, case: Case, spec: LayerSpec, layer_bytes: float) -> str | None:
+        if case.residency == "warm":
             return None
-        copies = cold_copies(self.config.cache_bytes, layer_bytes)
+        copies = cold_copies(self.config.cache_bytes, layer_bytes, touched_share(spec))
         needed = copies * layer_bytes
         if copies > MAX_COPIES or 2 * needed > self.config.memory_bytes:
             return (
-                f"cold weights need {copies} copies of a layer of {layer_bytes / 2**20:.2f} MiB to pass a last-level "
-                f"cache of {self.config.cache_bytes / 2**20:.0f} MiB, more than can be held; use axes.residency=warm."
+                f"cold weights need {copies} copies of a layer of {layer_bytes / 2**20:.2f} MiB, of which a call reads "
+                f"{touched_share(spec):.0%}, to pass a last-level cache of {self.config.cache_bytes / 2**20:.0f} MiB, "
+                f"more than can be held; use axes.residency=warm."
             )
         return None
 
@@ -271,9 +274,18 @@ def residency_of(point: Mapping[str, Any]) -> Literal["cold", "warm"]:
     return "cold" if point["tokens"] <= DECODE_TOKENS and point["pass"] == "forward" else "warm"
 
 
-def cold_copies(cache_bytes: float, layer_bytes: float) -> int:
-    """Return how many copies of a layer must be rotated so that none is found in the last-level cache."""
-    return max(2, math.ceil(COLD_FACTOR * cache_bytes / layer_bytes))
+def touched_share(spec: LayerSpec) -> float:
+    """Return the least share of a layer's expert weights that a call reads: what one token's experts hold."""
+    k = spec.max_k if set(spec.kinds) == {"ffn"} else 1
+    return min(1.0, k / max(1, spec.ffn_experts))
+
+
+def cold_copies(cache_bytes: float, layer_bytes: float, share: float) -> int:
+    """Return how many copies of a layer must be rotated so that no weight is found in the last-level cache.
+
+    Between two calls of one copy the others read ``share`` of each at least, and that must pass the cache.
+    """
+    return max(2, math.ceil(COLD_FACTOR * cache_bytes / (layer_bytes * share)) + 1)
 
 
 def memory_refusal(shape: ModelShape, dtype: str, needed: float, limit: float) -> str:

@@ -21,7 +21,7 @@ from ..moe.fold import Folded, fold_store
 from ..moe.metrics import load_series, routing_metrics
 from ..moe.oracle import Reference, compare, reference
 from ..moe.sparsity import density
-from .base import cold_copies
+from .base import cold_copies, touched_share
 from .digest import sha256_of
 from .subject import DTYPES, Batch, Subject, make_batch, prepare_subject
 
@@ -68,7 +68,7 @@ class LayerTrial:
         store = self.subject.layer.store
         if self.case.residency == "warm":
             return [store]
-        count = cold_copies(self.case.workload["cache_bytes"], store.nbytes)
+        count = cold_copies(self.case.workload["cache_bytes"], store.nbytes, touched_share(self.subject.spec))
         key = make_key([self.case.method_key, self.case.dtype, count])
         if key not in _COPIES:
             _COPIES[key] = [store, *(copy.deepcopy(store) for _ in range(count - 1))]

@@ -99,3 +99,20 @@ def test_an_edited_source_or_plugin_changes_the_hash(tmp_path, monkeypatch):
         (root / other).parent.mkdir(parents=True, exist_ok=True)
         (root / other).write_text("1")
     assert host.source_hash([str(plugin)]) == seen[-1]
+
+
+def test_the_source_hash_sees_an_edit_of_an_installed_plugin(tmp_path, monkeypatch):
+    package = tmp_path / "moebench_edited"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    helper = package / "helper.py"
+    helper.write_text("A = 1\n")
+    info = tmp_path / "moebench_edited-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moebench-edited\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[moebench.backend]\nedited = moebench_edited:DESCRIPTOR\n")
+    without = host.source_hash([])
+    monkeypatch.syspath_prepend(tmp_path)
+    before = host.source_hash([])
+    helper.write_text("A = 2\n")
+    assert len({without, before, host.source_hash([])}) == 3

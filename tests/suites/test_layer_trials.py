@@ -112,6 +112,8 @@ def test_cold_weights_rotate_through_copies_that_pass_the_cache():
     assert len({store.gate_up.data_ptr() for store in stores}) == len(stores)
     assert all_ok(trial, turns=1)
     assert trial.cost(0).footprint >= CACHE_BYTES
+    fewest = min(batch.routing.counts_E.count_nonzero() for batch in trial.batches) / stores[0].num_experts
+    assert (len(stores) - 1) * fewest * stores[0].nbytes >= CACHE_BYTES
 
 
 def test_cost_counts_distinct_experts_and_two_flops_per_weight():
