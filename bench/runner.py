@@ -51,6 +51,7 @@ class Runner:
                 self._count(finished)
                 self.progress.done(len(group.cases), f"{group.name[:12]} is finished already")
                 continue
+            before = asdict(self.phases)
             tables, logs = self._measure(group)
             for planned in group.refused:
                 row = rows.case_row(self.run.run_id, planned.case, Status.SKIPPED, planned.refusal or "")
@@ -59,7 +60,7 @@ class Runner:
             first = (group.cases or tuple(planned.case for planned in group.refused))[0]
             blobs = [blob_row(self.run.run_id, first.case_key, name, log) for name, log in logs.items()]
             rows.merge(tables, {"blobs": blobs})
-            manifest = {"group": group.name, "run_id": self.run.run_id, "phases": asdict(self.phases)}
+            manifest = {"group": group.name, "run_id": self.run.run_id, "phases": _since(before, asdict(self.phases))}
             write_part(self.run.path, group.name, tables, logs, manifest)
             if first.suite == "roofline":
                 self.limits = self._read_limits()
@@ -197,6 +198,10 @@ def _never_started(cases: Sequence[Case], error: WorkerStartError) -> Member:
     member = Member(next(case for case in cases if case.environment == error.environment))
     member.end(Status.CRASHED, str(error))
     return member
+
+
+def _since(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    return {name: now[name] - before[name] for name in now}
 
 
 def _healthy(members: Sequence[Member]) -> bool:

@@ -26,7 +26,7 @@ def told_plainly(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ResultsError(
-            f"cannot write {path} ({error.strerror or error}): make room there or choose another folder with store=; "
+            f"cannot write {path} ({error.strerror or error}): make room there or choose another folder; "
             "what was written before is kept."
         ) from error
 

@@ -223,7 +223,7 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
     with pytest.raises(ResultsError, match=r"cannot write .* what was written before is kept") as told:
         write_part(tmp_path / "runs" / "r1", "g", {}, None, {})
     assert "\n" not in str(told.value)
-    with pytest.raises(ResultsError, match="choose another folder with store="):
+    with pytest.raises(ResultsError, match="choose another folder"):
         write_json_atomic(tmp_path / "runs" / "r1" / "run.json", {})
 
 
