@@ -27,11 +27,14 @@ QUALITY_NAMES = {
 
 
 def quality(cases: Sequence[Case], answer: Answer, sql: str, style: Style) -> Chart:
-    """Quality of a method against the speed of each backend that ran it; both with intervals, lower is better."""
+    """Quality of a method against the speed of each backend that ran it; both with intervals, lower is better.
+
+    The group with the most methods comes first, with the distance to the dense model before other metrics.
+    """
     by_group: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
     for row in answer.rows:
         by_group[row["name"], str(row["evidence"]), row["group_key"]].setdefault(row["method_key"], row)
-    variants = []
+    found: list[tuple[int, int, Variant]] = []
     groups = sitting_groups(cases)
     names = group_names([members[0] for members in groups])
     for (metric, evidence, _), methods in by_group.items():
@@ -39,7 +42,9 @@ def quality(cases: Sequence[Case], answer: Answer, sql: str, style: Style) -> Ch
             own = [case for case in members if case.row["method_key"] in methods and case.row["evidence"] == evidence]
             if own:
                 title = f"{QUALITY_NAMES[metric]} · {name}"
-                variants.append(_quality_variant(title, metric, own, methods, style))
+                rank = -len({case.row["method_key"] for case in own}), list(QUALITY_NAMES).index(metric)
+                found.append((*rank, _quality_variant(title, metric, own, methods, style)))
+    variants = [variant for _, _, variant in sorted(found, key=lambda entry: entry[:2])]
     return Chart(
         "quality",
         "Quality against speed",
