@@ -199,9 +199,9 @@ QUALIFY row_number() OVER (PARTITION BY c.key ORDER BY r.finished_at DESC NULLS 
 
 PAPERS_INTRO = """\
 Claims of published systems, each written down with its rule in `suites/papers/<key>.yaml` before the run that is shown,
-and judged by `moebench papers` whichever way it falls. An identity or a theorem holds or fails for every seed; an empirical
-claim is supported or not, or the data do not tell. One machine, small models: a verdict is about what is written under
-*ours*.
+and judged by `moebench papers` whichever way it falls. An identity or a theorem holds or fails for every seed; an
+empirical claim is supported or not, or the data do not tell. One machine, small models: a verdict is about what is
+written under *ours*.
 """
 
 
