@@ -7,6 +7,8 @@ NOT_PACKAGED = {"noxfile", "setup", "conftest"}
 
 
 class BuildPackage(build_py):
+    """Builds the package without the scripts that only share its folder."""
+
     def find_package_modules(self, package, package_dir):
         modules = super().find_package_modules(package, package_dir)
         return [entry for entry in modules if entry[0] != "moebench" or entry[1] not in NOT_PACKAGED]
