@@ -46,7 +46,9 @@ TABLE_SUMMARIES = {
     "items": "One judged item of an evaluation, kept so that two methods can be compared item by item.",
     "blobs": "Files beside the tables, such as what a worker printed; found by their sha256.",
     "claims": "One published claim and what `moebench papers` measured for it.",
-    "comparisons": "The verdict of two cases that were sampled in the same sitting.",
+    "comparisons": "What a gate found of one case (or of two backends): a time, a metric or an accuracy of both sides, "
+    "with its verdict.",
+    "turns": "All calls of one side of a gate's process pair: side `base`, `again` (base a second time) or `candidate`.",
 }
 
 COLUMN_NOTES = {

@@ -7,7 +7,7 @@ migration.
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 TABLES: dict[str, dict[str, str]] = {
     "runs": {
@@ -161,6 +161,31 @@ TABLES: dict[str, dict[str, str]] = {
         "pairs": "BIGINT",
         "verdict": "VARCHAR",
         "reason": "VARCHAR",
+        "kind": "VARCHAR",
+        "metric": "VARCHAR",
+        "label": "VARCHAR",
+        "base": "VARCHAR",
+        "candidate": "VARCHAR",
+        "base_value": "DOUBLE",
+        "candidate_value": "DOUBLE",
+        "unit": "VARCHAR",
+        "q": "DOUBLE",
+        "turns": "BIGINT",
+        "margin": "DOUBLE",
+        "asked": "DOUBLE",
+        "tau": "DOUBLE",
+        "detectable": "DOUBLE",
+        "moved": "VARCHAR[]",
+    },
+    "turns": {
+        "run_id": "VARCHAR",
+        "case_key": "VARCHAR",
+        "side": "VARCHAR",
+        "pair": "INTEGER",
+        "clock": "VARCHAR",
+        "ns": "BIGINT[]",
+        "turn": "INTEGER[]",
+        "switches": "BIGINT",
     },
 }
 
@@ -174,6 +199,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "items": ("run_id", "case_key", "task", "item", "metric"),
     "blobs": ("run_id", "case_key", "name"),
     "claims": ("run_id", "key"),
-    "comparisons": ("run_id", "base_case", "case_key", "clock", "sitting"),
+    "comparisons": ("run_id", "base_case", "case_key", "clock", "sitting", "metric"),
+    "turns": ("run_id", "case_key", "side", "pair", "clock"),
 }
 """What makes a row one row. Ingest is by whole part, so a part counts once; keys are tested, not enforced by NULLs."""
