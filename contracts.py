@@ -706,7 +706,8 @@ class Trial(Protocol):
     """A case made ready in a worker.
 
     The engine calls ``begin_turn`` off the clock, before a turn and before each further round through the steps in it,
-    then ``run``.
+    then ``run``. A trial whose device has a clock of its own may have ``device_ns()``: the time of the last call on it,
+    asked for off the clock.
     """
 
     @property

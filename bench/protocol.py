@@ -4,8 +4,10 @@ Requests (each with ``id``):
 
 - ``hello {plugins}`` -> ``{protocol, versions, threads, capability}``
 - ``prepare {trial, case}`` -> ``{steps, input_sha256, executed, seen, seconds}``
-- ``turn {trial, first_step, calls}`` -> ``{ns, cpu_ns, switches, warm_s, ready_s}``
+- ``turn {trial, first_step, calls}`` -> ``{ns, cpu_ns, device_ns, switches, warm_s, ready_s}``;
+  ``device_ns`` is empty where the trial has no clock of its device
 - ``verify {trial}`` -> ``{check}`` of every output of the turn's last round through the steps
+- ``sketch {trial}`` -> ``{sketch}``: random projections of these outputs (workers of older revisions know it not)
 - ``facts {trial}`` -> ``{facts, cost, rss}``
 - ``run_once {trial}`` streams ``{id, progress}`` and ends with ``{check, seconds}``
 - ``close {trial}`` frees a trial.

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..contracts import MoebenchError
@@ -45,11 +47,18 @@ class WorkerStartError(Exception):
 class WorkerProcess:
     """One worker with its pipes and its log."""
 
-    def __init__(self, environment: Mapping[str, str], threads: int, cores: Sequence[int]) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        threads: int,
+        cores: Sequence[int],
+        python: str = sys.executable,
+        cwd: Path | None = None,
+    ) -> None:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
-        command = [sys.executable, "-m", "moebench.bench.worker", str(theirs_in), str(theirs_out)]
+        command = [python, "-m", "moebench.bench.worker", str(theirs_in), str(theirs_out)]
         self._process = subprocess.Popen(
             [*command, ",".join(map(str, cores))],
             pass_fds=(theirs_in, theirs_out),
@@ -57,6 +66,7 @@ class WorkerProcess:
             stdout=self._log,
             stderr=self._log,
             env=worker_environment(environment, threads),
+            cwd=cwd,
         )
         os.close(theirs_in)
         os.close(theirs_out)
@@ -151,16 +161,30 @@ def ring_cores(threads: int) -> list[int]:
 
 
 class Ring:
-    """The workers of one sitting, one for each distinct environment of the group's cases."""
+    """The workers of one sitting, one for each distinct environment of the group's cases.
 
-    def __init__(self, environments: Sequence[Mapping[str, str]], threads: int, plugins: Sequence[str]) -> None:
-        self.cores = ring_cores(threads)
+    ``shared`` holds variables for all of them, ``python`` and ``cwd`` what runs them and where: a gate's side may be
+    another revision or environment. ``cores`` defaults to ``ring_cores``.
+    """
+
+    def __init__(
+        self,
+        environments: Sequence[Mapping[str, str]],
+        threads: int,
+        plugins: Sequence[str],
+        *,
+        shared: Mapping[str, str] = MappingProxyType({}),
+        python: str = sys.executable,
+        cwd: Path | None = None,
+        cores: Sequence[int] | None = None,
+    ) -> None:
+        self.cores = ring_cores(threads) if cores is None else list(cores)
         self._workers: dict[tuple[tuple[str, str], ...], WorkerProcess] = {}
         self.versions: dict[str, Any] = {}
         for environment in environments:
             key = _environment_key(environment)
             if key not in self._workers:
-                self._workers[key] = WorkerProcess(environment, threads, self.cores)
+                self._workers[key] = WorkerProcess({**environment, **shared}, threads, self.cores, python, cwd)
         for key, worker in self._workers.items():
             try:
                 self.versions = worker.request("hello", HELLO_TIMEOUT, plugins=list(plugins), protocol=PROTOCOL)

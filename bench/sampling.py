@@ -62,6 +62,7 @@ class Member:
     next_step: int = 0
     wall_ns: list[int] = field(default_factory=list)
     cpu_ns: list[int] = field(default_factory=list)
+    device_ns: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     switches: int = 0
     check: Check | None = None
@@ -82,7 +83,7 @@ class Member:
     def end(self, status: Status, reason: str) -> None:
         """Take the member out: it keeps its reason and loses its samples."""
         self.status, self.reason = status, reason
-        self.wall_ns, self.cpu_ns, self.turns = [], [], []
+        self.wall_ns, self.cpu_ns, self.device_ns, self.turns = [], [], [], []
 
 
 @dataclass
@@ -119,16 +120,17 @@ class Sitting:
     def measure(self, members: Sequence[Member]) -> None:
         """Take every member from prepare to its samples, or to the status that stopped it."""
         for member in members:
-            self._guarded(member, self._prepare)
+            self.guarded(member, self.prepare)
         for member in _alive(members):
-            self._guarded(member, self._first_check)
+            self.guarded(member, self.first_check)
         for member in _alive(members):
-            self._guarded(member, self._warm_up)
+            self.guarded(member, self.warm_up)
         self._sample(members)
         for member in _alive(members):
-            self._guarded(member, self._collect)
+            self.guarded(member, self.collect)
 
-    def _guarded(self, member: Member, action: Callable[[Member], None]) -> None:
+    def guarded(self, member: Member, action: Callable[[Member], None]) -> None:
+        """Do something about a member that is alive; an error ends it with a status, a lost worker ends the ring."""
         if not member.alive:
             return
         try:
@@ -152,7 +154,8 @@ class Sitting:
             remedy = f"raise engine.{limit} if it only needs longer"
             raise WorkerTimeoutError(f"{str(error).rstrip('.')}; {remedy}.") from None
 
-    def _prepare(self, member: Member) -> None:
+    def prepare(self, member: Member) -> None:
+        """Have the trial made ready; a backend that would do other than the plan says ends here."""
         started = time.perf_counter()
         self.tell(f"preparing {describe(member.case)}")
         reply = self._ask(member, "prepare", "prepare_timeout", case=member.case.to_json())
@@ -163,15 +166,17 @@ class Sitting:
         if fallback:
             member.end(Status.FELL_BACK, fallback)
 
-    def _turn(self, member: Member, calls: int) -> tuple[list[int], list[int], int]:
+    def turn(self, member: Member, calls: int) -> dict[str, Any]:
+        """Let the trial take a turn of ``calls`` calls and return the worker's reply (see ``protocol``)."""
         reply = self._ask(member, "turn", "turn_timeout", first_step=member.next_step, calls=calls)
         self.phases.calls += sum(reply["ns"]) / 1e9
         self.phases.warm += reply["warm_s"]
         self.phases.verify += reply["ready_s"]
         member.next_step += calls
-        return reply["ns"], reply["cpu_ns"], reply["switches"]
+        return reply
 
-    def _verify(self, member: Member) -> None:
+    def verify(self, member: Member) -> None:
+        """Check the outputs of the last turn; a wrong one ends the member."""
         started = time.perf_counter()
         reply = self._ask(member, "verify", "prepare_timeout")
         self.phases.add("verify", started)
@@ -182,16 +187,17 @@ class Sitting:
         if not check.ok:
             member.end(Status.WRONG, check.reason or "the output differs from the reference")
 
-    def _first_check(self, member: Member) -> None:
-        self._turn(member, min(member.steps, FIRST_CALLS))
-        self._verify(member)
+    def first_check(self, member: Member) -> None:
+        """Check a first output of every input, before any time is spent on the member."""
+        self.turn(member, min(member.steps, FIRST_CALLS))
+        self.verify(member)
 
-    def _warm_up(self, member: Member) -> None:
+    def warm_up(self, member: Member) -> None:
         """Take turns until two neighbouring windows of turn minima agree; give up after ``warmup_seconds``."""
         minima: list[int] = []
         spent = 0.0
         while member.alive:
-            ns, _, _ = self._turn(member, member.calls)
+            ns = self.turn(member, member.calls)["ns"]
             spent += sum(ns) / 1e9
             minima.append(min(ns))
             wanted = math.ceil(TURN_NS / max(1, statistics.median(ns)))
@@ -210,19 +216,21 @@ class Sitting:
             order = list(_alive(members))
             self._random.shuffle(order)
             for member in order:
-                self._guarded(member, functools.partial(self._sampled_turn, number=number))
+                self.guarded(member, functools.partial(self.sampled_turn, number=number))
                 spent += sum(member.wall_ns[-member.calls :]) / 1e9
             number += 1
             self.tell(f"sampling {len(order)} cases, round {number}")
 
-    def _sampled_turn(self, member: Member, number: int) -> None:
-        ns, cpu_ns, switches = self._turn(member, member.calls)
-        self._verify(member)
+    def sampled_turn(self, member: Member, number: int) -> None:
+        """Take turn ``number``, check its outputs, and keep its samples only then."""
+        reply = self.turn(member, member.calls)
+        self.verify(member)
         if member.alive:
-            member.wall_ns += ns
-            member.cpu_ns += cpu_ns
-            member.turns += [number] * len(ns)
-            member.switches += switches
+            member.wall_ns += reply["ns"]
+            member.cpu_ns += reply["cpu_ns"]
+            member.device_ns += reply.get("device_ns") or []
+            member.turns += [number] * len(reply["ns"])
+            member.switches += reply["switches"]
 
     def _enough(self, members: Sequence[Member], spent: float, budget: float) -> bool:
         alive = list(_alive(members))
@@ -236,7 +244,8 @@ class Sitting:
         self._next_look = LOOK_GROWTH * fewest
         return all(precise(member.wall_ns, self.engine.precision) for member in alive)
 
-    def _collect(self, member: Member) -> None:
+    def collect(self, member: Member) -> None:
+        """Take the trial's facts; a backend that left the plan when it was called ends here."""
         reply = self._ask(member, "facts", "prepare_timeout")
         executed = reply["facts"]["executed"]
         fallback = fallback_reason(member.case, executed, ())
@@ -248,10 +257,10 @@ class Sitting:
 
     def run_once(self, member: Member, on_progress: Callable[[int, int], None]) -> None:
         """Run a case of protocol ``once``: every step once, with progress, and no timings; then free it."""
-        self._guarded(member, self._prepare)
-        self._guarded(member, lambda m: self._steps(m, on_progress))
-        self._guarded(member, self._collect)
-        self._guarded(member, self._close)
+        self.guarded(member, self.prepare)
+        self.guarded(member, lambda m: self._steps(m, on_progress))
+        self.guarded(member, self.collect)
+        self.guarded(member, self._close)
 
     def _close(self, member: Member) -> None:
         self._ask(member, "close", "prepare_timeout")

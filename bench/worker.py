@@ -42,6 +42,7 @@ class Worker:
             "prepare": self.prepare,
             "turn": self.turn,
             "verify": self.verify,
+            "sketch": self.sketch,
             "facts": self.facts,
             "run_once": self.run_once,
             "close": self.close,
@@ -104,6 +105,12 @@ class Worker:
         """Check every output of the last round against its reference."""
         return {"check": plain(self.trials[trial].verify())}
 
+    def sketch(self, trial: str) -> dict[str, Any]:
+        """Tell the outputs of the last round in a few numbers, by which a gate compares its two sides."""
+        from .sketch import sketch
+
+        return {"sketch": {str(step): sketch(output) for step, output in self.trials[trial].outputs.items()}}
+
     def facts(self, trial: str) -> dict[str, Any]:
         """Tell metrics, series, items and the cost of a call."""
         held = self.trials[trial]
@@ -148,6 +155,7 @@ class _Held:
     def turn(self, first_step: int, calls: int) -> dict[str, Any]:
         trial, steps = self.trial, self.trial.steps
         run, wall, cpu = trial.run, time.perf_counter_ns, time.process_time_ns
+        device, device_ns = getattr(trial, "device_ns", None), []
         self.outputs = {}
         entered = time.perf_counter()
         if self.case.residency == "warm":
@@ -171,12 +179,15 @@ class _Held:
                 cpu_end = cpu()
                 ns[call], cpu_ns[call] = end - start, cpu_end - cpu_start
                 self.outputs[step] = output
+                if device is not None:
+                    device_ns.append(device())
         finally:
             gc.enable()
         switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
         return {
             "ns": ns,
             "cpu_ns": cpu_ns,
+            "device_ns": device_ns,
             "switches": switches,
             "warm_s": warmed - entered,
             "ready_s": ready - warmed + renewed,
