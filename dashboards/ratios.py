@@ -12,9 +12,6 @@ from .data import Case
 from .query import Answer
 from .units import digits
 
-RESAMPLES = 500
-"""Of each bootstrap: enough for a page, and a page of 500 cases is made in seconds."""
-
 Turns = Mapping[str, Mapping[int, int]]
 """Turn minima in ns by sitting and turn."""
 
@@ -52,9 +49,7 @@ def paired_ratio(base: Turns, case: Turns) -> Ratio | None:
     for sitting, turns in case.items():
         common = sorted(turns.keys() & base.get(sitting, {}).keys())
         if common:
-            found.append(
-                paired_log_ratio([turns[t] for t in common], [base[sitting][t] for t in common], resamples=RESAMPLES)
-            )
+            found.append(paired_log_ratio([turns[t] for t in common], [base[sitting][t] for t in common]))
     if not found:
         return None
     bounds = [(one.lo, one.hi) for one in found if one.lo is not None and one.hi is not None]

@@ -120,7 +120,10 @@ def test_parts_of_a_newer_schema_are_refused_and_left(sitting, dump, tmp_path, m
     sitting.write_run(tmp_path, "r1", ["g2"])
     monkeypatch.undo()
     report = ingest(tmp_path)
-    told = "part r1/g2 has schema version 2 and this moebench knows 1 and older: install a newer moebench to read it."
+    told = (
+        f"part r1/g2 has schema version {SCHEMA_VERSION + 1} and this moebench knows {SCHEMA_VERSION} and older: "
+        "install a newer moebench to read it."
+    )
     assert report.left_out == [told]
     assert (report.parts_added, report.set_aside) == (1, [])
     assert (tmp_path / "runs" / "r1" / "g2" / "manifest.json").exists()
@@ -200,9 +203,9 @@ def test_a_failing_migration_is_undone_wholly():
     connection = duckdb.connect()
     migrate(connection)
     broken = "ALTER TABLE cases ADD COLUMN extra INTEGER; CREATE TABLE more (a INTEGER); INSERT INTO nope VALUES (1);"
-    with pytest.raises(ResultsError, match="migration 2 of the database failed and was undone"):
+    with pytest.raises(ResultsError, match=f"migration {SCHEMA_VERSION + 1} of the database failed and was undone"):
         migrate(connection, [*load_migrations(), broken])
-    assert version_of(connection) == 1
+    assert version_of(connection) == SCHEMA_VERSION
     names = [row[0] for row in connection.execute("SELECT table_name FROM information_schema.tables").fetchall()]
     assert "more" not in names
     assert "extra" not in [column[0] for column in connection.execute("FROM cases").description]
@@ -213,7 +216,7 @@ def test_a_later_migration_keeps_the_rows_and_views(sitting, tmp_path):
     ingest(tmp_path)
     connection = duckdb.connect(str(tmp_path / DATABASE))
     step = "ALTER TABLE cases ADD COLUMN extra INTEGER DEFAULT 7;"
-    assert migrate(connection, [*load_migrations(), step]) == 2
+    assert migrate(connection, [*load_migrations(), step]) == SCHEMA_VERSION + 1
     assert connection.execute("SELECT DISTINCT extra, status FROM timings WHERE status = 'ok'").fetchall() == [
         (7, "ok")
     ]
@@ -227,7 +230,8 @@ def test_a_database_of_a_newer_schema_is_refused(sitting, tmp_path):
     connection.execute("UPDATE meta SET schema_version = 9")
     connection.close()
     for act in (ingest, rebuild, lambda store: run_sql(store, "SELECT 1")):
-        with pytest.raises(ResultsError, match="schema version 9 and this moebench knows 1 and older: install a newer"):
+        known = f"this moebench knows {SCHEMA_VERSION} and older"
+        with pytest.raises(ResultsError, match=f"schema version 9 and {known}: install a newer"):
             act(tmp_path)
 
 

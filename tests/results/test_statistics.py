@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from moebench.results.statistics import (
-    _ranks,
     bootstrap_interval,
     lag1_autocorrelation,
     median_interval,
@@ -17,6 +16,7 @@ from moebench.results.statistics import (
     steady_start,
     summary,
 )
+from moebench.results.statistics.order import _ranks
 from moebench.results.verdict import Verdict, verdict
 
 finite = st.floats(-1e9, 1e9)
@@ -110,10 +110,12 @@ def test_paired_ratio_is_exact_where_the_pairs_are():
 @settings(deadline=None, max_examples=30)
 def test_paired_ratio_turns_over_with_its_sides(pairs):
     a, b = np.array(pairs).T
-    one, other = paired_log_ratio(a, b, resamples=200), paired_log_ratio(b, a, resamples=200)
+    one, other = paired_log_ratio(a, b), paired_log_ratio(b, a)
     assert one.ratio * other.ratio == pytest.approx(1)
-    assert one.lo <= one.hi
-    assert one.lo * other.hi == pytest.approx(1)
+    assert (one.lo is None) == (other.hi is None)
+    if one.lo is not None:
+        assert one.lo <= one.hi
+        assert one.lo * other.hi == pytest.approx(1)
 
 
 def test_a_drift_that_both_sides_share_cancels_in_pairs():
@@ -123,21 +125,6 @@ def test_a_drift_that_both_sides_share_cancels_in_pairs():
     found = paired_log_ratio(1.1 * a, b)
     assert found.lo < 1.1 < found.hi
     assert found.hi / found.lo < 1.02
-
-
-def test_block_bootstrap_covers_correlated_pairs_better_than_single_ones():
-    rng, truth, hits = np.random.default_rng(6), 1.0, {True: 0, False: 0}
-    for _ in range(150):
-        noise = stats.norm.rvs(size=220, random_state=rng)
-        for i in range(1, 220):
-            noise[i] += 0.6 * noise[i - 1]
-        a = np.exp(0.05 * noise[20:])
-        ratio = paired_log_ratio(a, np.ones(200), resamples=300)
-        single = bootstrap_interval(np.log(a), resamples=300)
-        hits[True] += ratio.lo <= truth <= ratio.hi
-        hits[False] += single.lo <= math.log(truth) <= single.hi
-    assert hits[True] > hits[False]
-    assert hits[True] / 150 > 0.8
 
 
 def test_what_is_no_measurement_is_refused():
