@@ -23,11 +23,20 @@ Each takes a value, a list, or `all`. `moebench list` shows every name.
 """
 
 
+GATE_HELP = """\
+Exit status: 0 not regressed, 1 regressed, 3 inconclusive, 4 too noisy to tell, 2 a mistake in the command. Examples:
+  moebench gate --base main suite=selftest
+  moebench gate --base HEAD~1 --candidate HEAD suite=throughput model=small axes.tokens=64 --budget 8m
+  moebench gate --base-backend eager --candidate-backend grouped suite=selftest
+  moebench gate --base main --target my_package.bench:make_trial
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status. A mistake is told in one sentence, without a traceback."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "run":
+    if rest and options.command not in ("run", "gate"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command is None:
         parser.print_help()
@@ -59,10 +68,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"moebench {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_run(commands)
+    _add_gate(commands)
     report = _add(commands, "report", "commands:report", "write the interactive HTML report")
     report.add_argument("--output", "-o", help="file to write (default: report.html in the store)")
     report.add_argument("--run", help="run id (default: the latest)")
-    _add(commands, "ingest", "commands:ingest", "bring the database up to date with the parts")
+    ingest = _add(commands, "ingest", "commands:ingest", "bring the database up to date with the parts")
+    ingest.add_argument("source", nargs="?", choices=("pytest-benchmark",), help="first take in a file of this tool")
+    ingest.add_argument("file", nargs="?", help="the file, such as that of --benchmark-json")
     sql = _add(commands, "sql", "commands:sql", "query the results")
     sql.add_argument("query", nargs="?", help="one SELECT; without it the tables and views are listed")
     sql.add_argument("--format", choices=("table", "csv", "json"), default="table")
@@ -95,6 +107,32 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     run.add_argument("--quiet", action="store_true", help="print errors only")
     run.add_argument("--strict", action="store_true", help="flags count as failures")
     run.add_argument("--report", action="store_true", help="write the HTML report at the end")
+
+
+def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    gate = _add(commands, "gate", "gate.command:gate", "judge a candidate against a base, taken in turns", GATE_HELP)
+    gate.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="as for run; default suite=selftest")
+    for side, what in (("base", "what to compare with"), ("candidate", "what is judged (default: the work tree)")):
+        gate.add_argument(f"--{side}", metavar="REV", help=f"{what}: a git revision, or . for the work tree")
+        gate.add_argument(f"--{side}-wheel", metavar="FILE", help=f"{side} is a wheel")
+        gate.add_argument(f"--{side}-env", metavar="PYTHON", help=f"{side} is an environment with moebench")
+        gate.add_argument(
+            f"--{side}-backend", metavar="NAME", help=f"{side} is a backend, of the sources that are here"
+        )
+    gate.add_argument("--target", metavar="MODULE:MAKE_TRIAL", action="append", help="a callable of your own sources")
+    gate.add_argument("--seconds", type=float, default=10.0, help="timed calls per case in the first 5 process pairs")
+    gate.add_argument("--max-seconds", type=float, default=30.0, help="the same where a case stays undecided")
+    gate.add_argument("--budget", metavar="TIME", help="wall time of the whole gate, such as 8m; covers what it can")
+    gate.add_argument("--margin", type=float, default=0.01, help="a slow-down above this is a regression")
+    gate.add_argument("--detect", type=float, default=0.05, help="a slow-down that must be excluded to pass")
+    gate.add_argument(
+        "--fail-on", action="append", default=[], metavar="inconclusive|noisy", help="exit 1 for this too"
+    )
+    gate.add_argument("--devices", metavar="LIST", help="share the cases over these devices, such as 0,1")
+    for name in ("junit", "markdown", "json"):
+        gate.add_argument(f"--{name}", metavar="FILE", help=f"write the result as {name}")
+    gate.add_argument("--github", action="store_true", help="print annotations for GitHub Actions")
+    gate.add_argument("--quiet", action="store_true", help="print errors only")
 
 
 def _add(

@@ -18,9 +18,7 @@ from ..contracts import MoebenchError
 from ..results.statistics import Ratio, paired_log_ratio
 from ..results.verdict import Verdict, verdict
 from .sampling import MAX_CALLS, TURN_NS
-
-BOUNDS = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
-"""Largest relative error in the norm that counts as rounding, by dtype."""
+from .sketch import BOUNDS
 
 
 @dataclass(frozen=True)

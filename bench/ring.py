@@ -164,7 +164,8 @@ class Ring:
     """The workers of one sitting, one for each distinct environment of the group's cases.
 
     ``shared`` holds variables for all of them, ``python`` and ``cwd`` what runs them and where: a gate's side may be
-    another revision or environment. ``cores`` defaults to ``ring_cores``.
+    another revision or environment. ``cores`` defaults to ``ring_cores``. With ``greet=False`` the workers are started
+    and nothing more: ``hello`` must follow.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class Ring:
         python: str = sys.executable,
         cwd: Path | None = None,
         cores: Sequence[int] | None = None,
+        greet: bool = True,
     ) -> None:
         self.cores = ring_cores(threads) if cores is None else list(cores)
         self._workers: dict[tuple[tuple[str, str], ...], WorkerProcess] = {}
@@ -185,9 +187,15 @@ class Ring:
             key = _environment_key(environment)
             if key not in self._workers:
                 self._workers[key] = WorkerProcess({**environment, **shared}, threads, self.cores, python, cwd)
+        self._plugins = list(plugins)
+        if greet:
+            self.hello()
+
+    def hello(self) -> None:
+        """Let every worker import what it needs, and learn what it is; one that cannot start ends the ring."""
         for key, worker in self._workers.items():
             try:
-                self.versions = worker.request("hello", HELLO_TIMEOUT, plugins=list(plugins), protocol=PROTOCOL)
+                self.versions = worker.request("hello", HELLO_TIMEOUT, plugins=self._plugins, protocol=PROTOCOL)
             except (WorkerError, WorkerDiedError, WorkerTimeoutError) as error:
                 last = (worker.log(2000).strip().splitlines() or [""])[-1]
                 self.close()

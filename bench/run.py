@@ -6,7 +6,7 @@ import argparse
 import functools
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def execute(plan: Plan, plugins: Sequence[str], store: Path, command: str, quiet
     facts = host.host_facts()
     installed = host.packages()
     key = plan_hash(plan, host.source_hash(list(plugins)), installed, facts["host_key"])
-    folder = RunFolder.open(store, key, _record(plan, command, facts, installed))
+    folder = RunFolder.open(store, key, record(command, facts, installed, plan.config))
     progress = Progress(len(plan.cases), quiet)
     try:
         limits = functools.partial(Limits.of_host, store, facts["host_key"], facts["stable"]["caches"])
@@ -107,7 +107,10 @@ def execute(plan: Plan, plugins: Sequence[str], store: Path, command: str, quiet
     return Finished(folder.run_id, store, outcome)
 
 
-def _record(plan: Plan, command: str, facts: dict[str, Any], installed: dict[str, str]) -> dict[str, Any]:
+def record(
+    command: str, facts: Mapping[str, Any], installed: Mapping[str, str], settled: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what ``run.json`` says of a run besides its times: command, sources, packages, settings and host."""
     sha, dirty = host.git_facts(Path(__file__).resolve().parent.parent)
     stable = facts["stable"]
     return {
@@ -117,7 +120,7 @@ def _record(plan: Plan, command: str, facts: dict[str, Any], installed: dict[str
         "git_dirty": dirty,
         "version": __version__,
         "packages": {name: installed[name] for name in host.PACKAGES if name in installed},
-        "config": plain(plan.config),
+        "config": plain(settled),
         "host": {
             "cpu": stable["cpu"],
             "cores": stable["cores"],

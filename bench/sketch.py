@@ -14,14 +14,16 @@ from typing import Any
 PROJECTIONS = 16
 
 BOUNDS = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
-"""Largest difference in the norm, relative to the norm, that counts as rounding, by dtype; else the outputs are equal."""
+"""Largest difference in the norm, relative to the norm, that counts as rounding, by dtype; else the outputs are
+equal."""
 
 CHANCE = 3.0
-"""An estimate of the norm from 16 projections lies below this many times the true one, but for one in 10^15."""
+"""The norm estimated from 16 projections exceeds this many times the true one with a chance below 1e-15."""
 
 
 def sketch(output: Any) -> dict[str, Any] | None:
-    """Return size, dtype, norm and projections of an output of tensors, arrays and numbers; None where there is none."""
+    """Return size, dtype, norm and projections of an output of tensors, arrays and numbers; None where there is
+    none."""
     import numpy as np
 
     parts = list(_arrays(output))

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ PR_SET_PDEATHSIG = 1
 class Worker:
     """Answers requests one after the other; see ``protocol`` for the messages."""
 
-    def __init__(self, channel: Channel) -> None:
-        self.channel = channel
+    def __init__(self, channel: Channel, cores: Sequence[int] = ()) -> None:
+        self.channel, self.cores = channel, cores
         self.registry: Registry | None = None
         self.trials: dict[str, _Held] = {}
 
@@ -64,13 +64,18 @@ class Worker:
                 return
 
     def hello(self, plugins: list[str], protocol: int) -> dict[str, Any]:
-        """Import torch, load the plug-ins, and tell what runs here."""
+        """Import torch, load the plug-ins, pin to the cores, and tell what runs here.
+
+        Pinned after the imports: the workers of a gate, all on one core in the end, may import side by side.
+        """
         if protocol != PROTOCOL:
             raise MoebenchError(f"worker speaks protocol {PROTOCOL}, not {protocol}; use one version of moebench.")
         import torch
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self.registry = Registry.load(plugins)
+        if self.cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, self.cores)
         return {
             "protocol": PROTOCOL,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -251,10 +256,8 @@ def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _settle_in(cores: list[int]) -> None:
-    """Pin to ``cores``, die with the parent, and be the first to go when memory runs out."""
-    if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)
+def _settle_in() -> None:
+    """Die with the parent, and be the first to go when memory runs out."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -267,8 +270,8 @@ def _settle_in(cores: list[int]) -> None:
 def main(arguments: list[str]) -> None:
     """Serve on the two given descriptors, pinned to the given cores (comma-separated, may be empty)."""
     read_fd, write_fd = int(arguments[0]), int(arguments[1])
-    _settle_in([int(core) for core in arguments[2].split(",") if core])
-    Worker(Channel(read_fd, write_fd)).serve()
+    _settle_in()
+    Worker(Channel(read_fd, write_fd), [int(core) for core in arguments[2].split(",") if core]).serve()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # taking torch down in good order takes longer than many a group

@@ -24,11 +24,12 @@ class Judged:
     """One quantity of one case on both sides.
 
     ``kind``: ``time`` (interleaved turn minima, ``clock`` says which clock), ``metric`` (deterministic) or
-    ``accuracy`` (paired items). Values of times are medians of turn minima in ns. ``ratio`` is candidate / base with its
-    interval for times; for accuracies ``ratio``, ``lo`` and ``hi`` hold the difference candidate - base instead. ``p``
-    is one-sided against "slower by at most the margin", ``q`` after Benjamini-Hochberg over the cases. ``margin`` is the
-    least effect that counts as a regression, ``asked`` the one that must be excluded for "not regressed". ``moved``
-    names what else changed between the sides, first things first; empty where the case did not regress.
+    ``accuracy`` (paired items). Values of times are medians of turn minima in ns. ``ratio`` is candidate / base with
+    its interval for times; for accuracies ``ratio``, ``lo`` and ``hi`` hold the difference candidate - base instead.
+    ``p`` is one-sided against "slower by at most the margin", ``q`` after Benjamini-Hochberg over the cases.
+    ``margin`` is the least effect that counts as a regression, ``asked`` the one that must be excluded for "not
+    regressed". ``moved`` names what else changed between the sides, first things first; empty where the case did not
+    regress.
     """
 
     label: str
@@ -69,8 +70,8 @@ class Noise:
     """What the A/A check (base against itself, in the same turns) found.
 
     ``tau`` is the standard deviation of the log-ratio between process pairs, pooled over all cases and floored;
-    ``measured`` the same before the floor (None where there are too few pairs). ``detectable`` is the smallest slow-down
-    (fraction) that the gate would call regressed in 80 % of cases, ``asked`` what it was asked to exclude.
+    ``measured`` the same before the floor (None where there are too few pairs). ``detectable`` is the smallest
+    slow-down (fraction) that the gate would call regressed in 80 % of cases, ``asked`` what it was asked to exclude.
     """
 
     tau: float

@@ -1,9 +1,9 @@
 """Paired turns in, verdicts on times out: the rule of the gate, which knows nothing of processes and workers.
 
 A case's evidence is one set of turn minima per process pair: of the base, of the base once more (A/A), and of the
-candidate, taken in the same turns. The estimate is the median of the log-ratios candidate / base; its variance adds that
-within pairs and tau^2 / pairs, where tau is how much process pairs of equal code differ, from the A/A ratios of all cases.
-Reasons and measured error rates: docs/gate.md.
+candidate, taken in the same turns. The estimate is the median of the log-ratios candidate / base; its variance adds
+that within pairs and tau^2 / pairs, where tau is how much process pairs of equal code differ, from the A/A ratios of
+all cases. Reasons and measured error rates: docs/gate.md.
 """
 
 from __future__ import annotations

@@ -157,6 +157,9 @@ SUITES = [
         BalancedTime,
     ),
     Descriptor("suite", "roofline", "what this host can do at best", "moebench.suites.roofline:create", Roofline),
+    Descriptor(
+        "suite", "target", "a callable of your own, by `moebench gate --target`", "moebench.suites.target:create"
+    ),
     Descriptor("suite", "selftest", "everything once, in seconds", "moebench.suites.speed:selftest", SelfTest),
 ]
 

@@ -1,7 +1,7 @@
 """Arrays in, intervals out. Knows nothing of benchmarks.
 
-One file for each kind of question: ``order`` (quantiles), ``bootstrap``, ``paired`` (ratios of things taken together, in
-several process pairs), ``multiple`` (many answers), ``proportions``, ``noninferiority``, ``series`` (neighbours,
+One file for each kind of question: ``order`` (quantiles), ``bootstrap``, ``paired`` (ratios of things taken together,
+in several process pairs), ``multiple`` (many answers), ``proportions``, ``noninferiority``, ``series`` (neighbours,
 steadiness), ``changes`` (histories). An interval has no bounds where there are too few samples to be honest about.
 """
 

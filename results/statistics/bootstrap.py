@@ -1,8 +1,9 @@
 """Bootstrap intervals: of single samples, of neighbours that stay together, and of clusters that do.
 
-Percentile intervals of few units are too narrow by the factor between a normal and a Student quantile and by that of the
-plain variance; both are put back by taking wider percentiles (Hesterberg, What Teachers Should Know About the Bootstrap,
-2015, "expanded percentile"). Units are samples, blocks or clusters; fewer than ``LEAST_UNITS`` give no bounds.
+Percentile intervals of few units are too narrow by the factor between a normal and a Student quantile and by that of
+the plain variance; both are put back by taking wider percentiles (Hesterberg, What Teachers Should Know About the
+Bootstrap, 2015, "expanded percentile"). Units are samples, blocks or clusters; fewer than ``LEAST_UNITS`` give no
+bounds.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ def bootstrap_interval(
 ) -> Interval:
     """Return ``statistic`` of x and its bootstrap interval; with ``block`` > 1 neighbours stay together.
 
-    ``statistic`` takes an array and ``axis``. Blocks are circular (Politis & Romano 1992). What blocks of this length lose
-    of the variance of an autoregression of order 1 is put back; they must still be longer than what neighbours share: 5
-    samples up to a lag-1 autocorrelation of 0.3, 10 up to 0.6. Fewer than 10 blocks give no bounds. The level is not claimed for means
-    of strongly skewed samples (88 % of 95 % for 20 lognormal ones): take medians or logarithms of these.
+    ``statistic`` takes an array and ``axis``. Blocks are circular (Politis & Romano 1992). What blocks of this length
+    lose of the variance of an autoregression of order 1 is put back; they must still be longer than what neighbours
+    share: 5 samples up to a lag-1 autocorrelation of 0.3, 10 up to 0.6. Fewer than 10 blocks give no bounds. The level
+    is not claimed for means of strongly skewed samples (88 % of 95 % for 20 lognormal ones): take medians or
+    logarithms of these.
     """
     values, block = floats(x), max(block, 1)
     n, required = len(values), LEAST_UNITS * block
@@ -67,7 +69,8 @@ def cluster_bootstrap_interval(
 ) -> Interval:
     """Return ``statistic`` of all values and its interval where values come in clusters, which are resampled whole.
 
-    Values of one cluster may be as alike as they please; clusters are independent. Fewer than 10 clusters give no bounds.
+    Values of one cluster may be as alike as they please; clusters are independent. Fewer than 10 clusters give no
+    bounds.
     """
     values = [floats(one) for one in clusters if len(np.asarray(one))]
     n = sum(map(len, values))

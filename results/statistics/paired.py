@@ -122,8 +122,8 @@ def _balanced_median(pairs: Sequence[Floats]) -> float:
 def between_process_tau(log_ratios: Sequence[ArrayLike], floor: float = 0.015) -> Tau:
     """Return tau from the A/A log-ratios of several process pairs, of one case or of many.
 
-    By moments: what the squares of the pairs' medians exceed their own variance by; the true ratio is 1. The floor stands
-    for what few pairs cannot show: 0.5 % was found to be too small on a loaded machine.
+    By moments: what the squares of the pairs' medians exceed their own variance by; the true ratio is 1. The floor
+    stands for what few pairs cannot show: 0.5 % was found to be too small on a loaded machine.
     """
     medians = [float(np.median(floats(one))) for one in log_ratios]
     if len(medians) < LEAST_PAIRS_FOR_TAU:
@@ -141,7 +141,8 @@ def _finite(se: float) -> float:
 def look_bound(looks: int, level: float = 0.95) -> float:
     """Return z such that ``looks`` looks at equal steps of information all stay within with chance ``level``.
 
-    Pocock's bound (Biometrika 64, 1977): 1.960, 2.178, 2.289, ... by the recursion of Armitage, McPherson & Rowe (1969).
+    Pocock's bound (Biometrika 64, 1977): 1.960, 2.178, 2.289, ... by the recursion of Armitage, McPherson & Rowe
+    (1969).
     """
     if looks < 1 or not 0 < level < 1:
         raise ValueError(f"looks are at least one and a level lies in (0, 1), not {looks} and {level}.")

@@ -23,7 +23,8 @@ MOST_CORRELATED = 0.95
 
 
 def corrected_lag1(x: ArrayLike) -> float:
-    """Return the lag-1 autocorrelation with its bias in short series put back (Marriott & Pope 1954); 0 where unknown."""
+    """Return the lag-1 autocorrelation with its bias in short series put back (Marriott & Pope 1954); 0 where
+    unknown."""
     raw = lag1_autocorrelation(x)
     return 0.0 if raw is None else raw + (1 + 3 * raw) / len(floats(x))
 

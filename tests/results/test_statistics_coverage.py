@@ -1,7 +1,8 @@
 """Every interval that is offered, by simulation: coverage is never below the nominal 95 % less 1.5 points.
 
-With 2000 experiments the Monte-Carlo standard error of a coverage of 95 % is 0.5 points, so a true 94.5 % (the least seen
-in longer simulations) fails once in 40 cells of independent seeds; seeds are fixed, so a pass here is a pass everywhere.
+With 2000 experiments the Monte-Carlo standard error of a coverage of 95 % is 0.5 points, so a true 94.5 % (the least
+seen in longer simulations) fails once in 40 cells of independent seeds; seeds are fixed, so a pass here is a pass
+everywhere.
 """
 
 import math

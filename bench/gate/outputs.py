@@ -1,0 +1,39 @@
+"""Where a gate's result goes: the terminal, and the files that were asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ...contracts import MoebenchError
+from ...results.gate import GateResult
+
+
+def deliver(result: GateResult, options: argparse.Namespace) -> None:
+    """Print the table, and write the files that the options name."""
+    from ...dashboards import gate_export, gate_text
+
+    if not options.quiet:
+        print(gate_text.gate_table(result))
+    if options.github:
+        print(gate_export.annotations(result))
+    for name, render in (
+        ("junit", gate_export.junit_xml),
+        ("markdown", gate_export.markdown),
+        ("json", gate_export.gate_json),
+    ):
+        target = getattr(options, name)
+        if target:
+            _write(Path(target), render(result), append=name == "markdown")
+
+
+def _write(path: Path, text: str, append: bool) -> None:
+    """Write a file; Markdown is appended, since a step summary may hold other things already."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a" if append else "w", encoding="utf-8") as file:
+            file.write(text if text.endswith("\n") else text + "\n")
+    except OSError as error:
+        raise MoebenchError(f"{path} cannot be written ({error.strerror}); name another file.") from error
+    print(f"wrote {path}", file=sys.stderr)

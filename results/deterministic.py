@@ -1,0 +1,111 @@
+"""Metrics that two runs of the same code give alike to the last digit, judged exactly or within a tolerance.
+
+No chance is in them, so they need no interval and raise no false alarm; they carry most of a gate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .gate import Judged
+from .verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a metric may differ by, absolutely or relative to the base; ``worse`` is the direction that regresses."""
+
+    worse: str = "higher"
+    absolute: float = 0.0
+    relative: float = 0.0
+    unit: str = ""
+
+    def allowed(self, base: float) -> float:
+        """Return the largest difference that counts as none."""
+        return max(self.absolute, self.relative * abs(base))
+
+
+EXACT = Tolerance(unit="1")
+
+TOLERANCES: dict[str, Tolerance] = {
+    "flops": Tolerance(unit="flop"),
+    "bytes": Tolerance(unit="byte"),
+    "footprint": Tolerance(unit="byte"),
+    "resident_bytes": Tolerance(unit="byte"),
+    "expert_bytes": Tolerance(unit="byte"),
+    "packed_bytes": Tolerance(unit="byte"),
+    "peak_allocated_bytes": Tolerance(unit="byte"),
+    "weight_copies": EXACT,
+    "distinct_experts": EXACT,
+    "assignments": EXACT,
+    "dropped_tokens": EXACT,
+    "drop_rate": EXACT,
+    "misses": EXACT,
+    "hits": Tolerance(worse="lower", unit="1"),
+    "hit_rate": Tolerance(worse="lower", unit="1"),
+    "registers": EXACT,
+    "spills": Tolerance(unit="byte"),
+    "shared_memory": Tolerance(unit="byte"),
+    "occupancy": Tolerance(worse="lower", unit="1"),
+    "error": Tolerance(relative=0.25, absolute=1e-7, unit="1"),
+}
+"""Metrics that are gated; others depend on time, chance or the machine. The numerical error is a largest one over calls
+whose number depends on time, so it may move a little."""
+
+
+def judge_metrics(
+    base: Mapping[str, float | None],
+    candidate: Mapping[str, float | None],
+    tolerances: Mapping[str, Tolerance] = TOLERANCES,
+    *,
+    label: str,
+    case_key: str,
+    base_case: str,
+) -> list[Judged]:
+    """Return a verdict on each metric of either side that has a tolerance; one that a side lacks stays open."""
+    return [
+        _judged(name, base.get(name), candidate.get(name), tolerance, label, case_key, base_case)
+        for name, tolerance in tolerances.items()
+        if name in base or name in candidate
+    ]
+
+
+def _judged(
+    name: str,
+    base: float | None,
+    candidate: float | None,
+    tolerance: Tolerance,
+    label: str,
+    case_key: str,
+    base_case: str,
+) -> Judged:
+    verdict, reason = _verdict(base, candidate, tolerance)
+    return Judged(
+        label=label,
+        case_key=case_key,
+        base_case=base_case,
+        kind="metric",
+        metric=name,
+        verdict=verdict,
+        reason=reason,
+        base_value=base,
+        candidate_value=candidate,
+        unit=tolerance.unit,
+        ratio=candidate / base if base and candidate is not None else None,
+        margin=0.0 if base is None else tolerance.allowed(base),
+    )
+
+
+def _verdict(base: float | None, candidate: float | None, tolerance: Tolerance) -> tuple[Verdict, str]:
+    if base is None or not math.isfinite(base):
+        return Verdict.INCONCLUSIVE, "the base does not tell it"
+    if candidate is None or not math.isfinite(candidate):
+        return Verdict.INCONCLUSIVE, "the candidate does not tell it"
+    difference = candidate - base
+    if abs(difference) <= tolerance.allowed(base):
+        return Verdict.EQUIVALENT, ""
+    worse = (difference > 0) == (tolerance.worse == "higher")
+    way = f"{'rose' if difference > 0 else 'fell'} from {base:g} to {candidate:g}"
+    return (Verdict.REGRESSED if worse else Verdict.IMPROVED), way
