@@ -48,8 +48,9 @@ TABLE_SUMMARIES = {
     "claims": "One published claim and what `moebench papers` measured for it.",
     "comparisons": "What a gate found of one case (or of two backends): a time, a metric or an accuracy of both sides, "
     "with its verdict.",
-    "turns": "All calls of one side of a gate's process pair: side `base`, `again` (base a second time) or
-    `candidate`.", }
+    "turns": "All calls of one side of a gate's process pair; side is `base`, `again` (the base a second time) or "
+    "`candidate`.",
+}
 
 COLUMN_NOTES = {
     "plan_hash": "of plan, sources, packages and host: an unfinished run with the same one is resumed",

@@ -123,8 +123,8 @@ def _with_reasons(one: Judged, why: Sequence[str]) -> Judged:
 
 def metric_rows(case: PairedCase, members: Mapping[str, object]) -> list[Judged]:
     """Return the verdicts on the deterministic metrics that the base's worker and the candidate's told."""
-    sides = [metric_values(members[side]) for side in ("base", "candidate")]
-    return judge_metrics(*sides, label=case.label, case_key=case.key, base_case=case.base.case_key)
+    base, candidate = (metric_values(members[side]) for side in ("base", "candidate"))
+    return judge_metrics(base, candidate, label=case.label, case_key=case.key, base_case=case.base.case_key)
 
 
 def metric_values(member: object) -> dict[str, float | None]:

@@ -12,16 +12,17 @@ from ...results.gate import GateResult
 
 def deliver(result: GateResult, options: argparse.Namespace) -> None:
     """Print the table, and write the files that the options name."""
-    from ...dashboards import gate_export, gate_text
+    from ...dashboards.gate_export import gate_json, github_annotations, junit_xml, markdown
+    from ...dashboards.gate_text import gate_table
 
     if not options.quiet:
-        print(gate_text.gate_table(result))
+        print(gate_table(result))
     if options.github:
-        print(gate_export.annotations(result))
+        print(github_annotations(result))
     for name, render in (
-        ("junit", gate_export.junit_xml),
-        ("markdown", gate_export.markdown),
-        ("json", gate_export.gate_json),
+        ("junit", junit_xml),
+        ("markdown", markdown),
+        ("json", gate_json),
     ):
         target = getattr(options, name)
         if target:

@@ -92,16 +92,13 @@ def correlated_median_interval(x: ArrayLike, level: float = 0.95) -> Interval:
     if n == 0:
         return Interval(None, None, None, 0, required)
     value = float(np.median(values))
-    ranks = _ranks(math.floor(effective_n(values)), 0.5, level)
+    worth = math.floor(effective_n(values))
+    ranks = _ranks(worth, 0.5, level)
     if ranks is None:
         return Interval(value, None, None, n, required)
-    worth = math.floor(effective_n(values))
-    lo, hi = (float(np.quantile(values, rank / (worth - 1), method=how)) for rank, how in zip(ranks, HOW, strict=True))
+    lo = float(np.quantile(values, ranks[0] / (worth - 1), method="lower"))  # the outer of two samples
+    hi = float(np.quantile(values, ranks[1] / (worth - 1), method="higher"))
     return Interval(value, lo, hi, n, required)
-
-
-HOW = ("lower", "higher")
-"""Bounds are samples, the outer of two neighbours."""
 
 
 def effective_n(x: ArrayLike) -> float:
