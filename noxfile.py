@@ -59,6 +59,15 @@ def chaos(session: nox.Session) -> None:
     session.run("python", "tests/chaos.py", *session.posargs, env=ONE_THREAD)
 
 
+@nox.session
+def micro(session: nox.Session) -> None:
+    """Time our own kernels one by one into the store (./results, or $MOEBENCH_STORE); options of pytest may follow."""
+    install(session, "dev")
+    store = os.environ.get("MOEBENCH_STORE", "results")
+    files = ("tests/micro", "-o", "python_files=bench_*.py")
+    session.run("pytest", *files, "--moebench-store", store, *session.posargs, env=ONE_THREAD)
+
+
 def install_browser(session: nox.Session) -> None:
     """Install Debian's chromium where it is absent and may be installed; the browser tests skip without it."""
     if shutil.which("chromium") or not shutil.which("apt-get") or os.geteuid() != 0:

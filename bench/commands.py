@@ -30,9 +30,15 @@ def report(options: argparse.Namespace) -> int:
 
 
 def ingest(options: argparse.Namespace) -> int:
-    """Bring the database up to date."""
+    """Bring the database up to date, with the results of another tool where a file of it is named."""
     from ..results.database import ingest as ingest_parts
 
+    if options.source:
+        from .pytest_results import import_file
+
+        if not options.file:
+            raise MoebenchError(f"name the file to take in, for example `moebench ingest {options.source} out.json`.")
+        print(f"run {import_file(store_path(options.store), Path(options.file))}")
     done = ingest_parts(existing_store(options.store))
     for sentence in done.set_aside + done.left_out:
         print(f"moebench: {sentence}", file=sys.stderr)

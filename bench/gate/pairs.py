@@ -262,7 +262,7 @@ def compare_sketches(
 ) -> tuple[str, str] | None:
     """Return the outcome for outputs that differ or that are none; decisions at a threshold may flip, and are told."""
     if any(one is None for one in (*base.values(), *candidate.values())):
-        reason = "cannot gate: the callable returns nothing that both sides could be compared by; return its result."
+        reason = "the callable returns nothing that both sides could be compared by; return its result."
         return "cannot gate", reason
     if any(one.flips for one in member.members.values()):
         return None

@@ -11,6 +11,7 @@ from .changes import Change, change_points
 from .multiple import benjamini_hochberg
 from .noninferiority import mcnemar_p, paired_difference
 from .order import (
+    PERCENTILES,
     correlated_median_interval,
     effective_n,
     median_interval,
@@ -34,6 +35,7 @@ from .series import lag1_autocorrelation, steady_start
 from .student import student_quantile, student_tail
 
 __all__ = [
+    "PERCENTILES",
     "Change",
     "Effect",
     "Interval",

@@ -1,0 +1,55 @@
+"""The cost of quantizing and of reading back, and of one product with packed codes."""
+
+import pytest
+import torch
+
+from moebench.backends.packed import pack
+from moebench.contracts import Scheme
+from moebench.moe.quantization import pack_nibbles, quantize
+
+SCHEMES = {
+    "int8": Scheme("rtn", 8.0),
+    "int4": Scheme("rtn", 4.0, 32),
+    "int4-asymmetric": Scheme("rtn", 4.0, 32, symmetric=False),
+}
+by_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+
+
+@by_scheme
+def test_quantize(benchmark, layer, scheme):
+    weight = layer.normal(256, 256)
+    codes, scales = benchmark(lambda: vars(quantize(weight, scheme))["codes"]), quantize(weight, scheme).scales
+    made = quantize(weight, scheme)
+    assert torch.equal(codes, made.codes)
+    step = scales.float().repeat_interleave(256 // scales.shape[1], dim=1)
+    assert ((made.dequantize() - weight).abs() <= step).all()
+
+
+@by_scheme
+def test_dequantize(benchmark, layer, scheme):
+    made = quantize(layer.normal(256, 256), scheme)
+    dense = benchmark(made.dequantize)
+    codes = made.unpack().double() - (8 if scheme.bits == 4 else 0)
+    group = 256 // made.scales.shape[1]
+    expected = codes * made.scales.double().repeat_interleave(group, dim=1)
+    if made.zeros is not None:
+        expected += made.zeros.double().repeat_interleave(group, dim=1)
+    assert torch.allclose(dense.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_pack_nibbles(benchmark, layer):
+    q = (layer.normal(256, 256) * 4 + 8).clamp(0, 15).to(torch.uint8)
+    packed = benchmark(pack_nibbles, q)
+    assert torch.equal(packed & 15, q[:, ::2])
+    assert torch.equal(packed >> 4, q[:, 1::2])
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+@by_scheme
+def test_packed_product(benchmark, layer, scheme, tokens):
+    weight = quantize(layer.normal(256, 256), scheme)
+    x_TI = layer.normal(tokens, 256, seed=tokens).bfloat16()
+    store = layer.store(torch.bfloat16, SCHEMES["int8"])
+    y_TO = benchmark(layer.executor("packed", store, "bfloat16").product, x_TI, pack(weight))
+    expected = x_TI.double() @ weight.dequantize().double().T
+    assert (y_TO.double() - expected).norm() < 2**-8 * expected.norm()
