@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NAME = "moebench-session"
 STORE, GATE = "--moebench-store", "--moebench-gate"
-PYTEST_GATE = "moebench.bench.gate:pytest_gate"
+PYTEST_GATE = "moebench.bench.gate.from_pytest:pytest_gate"
 RAISED = ("failed", "the callable raised an exception.")
 MISTAKE = 2
 """Exit status of a gate that could not begin, as that of `moebench gate`."""

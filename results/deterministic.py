@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from .gate import Judged
 from .verdict import Verdict
@@ -37,6 +38,8 @@ TOLERANCES: dict[str, Tolerance] = {
     "expert_bytes": Tolerance(unit="byte"),
     "packed_bytes": Tolerance(unit="byte"),
     "peak_allocated_bytes": Tolerance(unit="byte"),
+    "saved_tensor_bytes": Tolerance(unit="byte"),
+    "peak_step_bytes": Tolerance(unit="byte"),
     "weight_copies": EXACT,
     "distinct_experts": EXACT,
     "assignments": EXACT,
@@ -64,11 +67,14 @@ def judge_metrics(
     case_key: str,
     base_case: str,
 ) -> list[Judged]:
-    """Return a verdict on each metric of either side that has a tolerance; one that a side lacks stays open."""
+    """Return a verdict on each metric that has a tolerance and that either side tells; one that a side lacks stays open.
+
+    What neither tells (NULL, not finite) is no metric of the case, such as the hits of a backend without a cache.
+    """
     return [
         _judged(name, base.get(name), candidate.get(name), tolerance, label, case_key, base_case)
         for name, tolerance in tolerances.items()
-        if name in base or name in candidate
+        if _told(base.get(name)) or _told(candidate.get(name))
     ]
 
 
@@ -90,18 +96,22 @@ def _judged(
         metric=name,
         verdict=verdict,
         reason=reason,
-        base_value=base,
-        candidate_value=candidate,
+        base_value=base if _told(base) else None,
+        candidate_value=candidate if _told(candidate) else None,
         unit=tolerance.unit,
-        ratio=candidate / base if base and candidate is not None else None,
-        margin=0.0 if base is None else tolerance.allowed(base),
+        ratio=candidate / base if _told(base) and base and _told(candidate) else None,
+        margin=tolerance.allowed(base) if _told(base) else 0.0,
     )
 
 
+def _told(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
 def _verdict(base: float | None, candidate: float | None, tolerance: Tolerance) -> tuple[Verdict, str]:
-    if base is None or not math.isfinite(base):
+    if not _told(base):
         return Verdict.INCONCLUSIVE, "the base does not tell it"
-    if candidate is None or not math.isfinite(candidate):
+    if not _told(candidate):
         return Verdict.INCONCLUSIVE, "the candidate does not tell it"
     difference = candidate - base
     if abs(difference) <= tolerance.allowed(base):

@@ -89,13 +89,13 @@ def test_other():
 FAKE_GATE = """
 import json
 import pathlib
-import moebench.bench.gate
+import moebench.bench.gate.from_pytest
 
 def ask(*arguments):  # a name that begins with pytest_ would be a hook
     pathlib.Path("asked.json").write_text(json.dumps(arguments))
     return 3
 
-moebench.bench.gate.pytest_gate = ask
+moebench.bench.gate.from_pytest.pytest_gate = ask
 """
 
 

@@ -1,0 +1,31 @@
+"""Which run is meant: its id, a prefix that only it has, ``latest`` or ``latest~N``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ..contracts import MoebenchError, unknown
+
+SHOWN = 3
+
+
+def find_run(given: str, runs: Sequence[str]) -> str:
+    """Return the id of the run that is meant; ``runs`` are those of the store that have cases, the latest first."""
+    if not runs:
+        raise MoebenchError("the store holds no run with cases; run `moebench run suite=selftest` first.")
+    back = re.fullmatch(r"latest(?:~(\d+))?", given)
+    if back:
+        steps = int(back[1] or 0)
+        if steps >= len(runs):
+            raise MoebenchError(f"there is no {given}: the store holds {len(runs)} runs with cases; name an earlier step.")
+        return runs[steps]
+    if given in runs:
+        return given
+    found = [run for run in runs if given and run.startswith(given)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+        raise MoebenchError(f"'{given}' fits {len(found)} runs ({some}); write more of its id.")
+    raise MoebenchError(unknown("run", given, [*runs, "latest"]))
