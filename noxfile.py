@@ -1,9 +1,10 @@
-"""Everything that people and CI run: ``nox -s bench``, ``tests``, ``lint``, ``docs`` and ``chaos``."""
+"""Everything that people and CI run: `nox -l` lists it."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 
 import nox
 
@@ -66,6 +67,34 @@ def micro(session: nox.Session) -> None:
     store = os.environ.get("MOEBENCH_STORE", "results")
     files = ("tests/micro", "-o", "python_files=bench_*.py")
     session.run("pytest", *files, "--moebench-store", store, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def gate(session: nox.Session) -> None:
+    """Judge the work tree against its merge base with the main branch; options of `moebench gate` may follow `--`."""
+    install(session, "models")
+    arguments = session.posargs or ["suite=selftest", "--budget", "8m"]
+    base = [] if any(word.startswith("--base") for word in arguments) else ["--base", merge_base()]
+    session.run("moebench", "gate", *base, *arguments, env=ONE_THREAD)
+
+
+@nox.session
+def gate_selftest(session: nox.Session) -> None:
+    """Judge a layer against itself with known injected work, for some 90 minutes; goes on where it was cut off."""
+    install(session, "dev")
+    folder = os.environ.get("MOEBENCH_SELFTEST", "gate-selftest")
+    session.run("python", "tests/gate_selftest/collect.py", "--folder", folder, *session.posargs, env=ONE_THREAD)
+    session.run("python", "tests/gate_selftest/report.py", "--folder", folder, env=ONE_THREAD)
+
+
+def merge_base() -> str:
+    """Return the commit from which HEAD left the main branch; the commit before HEAD where it is the main branch."""
+    for branch in ("origin/main", "origin/master", "main", "master"):
+        found = subprocess.run(["git", "merge-base", "HEAD", branch], capture_output=True, text=True)
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+        if found.returncode == 0 and found.stdout != head.stdout:
+            return found.stdout.strip()
+    return "HEAD~1"
 
 
 def install_browser(session: nox.Session) -> None:

@@ -26,11 +26,16 @@ def pytest_gate(nodeids: Sequence[str], refused: Mapping[str, str], base: str, a
     """
     if not nodeids:
         raise MoebenchError("none of the session's benchmarks can be gated; see the reasons above.")
-    paired = [PairedCase(node, case, case) for node in nodeids for case in [target_case(TRIAL, [node, list(arguments)])]]
-    left = [(PairedCase(node, case, case), why) for node, why in refused.items() for case in [target_case(TRIAL, [node])]]
+    paired = [_paired(node, arguments) for node in nodeids]
+    left = [(_paired(node, arguments), why) for node, why in refused.items()]
     cache = cache_dir()
     sides = {"base": revision_side(Path.cwd(), base, cache), "candidate": revision_side(Path.cwd(), ".", cache)}
     command = shlex.join(["pytest", *sys.argv[1:]])
     result = run_gate(sides, Cases((tuple(paired),), tuple(left)), GateConfig(), store_path(None), command=command)
     print(gate_table(result))
     return status(result)
+
+
+def _paired(nodeid: str, arguments: Sequence[str]) -> PairedCase:
+    case = target_case(TRIAL, [nodeid, list(arguments)])
+    return PairedCase(nodeid, case, case)

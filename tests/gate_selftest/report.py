@@ -1,0 +1,146 @@
+"""Write docs/gate-selftest.md from the calls that ``collect.py`` made: what was reached, whatever it is.
+
+python tests/gate_selftest/report.py --folder FOLDER [--output docs/gate-selftest.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from simulate import Recorded, discoveries, rates
+
+from moebench.results.database import connect_parts
+from moebench.results.statistics import Interval, clustered_proportion
+from moebench.results.verdict import Verdict
+
+CELLS = tuple((percent, load) for percent in (0, 5) for load in ("idle", "busy"))
+TRIALS = 100
+
+PAIRS = """
+    WITH minima AS (
+        SELECT run_id, case_key, pair, side, turn, min(ns) AS ns FROM (
+            SELECT run_id, case_key, pair, side, unnest(ns) AS ns, unnest(turn) AS turn FROM turns
+            WHERE clock = 'cpu' AND run_id = ?
+        ) GROUP BY ALL
+    )
+    SELECT b.case_key, b.pair, list(ln(c.ns / b.ns) ORDER BY b.turn), list(ln(a.ns / b.ns) ORDER BY b.turn)
+    FROM minima b JOIN minima c USING (run_id, case_key, pair, turn) JOIN minima a USING (run_id, case_key, pair, turn)
+    WHERE b.side = 'base' AND c.side = 'candidate' AND a.side = 'again' GROUP BY ALL
+"""
+
+
+def load_calls(folder: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Return the finished calls of each cell, in their order."""
+    return {
+        (percent, load): [json.loads(path.read_text()) for path in sorted(folder.glob(f"call-{percent}-{load}-*.json"))]
+        for percent, load in CELLS
+    }
+
+
+def share(calls: Sequence[dict[str, Any]], wanted: str) -> Interval:
+    """Return the share of verdicts that are ``wanted``, with the interval for verdicts clustered by call."""
+    said = [[one["verdict"] for one in call["judged"]] for call in calls]
+    return clustered_proportion([verdicts.count(wanted) for verdicts in said], [len(verdicts) for verdicts in said])
+
+
+def naive_share(calls: Sequence[dict[str, Any]], rule: str) -> Interval:
+    """Return the share of cases that another tool's rule calls slower."""
+    return clustered_proportion(
+        [sum(call["naive"][rule]) for call in calls], [len(call["naive"][rule]) for call in calls]
+    )
+
+
+def shown(interval: Interval) -> str:
+    """Return a share with its interval in per cent."""
+    if interval.value is None or interval.lo is None or interval.hi is None:
+        return "-"
+    return f"{interval.value:.1%} [{interval.lo:.1%}, {interval.hi:.1%}] of {interval.n}"
+
+
+def recorded(folder: Path, calls: Sequence[dict[str, Any]]) -> list[Recorded]:
+    """Return every process pair of the calls."""
+    connection = connect_parts(folder / "store")
+    try:
+        rows = [row for call in calls for row in connection.execute(PAIRS, [call["run_id"]]).fetchall()]
+    finally:
+        connection.close()
+    return [Recorded(np.array(candidate), np.array(again)) for _, _, candidate, again in rows]
+
+
+def measured_lines(calls: dict[tuple[int, str], list[dict[str, Any]]]) -> Iterator[str]:
+    """Yield the table of what was really called."""
+    yield "| cell | calls | gate: regressed | inconclusive | pytest-benchmark `mean:5%` | asv | seconds of a call |"
+    yield "|---|--:|---|---|---|---|--:|"
+    for (percent, load), found in calls.items():
+        if found:
+            seconds = float(np.mean([call["seconds"] for call in found]))
+            cells = [shown(share(found, str(verdict))) for verdict in (Verdict.REGRESSED, Verdict.INCONCLUSIVE)]
+            cells += [shown(naive_share(found, rule)) for rule in ("mean", "asv")]
+            yield f"| +{percent} %, {load} | {len(found)} | {' | '.join(cells)} | {seconds:.0f} |"
+
+
+def simulated_lines(folder: Path, calls: dict[tuple[int, str], list[dict[str, Any]]]) -> Iterator[str]:
+    """Yield what simulation from the later half of the calls without injected work says."""
+    yield "| turns of | pairs | regressed at 0 % | +2 % | +5 % | +10 % | 60 cases, 4 slower: FDR | power |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|"
+    for load in ("idle", "busy"):
+        held_out = calls[(0, load)][len(calls[(0, load)]) // 2 :]
+        pool = recorded(folder, held_out) if held_out else []
+        if not pool:
+            continue
+        for pairs, looks in ((5, 1), (15, 3)):
+            cells = []
+            for effect in (0.0, 0.02, 0.05, 0.10):
+                verdicts = [one for call in rates(pool, pairs, looks, effect, TRIALS) for one in call]
+                cells.append(f"{verdicts.count(Verdict.REGRESSED) / len(verdicts):.1%}")
+            fdr, power = discoveries(pool, pairs, looks, TRIALS)
+            yield f"| {load} ({len(pool)} pairs) | {pairs} | {' | '.join(cells)} | {fdr:.1%} | {power:.1%} |"
+
+
+def page(folder: Path) -> str:
+    """Return the page."""
+    calls = load_calls(folder)
+    host = json.loads((folder / "host.json").read_text())["stable"]
+    lines = [
+        "<!-- generated by `nox -s gate_selftest`; do not edit -->",
+        "# Self-test of the gate",
+        "",
+        "A plain torch MoE layer is judged against itself, with real work injected into the candidate or none. Budget:",
+        "10 s of timed calls per case (5 process pairs), 8 cases a call. Busy means one process multiplying matrices",
+        "beside it. The rules of pytest-benchmark and asv got one launch of each side, 1 s per case, right after each",
+        "call. Intervals are exact ones with the design effect of verdicts that come 8 to a call.",
+        "",
+        f"Host: {host['cpu']}, {host['cores']} cores, {', '.join(host['isa'])}.",
+        "",
+        "## Called",
+        "",
+        *measured_lines(calls),
+        "",
+        "## Simulated from recorded turns",
+        "",
+        "Process pairs of the later half of the calls without injected work, drawn with replacement, with random sign;",
+        f"the effect is added. {TRIALS} calls a cell. 5 pairs are the 10 s budget, 15 with 3 looks that of 30 s.",
+        "",
+        *simulated_lines(folder, calls),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the arguments and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("docs/gate-selftest.md"))
+    options = parser.parse_args()
+    options.output.write_text(page(options.folder))
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()
