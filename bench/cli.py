@@ -23,6 +23,12 @@ Each takes a value, a list, or `all`. `moebench list` shows every name.
 """
 
 
+COMPARE_HELP = """\
+Runs are taken apart, so their times get no verdict: `moebench gate` gives one. Exit status: 0, or 1 where a metric
+without chance in it, accuracy on the same items, or the correctness of a case regressed from RUN_A to RUN_B. Example:
+  moebench compare latest~1 latest
+"""
+
 GATE_HELP = """\
 Exit status: 0 not regressed, 1 regressed, 3 inconclusive, 4 too noisy to tell, 2 a mistake in the command. Examples:
   moebench gate --base main suite=selftest
@@ -69,6 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_run(commands)
     _add_gate(commands)
+    _add_compare(commands)
+    _add_trend(commands)
     report = _add(commands, "report", "commands:report", "write the interactive HTML report")
     report.add_argument("--output", "-o", help="file to write (default: report.html in the store)")
     report.add_argument("--run", help="run id (default: the latest)")
@@ -133,6 +141,22 @@ def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         gate.add_argument(f"--{name}", metavar="FILE", help=f"write the result as {name}")
     gate.add_argument("--github", action="store_true", help="print annotations for GitHub Actions")
     gate.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compare = _add(commands, "compare", "compare_runs:compare", "describe two stored runs side by side", COMPARE_HELP)
+    for name in ("a", "b"):
+        compare.add_argument(f"run_{name}", metavar=f"RUN_{name.upper()}", help="id or its beginning, latest, latest~1")
+    compare.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def _add_trend(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    trend = _add(commands, "trend", "trend:trend", "show the history of cases, with the points at which a level moved")
+    trend.add_argument("--suite", help="only cases of this suite")
+    trend.add_argument("--backend", help="only cases on this backend")
+    trend.add_argument("--case", metavar="KEY", help="only the case with this key, or all whose keys begin so")
+    trend.add_argument("--metric", default="time", metavar="NAME", help="time (default), or a metric such as bytes")
+    trend.add_argument("--host", metavar="KEY|all", help="host key or its beginning, or all (default: this host)")
 
 
 def _add(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..contracts import MoebenchError, unknown
+from ..contracts import MoebenchError
 
 SHOWN = 3
 
@@ -18,7 +18,8 @@ def find_run(given: str, runs: Sequence[str]) -> str:
     if back:
         steps = int(back[1] or 0)
         if steps >= len(runs):
-            raise MoebenchError(f"there is no {given}: the store holds {len(runs)} runs with cases; name an earlier step.")
+            oldest = f"latest~{len(runs) - 1}"
+            raise MoebenchError(f"there is no {given}: the oldest of {len(runs)} runs is {oldest}; name that.")
         return runs[steps]
     if given in runs:
         return given
@@ -28,4 +29,5 @@ def find_run(given: str, runs: Sequence[str]) -> str:
     if found:
         some = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
         raise MoebenchError(f"'{given}' fits {len(found)} runs ({some}); write more of its id.")
-    raise MoebenchError(unknown("run", given, [*runs, "latest"]))
+    everything = '`moebench sql "SELECT run_id, started_at FROM runs"` lists all'
+    raise MoebenchError(f"there is no run '{given}'; the latest is {runs[0]}, and {everything}.")

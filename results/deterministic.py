@@ -67,7 +67,8 @@ def judge_metrics(
     case_key: str,
     base_case: str,
 ) -> list[Judged]:
-    """Return a verdict on each metric that has a tolerance and that either side tells; one that a side lacks stays open.
+    """Return a verdict on each metric that has a tolerance and that either side tells; one that a side lacks stays
+    open.
 
     What neither tells (NULL, not finite) is no metric of the case, such as the hits of a backend without a cache.
     """
