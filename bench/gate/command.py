@@ -25,7 +25,7 @@ from .measure import Measured, Measurement
 from .moved import moved
 from .outputs import deliver
 from .record import open_run, past_noise, write
-from .sides import Side, environment_side, revision_side, wheel_side
+from .sides import Side, cleanup, environment_side, revision_side, wheel_side
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -37,11 +37,12 @@ def gate(options: argparse.Namespace) -> int:
     plugins, settings = split_plugins(options.settings)
     settled = gate_config(options)
     store = store_path(options.store)
-    chosen = sides_of(options)
     cases = cases_of(options, settings, plugins)
-    result = run_gate(
-        chosen, cases, settled, store, plugins, shlex.join(["moebench", "gate", *sys.argv[2:]]), options.quiet
-    )
+    command = shlex.join(["moebench", *sys.argv[1:]])
+    try:
+        result = run_gate(sides_of(options), cases, settled, store, plugins, command, options.quiet)
+    finally:
+        cleanup(cache_dir())
     deliver(result, options)
     return status(result)
 

@@ -14,7 +14,7 @@ from ..store import store_path
 from .cases import Cases, target_case
 from .command import run_gate, status
 from .config import GateConfig, PairedCase
-from .sides import revision_side
+from .sides import cleanup, revision_side
 
 TRIAL = "moebench.bench.pytest_trial:make_trial"
 
@@ -29,9 +29,12 @@ def pytest_gate(nodeids: Sequence[str], refused: Mapping[str, str], base: str, a
     paired = [_paired(node, arguments) for node in nodeids]
     left = [(_paired(node, arguments), why) for node, why in refused.items()]
     cache = cache_dir()
-    sides = {"base": revision_side(Path.cwd(), base, cache), "candidate": revision_side(Path.cwd(), ".", cache)}
     command = shlex.join(["pytest", *sys.argv[1:]])
-    result = run_gate(sides, Cases((tuple(paired),), tuple(left)), GateConfig(), store_path(None), command=command)
+    try:
+        sides = {"base": revision_side(Path.cwd(), base, cache), "candidate": revision_side(Path.cwd(), ".", cache)}
+        result = run_gate(sides, Cases((tuple(paired),), tuple(left)), GateConfig(), store_path(None), command=command)
+    finally:
+        cleanup(cache)
     print(gate_table(result))
     return status(result)
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 FAKE = '''
-"""A device whose clock is far from steady. Its speed depends on the device and on the time, the same for every process."""
+"""A device whose clock is far from steady: its speed depends on itself and on the time, alike for every process."""
 import math, os, random, time
 import numpy as np
 
