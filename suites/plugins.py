@@ -121,6 +121,11 @@ class SelfTest(LayerSuite):
 
 
 @dataclass(frozen=True)
+class Target(LayerSuite):
+    """A callable of the user's own sources: `moebench gate --target` makes its cases, and no axis has a say."""
+
+
+@dataclass(frozen=True)
 class Roofline:
     """Probes of this host: square products of ``size``, and reads of buffers that the cache levels hold.
 
@@ -158,7 +163,11 @@ SUITES = [
     ),
     Descriptor("suite", "roofline", "what this host can do at best", "moebench.suites.roofline:create", Roofline),
     Descriptor(
-        "suite", "target", "a callable of your own, by `moebench gate --target`", "moebench.suites.target:create"
+        "suite",
+        "target",
+        "a callable of your own, by `moebench gate --target`",
+        "moebench.suites.target:create",
+        Target,
     ),
     Descriptor("suite", "selftest", "everything once, in seconds", "moebench.suites.speed:selftest", SelfTest),
 ]
