@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 from .gate import Judged
@@ -58,6 +58,20 @@ TOLERANCES: dict[str, Tolerance] = {
 whose number depends on time, so it may move a little."""
 
 
+def with_margins(margins: Mapping[str, float]) -> dict[str, Tolerance]:
+    """Return the tolerances with those of ``margins`` (name -> fraction of the base) in place of our own.
+
+    ValueError with a sentence for a metric that is not gated, or a margin that is negative.
+    """
+    for name, margin in margins.items():
+        if name not in TOLERANCES:
+            raise ValueError(f"metric '{name}' is not gated: known are {', '.join(sorted(TOLERANCES))}.")
+        if not 0 <= margin < math.inf:
+            raise ValueError(f"the margin of {name} must be a fraction from 0, such as 0.02.")
+    own = {name: replace(TOLERANCES[name], absolute=0.0, relative=margin) for name, margin in margins.items()}
+    return {**TOLERANCES, **own}
+
+
 def judge_metrics(
     base: Mapping[str, float | None],
     candidate: Mapping[str, float | None],
@@ -67,8 +81,7 @@ def judge_metrics(
     case_key: str,
     base_case: str,
 ) -> list[Judged]:
-    """Return a verdict on each metric that has a tolerance and that either side tells; one that a side lacks stays
-    open.
+    """Return a verdict on each metric with a tolerance that either side tells; one that a side lacks stays open.
 
     What neither tells (NULL, not finite) is no metric of the case, such as the hits of a backend without a cache.
     """

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...contracts import MoebenchError, Registry
-from ...results.deterministic import judge_metrics
+from ...results.deterministic import Tolerance, judge_metrics
 from ...results.gate import Exit, GateResult, Judged, Skipped
 from ...results.verdict import Verdict
 from ...suites.models.cache import cache_dir
@@ -76,7 +76,7 @@ def run_gate(
             run_id=folder.run_id,
             base=chosen["base"].name,
             candidate=chosen["candidate"].name,
-            judged=tuple(judged_of(cases, measured)),
+            judged=tuple(judged_of(cases, measured, settled.tolerances)),
             skipped=tuple(skipped_of(cases, measured)),
             noise=measured.worst_noise,
             seconds=time.monotonic() - started,
@@ -102,7 +102,7 @@ BUDGET_BATCH = 8
 """Cases in one ring where time is limited, so that some are finished when it runs out."""
 
 
-def judged_of(cases: Cases, measured: Measured) -> list[Judged]:
+def judged_of(cases: Cases, measured: Measured, tolerances: Mapping[str, Tolerance]) -> list[Judged]:
     """Return verdicts on times, and for each case with turns on its deterministic metrics, with what moved."""
     found: list[Judged] = []
     for batch in cases.batches:
@@ -111,7 +111,7 @@ def judged_of(cases: Cases, measured: Measured) -> list[Judged]:
             members = [member for member in measured.members.get(case.key, ()) if member.alive]
             if not members or case.key in measured.ended:
                 continue
-            rows = [*([time_of] if time_of else []), *metric_rows(case, members[-1].members)]
+            rows = [*([time_of] if time_of else []), *metric_rows(case, members[-1].members, tolerances)]
             regressed = any(one.verdict == Verdict.REGRESSED for one in rows)
             why = moved(members, measured.versions) if regressed else ()
             found += [_with_reasons(one, why) for one in rows]
@@ -122,10 +122,11 @@ def _with_reasons(one: Judged, why: Sequence[str]) -> Judged:
     return replace(one, moved=tuple(why)) if one.verdict == Verdict.REGRESSED else one
 
 
-def metric_rows(case: PairedCase, members: Mapping[str, object]) -> list[Judged]:
+def metric_rows(case: PairedCase, members: Mapping[str, object], tolerances: Mapping[str, Tolerance]) -> list[Judged]:
     """Return the verdicts on the deterministic metrics that the base's worker and the candidate's told."""
     base, candidate = (metric_values(members[side]) for side in ("base", "candidate"))
-    return judge_metrics(base, candidate, label=case.label, case_key=case.key, base_case=case.base.case_key)
+    named = {"label": case.label, "case_key": case.key, "base_case": case.base.case_key}
+    return judge_metrics(base, candidate, tolerances, **named)
 
 
 def metric_values(member: object) -> dict[str, float | None]:
@@ -217,8 +218,18 @@ def gate_config(options: argparse.Namespace) -> GateConfig:
         margin=options.margin,
         detect=options.detect,
         fail_on=tuple(options.fail_on),
+        metric_margins=dict(margin_of(text) for text in options.metric_margin),
         devices=tuple(options.devices.split(",")) if options.devices else (),
     )
+
+
+def margin_of(text: str) -> tuple[str, float]:
+    """Return (metric, fraction) of ``NAME=FRACTION``."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise MoebenchError(f"--metric-margin {text} is not understood; write it as bytes=0.02.") from None
 
 
 def duration(text: str) -> float:

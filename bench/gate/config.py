@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ...contracts import Case, MoebenchError
+from ...results.deterministic import Tolerance, with_margins
 from ...results.judge import Rule
 from ..config import EngineConfig
 
@@ -24,7 +25,8 @@ class GateConfig:
     ``seconds``: timed calls of base and candidate per case, over the first five process pairs, at most.
     ``max_seconds``: the same where a case stays undecided and gets five more pairs, once or twice. ``budget``: wall
     time of the whole gate. ``margin`` and ``detect`` are fractions: a slow-down above ``margin`` is a regression, one
-    of ``detect`` must be excluded for "not regressed".
+    of ``detect`` must be excluded for "not regressed". ``metric_margins`` are fractions by which a deterministic metric
+    may move, by its name.
     """
 
     seconds: float = 10.0
@@ -36,6 +38,7 @@ class GateConfig:
     warmup_seconds: float = 1.0
     fail_on: Sequence[str] = ()
     devices: Sequence[str] = ()
+    metric_margins: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("seconds", "max_seconds"):
@@ -47,6 +50,15 @@ class GateConfig:
             raise MoebenchError(
                 f"--margin {self.margin} and --detect {self.detect} must have 0 <= margin < detect < 1."
             )
+        try:
+            with_margins(self.metric_margins)
+        except ValueError as error:
+            raise MoebenchError(f"--metric-margin: {error}") from error
+
+    @property
+    def tolerances(self) -> dict[str, Tolerance]:
+        """What deterministic metrics may move by."""
+        return with_margins(self.metric_margins)
 
     @property
     def looks(self) -> int:

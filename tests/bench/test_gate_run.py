@@ -157,6 +157,8 @@ def test_what_machines_and_people_read(gated):
         (("--base", "HEAD~1", "--budget", "soon"), "8m"),
         (("--base", "HEAD~1", "--margin", "0.2"), "margin < detect"),
         (("--base", "HEAD~1", "suite=selftest"), "takes no settings"),
+        (("--base", "HEAD~1", "--metric-margin", "flop=0.1"), "'flop' is not gated"),
+        (("--base", "HEAD~1", "--metric-margin", "bytes"), "bytes=0.02"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_2(repository, tmp_path, arguments, sentence):
