@@ -38,7 +38,7 @@ def clustered_proportion(successes: Sequence[int], n: Sequence[int], level: floa
 
 def _beta_quantile(q: float, a: float, b: float) -> float:
     low, high = 0.0, 1.0
-    for _ in range(60):
+    for _ in range(45):
         middle = (low + high) / 2
         low, high = (middle, high) if beta_cdf(middle, a, b) < q else (low, middle)
     return (low + high) / 2
