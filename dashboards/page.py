@@ -18,10 +18,13 @@ from .chart import Chart, Style, figure_json, script_json
 from .data import Case, Run, flatten
 from .details import payload
 from .figure_compare import compare
+from .figure_gate import paired_ratios
 from .figure_loads import loads, requested
 from .figure_quality import quality
 from .figure_roofline import roofline
 from .figure_scaling import scaling
+from .gate_data import Gate, load_gate
+from .gate_html import gate_html
 from .query import Answer, ask, parse_json, to_csv
 from .ratios import Ratio, paired_ratio, turn_minima
 from .tables import esc, text
@@ -40,6 +43,10 @@ SECTIONS = {
     "quality": "Quality",
     "claims": "Claims",
 }
+"""Sections of every run that has cases."""
+
+GATE_SECTIONS = {"gate": "Gate", "gate-pairs": "Pairs"}
+"""Sections of a run of ``moebench gate``, which may have no cases; sections of cases are left out then."""
 
 
 def render(connection: duckdb.DuckDBPyConnection, run_id: str | None, store: str) -> str:
@@ -52,30 +59,35 @@ def render(connection: duckdb.DuckDBPyConnection, run_id: str | None, store: str
         known = ", ".join(run.run_id for run in runs[:5])
         raise ResultsError(f"run '{run_id}' is not in {store}; choose one of: {known}.")
     cases, answer = data.load_cases(connection, run.run_id)
-    charts = make_charts(connection, run.run_id, cases, answer)
+    gate = load_gate(connection, run.run_id)
     claims = ask(connection, data.CLAIMS, run_id=run.run_id)
-    sections = [
-        _summary(connection, run, runs, cases),
-        _problems(cases),
-        _cases(cases, answer),
-        *(chart_html(chart) for chart in charts),
-        _section(
-            "claims", "Claims", tables.claims_table(claims.rows, run.run_id) + disclosure("claims", (claims.sql,))
-        ),
-    ]
+    charts = make_charts(connection, run.run_id, cases, answer) if cases or not gate else []
+    judged = [paired_ratios(gate)] if gate else []
+    sections = {"summary": _summary(connection, run, runs, cases, gate)}
+    if gate:
+        sections["gate"] = _gate(gate)
+    sections |= {chart.key: chart_html(chart) for chart in judged}
+    if charts:
+        sections |= {"problems": _problems(cases), "cases": _cases(cases, answer)}
+        sections |= {chart.key: chart_html(chart) for chart in charts}
+    if charts or claims.rows:
+        sections["claims"] = _claims(claims, run)
     samples = ask(connection, data.SAMPLES, run_id=run.run_id)
+    texts = {"cases": answer, "claims": claims, **({"gate": gate.comparisons} if gate else {})}
     payloads = [
         _json_script("details", payload(run.run_id, cases, samples)),
-        _json_script("csv", _csv_texts(charts, answer, claims)),
-        *(_figure_script(chart, index) for chart in charts for index in range(len(chart.variants))),
+        _json_script("csv", _csv_texts([*judged, *charts], texts)),
+        *(_figure_script(chart, index) for chart in (*judged, *charts) for index in range(len(chart.variants))),
     ]
+    titles = {**SECTIONS, **GATE_SECTIONS}
+    links = "".join(f'<a href="#{key}">{titles[key]}</a>' for key in sections if key in titles)
     return fill(
         {
             "run_id": esc(run.run_id),
             "heading": f"Run {esc(run.run_id)}",
-            "subtitle": _subtitle(run, cases),
-            "navigation": "".join(f'<a href="#{key}">{title}</a>' for key, title in SECTIONS.items()),
-            "sections": "\n".join(sections),
+            "subtitle": _subtitle(run, cases, gate),
+            "navigation": links,
+            "sections": "\n".join(sections.values()),
             "version": text(run.row["version"]),
             "store": f"<code>{esc(store)}</code>",
             "payloads": "\n".join(payloads),
@@ -160,6 +172,16 @@ def _cases(cases: Sequence[Case], answer: Answer) -> str:
     return _section("cases", "Cases", content, tables.shared_axes(cases))
 
 
+def _claims(claims: Answer, run: Run) -> str:
+    content = tables.claims_table(claims.rows, run.run_id) + disclosure("claims", (claims.sql,))
+    return _section("claims", "Claims", content)
+
+
+def _gate(gate: Gate) -> str:
+    content = gate_html(gate) + disclosure("gate", (gate.comparisons.sql,))
+    return _section("gate", "Gate", content, "Is the candidate slower, larger or less exact than the base?")
+
+
 def _problems(cases: Sequence[Case]) -> str:
     bad, flagged = tables.problems(cases), tables.warnings(cases)
     content = bad or f'<p class="empty">{"Every case is ok." if cases else "Nothing ran."}</p>'
@@ -171,22 +193,31 @@ def _problems(cases: Sequence[Case]) -> str:
     return _section("problems", "What did not run, and why", f"<div{kind}>{content}</div>")
 
 
-def _subtitle(run: Run, cases: Sequence[Case]) -> str:
+def _subtitle(run: Run, cases: Sequence[Case], gate: Gate) -> str:
     started = run.row["started_at"]
     when = f'<time datetime="{started:%Y-%m-%dT%H:%M:%SZ}">{started:%d %B %Y, %H:%M} UTC</time>' if started else ""
     state = "" if run.row["status"] in ("finished", None) else f"<b>{esc(run.row['status'])}</b>"
-    unit = "case" if len(cases) == 1 else "cases"
-    return " · ".join(part for part in (when, f"{len(cases)} {unit}", state) if part)
+    counted = _counted(len(cases), "case") if cases or not gate else ""
+    judged = _counted(len(gate.comparisons.rows), "comparison") if gate else ""
+    return " · ".join(part for part in (when, counted, judged, state) if part)
 
 
-def _summary(connection: duckdb.DuckDBPyConnection, run: Run, runs: Sequence[Run], cases: Sequence[Case]) -> str:
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"
+
+
+def _summary(
+    connection: duckdb.DuckDBPyConnection, run: Run, runs: Sequence[Run], cases: Sequence[Case], gate: Gate
+) -> str:
     host = next(iter(ask(connection, data.HOSTS, run_id=run.run_id).rows), None)
+    evidence = (
+        f'<div class="card"><h3>Evidence</h3><ul class="plain">{tables.evidence(cases)}</ul>'
+        "<p class=quiet>Kinds of evidence are never ranked, averaged or drawn together.</p></div>"
+    )
     content = (
         f"{tables.counts(cases)}{_left_out(connection)}"
         f'<div class="cards"><div class="card"><h3>Run</h3>{_facts(_run_facts(run, cases))}</div>'
-        f'<div class="card"><h3>Host</h3>{_host(host)}</div>'
-        f'<div class="card"><h3>Evidence</h3><ul class="plain">{tables.evidence(cases)}</ul>'
-        "<p class=quiet>Kinds of evidence are never ranked, averaged or drawn together.</p></div></div>"
+        f'<div class="card"><h3>Host</h3>{_host(host)}</div>{evidence if cases or not gate else ""}</div>'
         f"{_folded('Packages', _facts(run.packages))}{_folded('Configuration', _configuration(run))}"
         f"{_other_runs(run, runs)}"
     )
@@ -212,6 +243,7 @@ def _value(value: Any) -> str:
 def _run_facts(run: Run, cases: Sequence[Case]) -> dict[str, Any]:
     row = run.row
     dirty = {True: ", with uncommitted changes", False: "", None: ""}[row["git_dirty"]]
+    threads = {case.axes["threads"] for case in cases}
     duration = (row["finished_at"] - row["started_at"]) if row["finished_at"] and row["started_at"] else None
     return {
         "command": row["command"],
@@ -220,7 +252,7 @@ def _run_facts(run: Run, cases: Sequence[Case]) -> dict[str, Any]:
         "git": f"{row['git_sha'][:12]}{dirty}" if row["git_sha"] else None,
         "moebench": row["version"],
         "torch": run.packages.get("torch"),
-        "threads": ", ".join(sorted({case.axes["threads"] for case in cases}, key=lambda value: (len(value), value))),
+        **({"threads": ", ".join(sorted(threads, key=lambda value: (len(value), value)))} if threads else {}),
         "plan": row["plan_hash"][:12] if row["plan_hash"] else None,
     }
 
@@ -295,9 +327,9 @@ def _figure_script(chart: Chart, index: int) -> str:
     return f'<script type="application/json" id="figure-{chart.key}-{index}">{content}</script>'
 
 
-def _csv_texts(charts: Iterable[Chart], cases: Answer, claims: Answer) -> dict[str, list[str]]:
+def _csv_texts(charts: Iterable[Chart], answers: Mapping[str, Answer]) -> dict[str, list[str]]:
     texts = {chart.key: [to_csv(variant.rows) for variant in chart.variants] for chart in charts if chart.variants}
-    return {**texts, "cases": [to_csv(cases.rows)], "claims": [to_csv(claims.rows)]}
+    return {**texts, **{key: [to_csv(answer.rows)] for key, answer in answers.items()}}
 
 
 @functools.cache

@@ -310,12 +310,13 @@ def _claim(row: Mapping[str, Any], run_id: str) -> str:
     return (
         f'<tr><th scope="row"><b>{text(row["title"])}</b> <code>{esc(row["key"])}</code><br>{text(row["claim"])}</th>'
         f"<td>{text(row['figure'])}</td><td class=number>{estimate}<small>{esc(row['ours'] or '')}</small></td>"
-        f'<td class=number>{bounds}</td><td><span class="verdict {_verdict_kind(row["verdict"])}">'
+        f'<td class=number>{bounds}</td><td><span class="verdict {verdict_kind(row["verdict"])}">'
         f"{text(row['verdict'])}</span>{reason}</td><td>{configuration}</td></tr>"
     )
 
 
-def _verdict_kind(verdict: object) -> str:
+def verdict_kind(verdict: object) -> str:
+    """Return the class that colours a verdict."""
     return {
         "confirmed": "ok",
         "holds": "ok",

@@ -212,3 +212,54 @@ def _claims(run: Builder) -> None:
         kind="empirical", figure="40-50 % sparsity, perplexity +0.2", ours="perplexity difference", model="smollm2",
         unit="", seeds=[0], estimate=0.31, verdict="inconclusive", reason="one seed bears no interval", spec="{}",
     )  # fmt: skip
+
+
+GATE_SIDES = {"base": "HEAD~1 (1a2b3c4)", "candidate": "work tree (1a2b3c4 + changes)"}
+
+HOSTILE_LABEL = "<script>document.title=3</script> | a\x1b[31mb\n::error::injected ##[error]x"
+
+
+def gate_store(store: Path, detectable: float = 0.031) -> Path:
+    """Write a run of a gate: no cases, a comparison of every kind and verdict, and the turns of five process pairs."""
+    run = Builder(store, "20260315-101010-9a7e00")
+    for label, factor, verdict in (
+        ("T=16 E=8 k=2 on eager", 1.12, "regressed"),
+        (HOSTILE_LABEL, 1.0, "inconclusive"),
+        ("T=64 E=8 k=2 on grouped", 0.8, "improved"),
+        ("T=256 E=8 k=2 on eager", 1.003, "equivalent"),
+    ):
+        moved = ["environment: torch 2.12 -> 2.13", HOSTILE] if verdict == "regressed" else []
+        reason = HOSTILE_REASON if verdict == "inconclusive" else None
+        compared(
+            run, label, verdict, clock="cpu", ratio=factor, lo=factor / 1.02, hi=factor * 1.02, pairs=5, turns=200,
+            p=0.004, q=0.008, tau=0.015, detectable=detectable, margin=0.01, asked=0.05, reason=reason, moved=moved,
+            base_value=50_000.0, candidate_value=50_000.0 * factor, unit="ns",
+        )  # fmt: skip
+        gate_turns(run, key(label), factor)
+    compared(run, "T=16 E=8 k=2 on eager", "equivalent", kind="metric", metric="bytes", unit="byte",
+             base_value=1234567.0, candidate_value=1234567.0, ratio=1.0)  # fmt: skip
+    compared(run, "smollm2 with teal", "inconclusive", kind="accuracy", metric="lambada", unit="1", ratio=-0.012,
+             lo=-0.03, hi=0.006, base_value=0.52, candidate_value=0.508, margin=0.01, turns=400)  # fmt: skip
+    return run.write()
+
+
+def compared(run: Builder, label: str, verdict: str, kind: str = "time", metric: str = "time", **over: Any) -> None:
+    """Add a comparison."""
+    row = {"base_case": key(label), "case_key": key(label), "moved": [], **GATE_SIDES, **over}
+    run.add("comparisons", label=label, kind=kind, metric=metric, verdict=verdict, **row)
+
+
+def gate_turns(run: Builder, case_key: str, factor: float, pairs: int = 5, turns: int = 40) -> None:
+    """Add the calls of all sides: three in a turn, of which the shortest of the candidate is ``factor`` of the base's.
+
+    The last turn of the candidate is missing, as where a worker ended early.
+    """
+    for pair in range(pairs):
+        least = [int(50_000 * run.random.gauss(1, 0.01)) for _ in range(turns)]
+        for side, level in (("base", 1.0), ("again", run.random.gauss(1, 0.01)), ("candidate", factor)):
+            kept = least[:-1] if side == "candidate" else least
+            own = [int(one * level * run.random.gauss(1, 0.02)) for one in kept]
+            ns = [int(one * slower) for one in own for slower in (1.3, 1.0, 1.7)]
+            turn = [number for number in range(len(kept)) for _ in range(3)]
+            for clock in ("cpu", "wall"):
+                run.add("turns", case_key=case_key, side=side, pair=pair, clock=clock, ns=ns, turn=turn, switches=0)

@@ -182,3 +182,19 @@ def test_a_page_of_five_hundred_cases_sorts_and_draws(visit, build, tmp_path):
 def test_an_empty_store_opens_without_an_error(visit, tmp_path):
     tab = visit(write_report(tmp_path / "nothing", tmp_path / "empty.html"))
     assert "There is no run" in tab.text_content("main")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (420, "dark")])
+def test_the_page_of_a_gate_draws_its_pairs_and_runs_nothing_of_its_names(visit, build, tmp_path, width, scheme):
+    path = write_report(build.gate_store(tmp_path / "store"), tmp_path / "gate.html")
+    tab = visit(path, width, scheme)
+    place = tab.locator("#plot-gate-pairs")
+    place.scroll_into_view_if_needed()
+    until(tab, "() => document.getElementById('plot-gate-pairs').dataset.drawn === 'yes'")
+    traces = tab.evaluate("document.getElementById('plot-gate-pairs').data.map((one) => [one.name, one.x.length])")
+    assert [length for name, length in traces if name.endswith("by pair")] == [20, 20]
+    assert {name for name, _ in traces} >= {"regressed", "improved", "equivalent", "inconclusive"}
+    assert tab.locator("#gate-table tbody tr").count() == 6
+    assert "<script>document.title=3</script>" in tab.text_content("#gate-table")
+    assert tab.title() == "moebench: 20260315-101010-9a7e00"
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

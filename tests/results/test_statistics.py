@@ -63,7 +63,7 @@ def test_median_of_six_is_bounded_by_its_extremes():
 @settings(deadline=None)
 def test_order_statistics_are_samples_around_the_estimate_and_follow_the_data(x, scale, shift):
     found = median_interval(x)
-    assert found.value == np.median(x)
+    assert found.value == pytest.approx(np.median(x), rel=1e-12, abs=1e-6), "numpy rounds the two in different ways"
     if found.lo is not None:
         assert found.lo in x
         assert found.hi in x
