@@ -92,9 +92,9 @@ def noise_of(cases: Sequence[CaseTurns], rule: Rule, pairs: int) -> dict[str, No
         having = [case for case in cases if clock in case.clocks]
         again = [ratios for case in having for ratios in case.log_ratios(clock, "again")]
         tau = between_process_tau(again, TAU_FLOOR)
-        within = [paired_effect(r, 0.0).se_within * math.sqrt(len(r) / pairs) for r in _ratios(having, clock)]
-        enough = len(again) >= ENOUGH_AA and within
-        se = math.hypot(statistics.median(within), tau.value / math.sqrt(pairs)) if enough else None
+        effects = [paired_effect(ratios, tau.value) for ratios in _ratios(having, clock)]
+        enough = len(again) >= ENOUGH_AA and effects
+        se = statistics.median(one.se * math.sqrt(one.pairs / pairs) for one in effects) if enough else None
         detectable = None if se is None else detectable_effect(se, rule.z, rule.margin)
         found[clock] = Noise(tau.value, tau.measured, detectable, rule.asked, len(again))
     return found

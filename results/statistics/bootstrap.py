@@ -70,7 +70,7 @@ def cluster_bootstrap_interval(
     """Return ``statistic`` of all values and its interval where values come in clusters, which are resampled whole.
 
     Values of one cluster may be as alike as they please; clusters are independent. Fewer than 10 clusters give no
-    bounds.
+    bounds; some 20 are needed where their sizes differ much.
     """
     values = [floats(one) for one in clusters if len(np.asarray(one))]
     n = sum(map(len, values))

@@ -13,7 +13,7 @@ def lag1_autocorrelation(x: ArrayLike) -> float | None:
     values = floats(x)
     centred = values - values.mean() if len(values) else values
     variance = float(centred @ centred)
-    if len(values) < 3 or variance == 0:
+    if len(values) < 3 or variance == 0 or np.ptp(values) == 0:  # a mean of equal values may be off by rounding
         return None
     return float(centred[1:] @ centred[:-1]) / variance
 

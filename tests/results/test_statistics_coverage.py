@@ -151,3 +151,20 @@ def test_effects_over_process_pairs(turns, r):
         lo, hi = effect.interval(1.96)
         hits.append(lo <= 1.0 <= hi)
     assert np.mean(hits) >= LEAST
+
+
+@pytest.mark.parametrize("spread", [0.002, 0.005, 0.1])
+def test_effects_over_process_pairs_whose_turns_are_quiet_or_loud(spread):
+    """A median over five quiet pairs is worth less than a mean; the interval knows."""
+    rng = np.random.default_rng(11)
+    hits = []
+    for _ in range(1500):
+        bias = 0.015 * rng.standard_normal(5)
+        effect = paired_effect([b + spread * rng.standard_normal(30) for b in bias], 0.015)
+        lo, hi = effect.interval(1.96)
+        hits.append(lo <= 1.0 <= hi)
+    assert np.mean(hits) >= LEAST
+
+
+def test_turns_without_any_spread_still_have_a_standard_error():
+    assert paired_effect([np.full(20, 0.05)] * 4, 0.02).se == pytest.approx(0.01 * math.sqrt(math.pi / 2))
