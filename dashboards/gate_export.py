@@ -12,13 +12,13 @@ from xml.etree import ElementTree
 
 from ..results.gate import Exit, GateResult, Judged, Skipped
 from ..results.verdict import Verdict
-from .gate_text import ANSWERS, answer, exit_code, noise_lines, ratio_text, value_text, verdict_text, why
+from .gate_text import ANSWERS, answer, noise_lines, ratio_text, value_text, verdict_text, why
 from .text import clean
 
 
 def gate_json(result: GateResult) -> str:
     """Return everything as JSON, with the exit status of the command and its name; what is not finite is null."""
-    code = exit_code(result)
+    code = result.status
     derived = {"exit": code, "exit_name": Exit(code).name.lower(), "answer": ANSWERS[result.exit]}
     values = {**asdict(result), **derived, "covered": result.covered}
     if values["noise"] is not None and result.noise is not None:
@@ -68,7 +68,7 @@ def junit_xml(result: GateResult) -> str:
         kind = "failure" if left.status == "broken" else "skipped"
         _outcome(_test(suite, "moebench.case", left.label), kind, f"{left.status}: {left.reason}")
     if result.exit in (Exit.INCONCLUSIVE, Exit.TOO_NOISY):
-        kind = "failure" if exit_code(result) == Exit.REGRESSED else "skipped"
+        kind = "failure" if result.status == Exit.REGRESSED else "skipped"
         _outcome(_test(suite, "moebench.gate", "answer"), kind, answer(result), noise_lines(result))
     for attribute, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
         suite.set(attribute, str(sum(1 for _ in suite.iter(tag))))
@@ -79,7 +79,7 @@ def junit_xml(result: GateResult) -> str:
 
 def _properties(suite: ElementTree.Element, result: GateResult) -> None:
     properties = ElementTree.SubElement(suite, "properties")
-    named = {"run_id": result.run_id, "base": result.base, "candidate": result.candidate, "exit": exit_code(result)}
+    named = {"run_id": result.run_id, "base": result.base, "candidate": result.candidate, "exit": result.status}
     for name, value in named.items():
         ElementTree.SubElement(properties, "property", name=name, value=clean(str(value)))
 

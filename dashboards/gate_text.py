@@ -19,9 +19,6 @@ ANSWERS = {
     Exit.TOO_NOISY: "too noisy: this machine cannot tell now",
 }
 
-DOUBTS = {"inconclusive": Exit.INCONCLUSIVE, "noisy": Exit.TOO_NOISY}
-"""What ``GateResult.fail_on`` may name, and the exit status that it turns into a regression's."""
-
 TIME_HEAD = ("case", "base", "candidate", "candidate / base", "verdict")
 ACCURACY_HEAD = ("case", "base", "candidate", "candidate - base", "verdict")
 LEAST_LABEL = 24
@@ -44,7 +41,7 @@ def gate_table(result: GateResult, color: bool = False) -> str:
     lines += _skipped(result.skipped)
     last = answer(result)
     lines += ["", *(line for told in noise_lines(result) for line in _wrapped(told))]
-    return "\n".join([*lines, _painted(last, EXIT_COLORS.get(Exit(exit_code(result)), "") if color else "")])
+    return "\n".join([*lines, _painted(last, EXIT_COLORS.get(Exit(result.status), "") if color else "")])
 
 
 def _of(result: GateResult, kind: str) -> list[Judged]:
@@ -132,18 +129,12 @@ def noise_lines(result: GateResult) -> list[str]:
     return [*told, f"{result.covered} of {result.asked_cases} {cases} a verdict ({result.seconds:.0f} s)"]
 
 
-def exit_code(result: GateResult) -> int:
-    """Return the exit status of the command: a doubt that ``fail_on`` names counts as a regression."""
-    failing = [DOUBTS[name] for name in result.fail_on]
-    return int(Exit.REGRESSED if result.exit in failing else result.exit)
-
-
 def answer(result: GateResult) -> str:
     """Return the answer in one line, with the exit status."""
     counts = [f"{result.count(verdict)} {verdict}" for verdict in Verdict if result.count(verdict)]
     broken = sum(one.status == "broken" for one in result.skipped)
     counts += [f"{broken} broken"] if broken else []
-    code = exit_code(result)
+    code = result.status
     asked = "" if code == result.exit else ", as --fail-on asks"
     return f"{ANSWERS[result.exit]} ({', '.join(counts) or 'nothing was judged'}): exit {code}{asked}"
 

@@ -19,6 +19,10 @@ class Exit(IntEnum):
     TOO_NOISY = 4
 
 
+DOUBTS = {"inconclusive": Exit.INCONCLUSIVE, "noisy": Exit.TOO_NOISY}
+"""What ``--fail-on`` may name, and the exit status that it turns into a regression's."""
+
+
 @dataclass(frozen=True)
 class Judged:
     """One quantity of one case on both sides.
@@ -123,3 +127,8 @@ class GateResult:
         if self.count(Verdict.INCONCLUSIVE) or not self.judged:
             return Exit.INCONCLUSIVE
         return Exit.NOT_REGRESSED
+
+    @property
+    def status(self) -> int:
+        """The exit status of the command: ``exit``, but a doubt that ``fail_on`` names counts as a regression."""
+        return int(Exit.REGRESSED if self.exit in [DOUBTS[name] for name in self.fail_on] else self.exit)

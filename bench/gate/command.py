@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...contracts import MoebenchError, Registry
 from ...results.deterministic import Tolerance, judge_metrics
-from ...results.gate import Exit, GateResult, Judged, Skipped
+from ...results.gate import DOUBTS, GateResult, Judged, Skipped
 from ...results.verdict import Verdict
 from ...suites.models.cache import cache_dir
 from .. import config, host
@@ -29,11 +29,9 @@ from .sides import Side, cleanup, environment_side, revision_side, wheel_side
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
-VERDICTS_TO_FAIL_ON = ("inconclusive", "noisy")
-
 
 def gate(options: argparse.Namespace) -> int:
-    """Run the command and return its exit status: see ``results.gate.Exit``."""
+    """Run the command and return its exit status: see ``results.gate``."""
     plugins, settings = split_plugins(options.settings)
     settled = gate_config(options)
     store = store_path(options.store)
@@ -44,13 +42,7 @@ def gate(options: argparse.Namespace) -> int:
     finally:
         cleanup(cache_dir())
     deliver(result, options)
-    return status(result)
-
-
-def status(result: GateResult) -> int:
-    """Return the exit status; with ``fail_on`` a doubt or a noisy machine counts as a regression."""
-    failing = {"inconclusive": Exit.INCONCLUSIVE, "noisy": Exit.TOO_NOISY}
-    return int(Exit.REGRESSED if result.exit in [failing[name] for name in result.fail_on] else result.exit)
+    return result.status
 
 
 def run_gate(
@@ -209,8 +201,8 @@ def cases_of(options: argparse.Namespace, settings: Sequence[str], plugins: Sequ
 def gate_config(options: argparse.Namespace) -> GateConfig:
     """Return the settings of the command line, checked."""
     for name in options.fail_on:
-        if name not in VERDICTS_TO_FAIL_ON:
-            raise MoebenchError(f"--fail-on {name} is not known: take {' or '.join(VERDICTS_TO_FAIL_ON)}.")
+        if name not in DOUBTS:
+            raise MoebenchError(f"--fail-on {name} is not known: take {' or '.join(DOUBTS)}.")
     return GateConfig(
         seconds=options.seconds,
         max_seconds=max(options.max_seconds, options.seconds),

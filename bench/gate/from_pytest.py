@@ -12,7 +12,7 @@ from ...dashboards.gate_text import gate_table
 from ...suites.models.cache import cache_dir
 from ..store import store_path
 from .cases import Cases, target_case
-from .command import run_gate, status
+from .command import run_gate
 from .config import GateConfig, PairedCase
 from .sides import cleanup, revision_side
 
@@ -36,7 +36,7 @@ def pytest_gate(nodeids: Sequence[str], refused: Mapping[str, str], base: str, a
     finally:
         cleanup(cache)
     print(gate_table(result))
-    return status(result)
+    return result.status
 
 
 def _paired(nodeid: str, arguments: Sequence[str]) -> PairedCase:

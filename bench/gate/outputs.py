@@ -16,7 +16,7 @@ def deliver(result: GateResult, options: argparse.Namespace) -> None:
     from ...dashboards.gate_text import gate_table
 
     if not options.quiet:
-        print(gate_table(result))
+        print(gate_table(result, color=sys.stdout.isatty()))
     if options.github:
         print(github_annotations(result))
     for name, render in (

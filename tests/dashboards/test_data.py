@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import duckdb
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench.dashboards import data, units
@@ -17,6 +17,7 @@ from moebench.results.database import connect_parts
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_a_literal_is_read_back_as_the_text_it_was_made_from(text):
     text = text.replace("\0", "")
     with duckdb.connect() as connection:

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebench.bench.gate.command import status
 from moebench.dashboards.gate_export import gate_json, github_annotations, junit_xml, markdown
-from moebench.dashboards.gate_text import effect_text, exit_code, gate_table, percent, value_text
+from moebench.dashboards.gate_text import effect_text, gate_table, percent, value_text
 from moebench.dashboards.text import clean
 from moebench.results.gate import Exit, GateResult, Judged, Noise, Skipped
 from moebench.results.verdict import Verdict
@@ -180,8 +179,7 @@ def test_a_doubt_fails_in_junit_only_where_it_was_asked_for(found, fail_on, fail
 @pytest.mark.parametrize("fail_on", [(), ("inconclusive",), ("noisy",), ("inconclusive", "noisy")])
 def test_every_output_tells_the_exit_status_of_the_command(found, fail_on):
     found = replace(found, fail_on=fail_on)
-    code = exit_code(found)
-    assert code == status(found)
+    code = found.status
     assert f"): exit {code}" in gate_table(found).splitlines()[-1]
     told = json.loads(gate_json(found))
     assert (told["exit"], told["exit_name"]) == (code, Exit(code).name.lower())
