@@ -22,7 +22,8 @@ MOST_LOOKS = 3
 class GateConfig:
     """How a gate measures and judges. Times in seconds.
 
-    ``seconds``: timed calls of base and candidate per case, over the first five process pairs, at most.
+    ``seconds``: what the turns of a case may take over the first five process pairs: timed and untimed calls, checks,
+    on all three sides. Starting workers and warming up come on top.
     ``max_seconds``: the same where a case stays undecided and gets five more pairs, once or twice. ``budget``: wall
     time of the whole gate. ``margin`` and ``detect`` are fractions: a slow-down above ``margin`` is a regression, one
     of ``detect`` must be excluded for "not regressed". ``metric_margins`` are fractions by which a deterministic metric
@@ -35,7 +36,7 @@ class GateConfig:
     margin: float = 0.01
     detect: float = 0.05
     seed: int = 0
-    warmup_seconds: float = 1.0
+    warmup_seconds: float = 0.3
     fail_on: Sequence[str] = ()
     devices: Sequence[str] = ()
     metric_margins: Mapping[str, float] = field(default_factory=dict)
@@ -72,7 +73,7 @@ class GateConfig:
 
     @property
     def pair_seconds(self) -> float:
-        """Timed calls of base and candidate per case and process pair."""
+        """What the turns of a case may take in one process pair."""
         return self.seconds / FEWEST_PAIRS
 
     @property

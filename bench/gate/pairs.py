@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,12 +36,13 @@ so that more turns would narrow an interval by 6 % at most. The rule looks at th
 
 @dataclass
 class PairedMember:
-    """A case in one process pair: a member on each side."""
+    """A case in one process pair: a member on each side; ``spent`` is the seconds that its turns took so far."""
 
     paired: PairedCase
     members: dict[str, Member] = field(init=False)
     outcome: tuple[str, str] | None = None
     rounds: int = 0
+    spent: float = 0.0
 
     def __post_init__(self) -> None:
         self.members = {side: Member(self.paired.case(side)) for side in SIDES}
@@ -49,10 +51,6 @@ class PairedMember:
     def alive(self) -> bool:
         """Whether it is still to be measured."""
         return self.outcome is None
-
-    def spent(self) -> float:
-        """Return the seconds of timed calls of base and candidate."""
-        return sum(sum(self.members[side].wall_ns) for side in ("base", "candidate")) / 1e9
 
     def minima(self) -> dict[str, Minima]:
         """Return turn minima by clock and side; the clock to judge by comes first."""
@@ -220,6 +218,7 @@ class ProcessPair:
             self.tell(f"turn {number} of {len(order)} cases")
 
     def _turn(self, member: PairedMember, number: int) -> None:
+        began = time.perf_counter()
         for side in self._random.sample(SIDES, len(SIDES)):
             sitting = self._sittings[side]
             sitting.guarded(member.members[side], functools.partial(sitting.sampled_turn, number=number))
@@ -227,12 +226,13 @@ class ProcessPair:
                 member.outcome = outcome(member)
                 return
         member.rounds += 1
+        member.spent += time.perf_counter() - began
 
     def _enough(self, member: PairedMember) -> bool:
         """Whether the case has had its time, or more turns would tell nothing more."""
         if member.rounds < FEWEST_TURNS:
             return False
-        if member.spent() >= self.config.pair_seconds:
+        if member.spent >= self.config.pair_seconds:
             return True
         if member.rounds % 4:
             return False

@@ -50,9 +50,8 @@ def share(calls: Sequence[dict[str, Any]], wanted: str) -> Interval:
 
 def naive_share(calls: Sequence[dict[str, Any]], rule: str) -> Interval:
     """Return the share of cases that another tool's rule calls slower."""
-    return clustered_proportion(
-        [sum(call["naive"][rule]) for call in calls], [len(call["naive"][rule]) for call in calls]
-    )
+    asked = [call["naive"][rule] for call in calls if call["naive"][rule]]
+    return clustered_proportion([sum(one) for one in asked], [len(one) for one in asked])
 
 
 def shown(interval: Interval) -> str:
@@ -111,9 +110,9 @@ def page(folder: Path) -> str:
         "# Self-test of the gate",
         "",
         "A plain torch MoE layer is judged against itself, with real work injected into the candidate or none. Budget:",
-        "10 s of timed calls per case (5 process pairs), 8 cases a call. Busy means one process multiplying matrices",
-        "beside it. The rules of pytest-benchmark and asv got one launch of each side, 1 s per case, right after each",
-        "call. Intervals are exact ones with the design effect of verdicts that come 8 to a call.",
+        "10 s for all turns of a case (5 process pairs), 8 cases a call. Busy means one process multiplying matrices",
+        "beside it. The rules of pytest-benchmark and asv got one launch of each side, 1 s per case, right after every",
+        "second call. Intervals are exact ones with the design effect of verdicts that come 8 to a call.",
         "",
         f"Host: {host['cpu']}, {host['cores']} cores, {', '.join(host['isa'])}.",
         "",
