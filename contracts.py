@@ -278,7 +278,14 @@ def load_file(path: str | Path) -> types.ModuleType:
     return module
 
 
-BUILTIN_PLUGINS = ("moebench.moe.plugins", "moebench.backends.plugins", "moebench.suites.plugins")
+BUILTIN_PLUGINS = (
+    "moebench.moe.plugins",
+    "moebench.moe.router_params",
+    "moebench.backends.plugins",
+    "moebench.suites.plugins",
+    "moebench.suites.routing_plugins",
+    "moebench.suites.traffic_params",
+)
 """Our own plug-ins go through the same door as everybody else's."""
 
 

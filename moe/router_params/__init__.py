@@ -1,0 +1,41 @@
+"""Parameters and descriptors of the routings beyond the ones in ``moe.plugins``, one file per family; no torch."""
+
+from __future__ import annotations
+
+from .classic import DESCRIPTORS as CLASSIC
+from .environment import DESCRIPTORS as ENVIRONMENT
+from .graph import DESCRIPTORS as GRAPH
+from .lookup import DESCRIPTORS as LOOKUP
+from .modality import DESCRIPTORS as MODALITY
+from .moex import DESCRIPTORS as MOEX
+from .mofme import DESCRIPTORS as MOFME
+from .nucleus import DESCRIPTORS as NUCLEUS
+from .null import DESCRIPTORS as NULL
+from .positive import DESCRIPTORS as POSITIVE
+from .pregate import DESCRIPTORS as PREGATE
+from .presets import DESCRIPTORS as PRESETS
+from .sample import DESCRIPTORS as SAMPLE
+from .smoothstep import DESCRIPTORS as SMOOTHSTEP
+from .task import DESCRIPTORS as TASK
+from .temperature import DESCRIPTORS as TEMPERATURE
+from .vla import DESCRIPTORS as VLA
+
+DESCRIPTORS = [
+    *CLASSIC,
+    *NULL,
+    *VLA,
+    *POSITIVE,
+    *NUCLEUS,
+    *TEMPERATURE,
+    *SMOOTHSTEP,
+    *PRESETS,
+    *LOOKUP,
+    *TASK,
+    *MODALITY,
+    *GRAPH,
+    *MOEX,
+    *PREGATE,
+    *ENVIRONMENT,
+    *SAMPLE,
+    *MOFME,
+]

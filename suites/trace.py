@@ -1,0 +1,216 @@
+"""Routing traces: who went where, recorded elsewhere. Imports no torch.
+
+A trace has one row per assignment: ``step``, ``layer``, ``token`` and ``expert`` are whole numbers from 0, ``weight``
+is finite. It is Parquet (``.parquet``) or JSON lines (``.jsonl``, ``.ndjson``); other columns are left alone. Tokens of
+a step that have no assignment in any layer, and come after all that have, are not known to a trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..contracts import MoebenchError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    Whole = NDArray[np.int64]
+
+INDICES = ("step", "layer", "token", "expert")
+COLUMNS = (*INDICES, "weight")
+SUFFIXES = (".parquet", ".jsonl", ".ndjson")
+
+LARGEST = 2**31 - 1
+"""The largest step, layer, token or expert."""
+
+
+class TraceError(MoebenchError, ValueError):
+    """A trace that cannot be replayed: one sentence that names the remedy."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The assignments of one step and layer, sorted by token; those of a token keep their order in the file.
+
+    ``token_N`` and ``expert_N`` are int64, ``weight_N`` float64; ``tokens`` is how many the step has in all layers.
+    """
+
+    token_N: Whole
+    expert_N: Whole
+    weight_N: NDArray[np.float64]
+    tokens: int
+
+    @cached_property
+    def most_k(self) -> int:
+        """Return the most experts that a token has."""
+        import numpy as np
+
+        return int(np.unique(self.token_N, return_counts=True)[1].max())
+
+    @cached_property
+    def most_expert(self) -> int:
+        """Return the largest expert id."""
+        return int(self.expert_N.max())
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A whole trace in memory; ``by_place`` holds the assignments of (step, layer), steps counted from 0 in order."""
+
+    by_place: dict[tuple[int, int], Entries]
+    steps: int
+    layers: tuple[int, ...]
+
+    def at(self, step: int, layer: int) -> Entries:
+        """Return the assignments of ``layer`` at ``step``; after its last step a trace begins anew."""
+        place = step % self.steps
+        if (place, layer) not in self.by_place:
+            raise TraceError(f"the trace has nothing of layer {layer} at its step {place}; choose another layer.")
+        return self.by_place[place, layer]
+
+    def of_layer(self, layer: int | None) -> list[Entries]:
+        """Return the assignments of every step of ``layer``, or of all layers."""
+        return [entries for (_, where), entries in self.by_place.items() if layer in (None, where)]
+
+
+@lru_cache(maxsize=4)
+def load_trace(path: str, sha256: str) -> Trace:
+    """Return the trace in the file ``path``, whose content must have this ``sha256``; TraceError says what is wrong.
+
+    What is hashed is what is parsed, so a file that changes later changes nothing.
+    """
+    data = _bytes(path, sha256)
+    return _sorted(_checked(_table(path, data), path))
+
+
+def sha256_of_file(path: str) -> str:
+    """Return the sha256 of a file: what a replay must name."""
+    return hashlib.sha256(_read(path)).hexdigest()
+
+
+def save_trace(path: str, columns: dict[str, Any]) -> str:
+    """Write the five columns (sequences of one length) as a trace and return the sha256 of the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({name: columns[name] for name in COLUMNS}).cast(_schema())
+    if Path(path).suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        import json
+
+        lines = "".join(json.dumps(row) + "\n" for row in table.to_pylist())
+        Path(path).write_text(lines)
+    return sha256_of_file(path)
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema([*((name, pa.int64()) for name in INDICES), ("weight", pa.float64())])
+
+
+def _read(path: str) -> bytes:
+    if not path:
+        raise TraceError("no file is named; add params.traffic.replay.path=FILE.")
+    file = Path(path).expanduser()
+    if file.suffix not in SUFFIXES:
+        raise TraceError(f"'{path}' is no trace by its name; give a file ending in {', '.join(SUFFIXES)}.")
+    try:
+        return file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise TraceError(
+            f"trace '{path}' cannot be read ({getattr(error, 'strerror', error)}); check the path."
+        ) from error
+
+
+def _bytes(path: str, sha256: str) -> bytes:
+    data = _read(path)
+    found = hashlib.sha256(data).hexdigest()
+    if not sha256:
+        raise TraceError(f"a replay names its file's content; add params.traffic.replay.sha256={found}.")
+    if found != sha256.lower():
+        raise TraceError(f"trace '{path}' has sha256 {found}, not {sha256}; give the file that was recorded.")
+    return data
+
+
+def _table(path: str, data: bytes) -> pa.Table:
+    """Return the file as it is, whatever its columns are."""
+    import pyarrow as pa
+    import pyarrow.json as pj
+    import pyarrow.parquet as pq
+
+    try:
+        if Path(path).suffix == ".parquet":
+            return pq.read_table(io.BytesIO(data))
+        return pj.read_json(io.BytesIO(data)) if data.strip() else pa.table({})
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+        raise TraceError(f"trace '{path}' cannot be parsed ({reason}); write it anew.") from error
+
+
+def _checked(table: pa.Table, path: str) -> dict[str, Any]:
+    """Return the five columns as arrays of numbers, with nothing missing and nothing impossible."""
+    import numpy as np
+
+    if table.num_rows == 0:
+        raise TraceError(f"trace '{path}' has no rows; write {', '.join(COLUMNS)} for every assignment.")
+    columns = {name: _column(table, name, path) for name in COLUMNS}
+    for name in INDICES:
+        least, most = columns[name].min(), columns[name].max()
+        if least < 0 or most > LARGEST:
+            wrong = least if least < 0 else most
+            raise TraceError(f"column '{name}' of trace '{path}' holds {wrong}; count from 0 to {LARGEST} at most.")
+    if not np.isfinite(columns["weight"]).all():
+        raise TraceError(f"column 'weight' of trace '{path}' holds a value that is not finite; mend it.")
+    return columns
+
+
+def _column(table: pa.Table, name: str, path: str) -> NDArray[Any]:
+    """Return a column as int64, or as float64 where it is the weight."""
+    import pyarrow as pa
+
+    if table.column_names.count(name) != 1:
+        raise TraceError(f"trace '{path}' needs one column '{name}'; write {', '.join(COLUMNS)} for every assignment.")
+    column = table.column(name)
+    if column.null_count:
+        raise TraceError(f"column '{name}' of trace '{path}' lacks {column.null_count} values; fill them in.")
+    wanted = _schema().field(name).type
+    if pa.types.is_integer(column.type) or (name == "weight" and pa.types.is_floating(column.type)):
+        with contextlib.suppress(pa.ArrowException):
+            array: NDArray[Any] = column.cast(wanted).to_numpy()
+            return array
+    kind = "numbers" if name == "weight" else "whole numbers of at most 64 bits"
+    raise TraceError(f"column '{name}' of trace '{path}' is of type {column.type}; write {kind}.")
+
+
+def _sorted(columns: dict[str, Any]) -> Trace:
+    """Return the trace of checked columns; a pair of token and expert may not come twice in a place."""
+    import numpy as np
+
+    order_N = np.lexsort([columns[name] for name in ("token", "layer", "step")])  # stable: the last key comes first
+    step_N, layer_N, token_N, expert_N, weight_N = (columns[name][order_N] for name in COLUMNS)
+    pairs = np.unique(np.stack([step_N, layer_N, token_N, expert_N], axis=1), axis=0)
+    if len(pairs) < len(step_N):
+        raise TraceError(
+            f"{len(step_N) - len(pairs)} assignments of the trace repeat the step, layer, token and expert of another; "
+            "write each once."
+        )
+    steps, place_N = np.unique(step_N, return_inverse=True)
+    tokens_S = np.zeros(len(steps), dtype=np.int64)
+    np.maximum.at(tokens_S, place_N, token_N + 1)
+    changes = np.flatnonzero((np.diff(place_N) != 0) | (np.diff(layer_N) != 0)) + 1
+    by_place = {}
+    for part in np.split(np.arange(len(step_N)), changes):
+        place = int(place_N[part[0]])
+        entries = Entries(token_N[part], expert_N[part], weight_N[part], int(tokens_S[place]))
+        by_place[place, int(layer_N[part[0]])] = entries
+    return Trace(by_place, len(steps), tuple(int(layer) for layer in np.unique(layer_N)))

@@ -1,0 +1,235 @@
+"""Self-contrast decoding: where it must be plain decoding, and that each pass has its own routing and cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moebench.contracts import Selection
+from moebench.moe.layer import LayerWeights
+from moebench.moe.router import Linear, Pipeline, Softmax, TopK
+from moebench.moe.routing import Context
+from moebench.moe.shapes import ModelShape
+from moebench.suites.decoding import Ranked, SelfContrast, at_ranks, contrast, decode, ranked
+from moebench.suites.models.reroute import reroute
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "intermediate_size": 24,
+}
+EXPERTS = {"Mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2}, "Olmoe": {"num_experts": 8}}
+NEW = 8
+
+
+@pytest.fixture(scope="module", params=EXPERTS)
+def model(request):
+    family = request.param
+    settings_ = {"num_experts_per_tok": 3, **SIZES, **EXPERTS[family]}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**settings_)
+    return getattr(transformers, f"{family}ForCausalLM")._from_config(config).eval()
+
+
+def prompts(batch=3, length=6):
+    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def greedy(model, new=NEW):
+    """Plain decoding, without a cache."""
+    ids_BS = prompts()
+    for _ in range(new):
+        ids_BS = torch.cat([ids_BS, model(ids_BS, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids_BS
+
+
+# --- the contrast ----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def two_logits(draw):
+    """Two rows of distinct logits, multiples of 1/8: no ties, and no rounding in what follows."""
+    size = draw(st.integers(2, 12))
+    row = st.lists(st.integers(-80, 80), min_size=size, max_size=size, unique=True)
+    return torch.tensor([draw(row)]) / 8, torch.tensor([draw(row)]) / 8
+
+
+@settings(deadline=None, max_examples=80)
+@given(two_logits(), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.sampled_from([0.0, 0.25, 0.5, 2.0]))
+def test_degenerate_contrasts_are_greedy(rows, alpha, beta):
+    """R19: beta = 0, weak = strong, alpha = 1."""
+    strong, weak = rows
+    best = strong.argmax(-1)
+    assert torch.equal(contrast(strong, weak, SelfContrast(beta=0.0, alpha=alpha)).argmax(-1), best)
+    assert torch.equal(contrast(strong, strong, SelfContrast(beta=beta, alpha=alpha)).argmax(-1), best)
+    assert torch.equal(contrast(strong, weak, SelfContrast(beta=beta, alpha=1.0)).argmax(-1), best)
+
+
+def test_contrast_by_hand():
+    strong, weak = torch.tensor([[2.0, 1.5, -9.0]]), torch.tensor([[4.0, 0.0, -99.0]])
+    params = SelfContrast(beta=0.5, alpha=0.1)
+    scores = contrast(strong, weak, params)
+    assert scores.tolist() == [[1.5 * 2 - 0.5 * 4, 1.5 * 1.5, float("-inf")]]
+    assert contrast(strong, weak, SelfContrast(beta=0.5, alpha=0.0)).argmax().item() == 2
+    tempered = SelfContrast(beta=1.0, alpha=0.1, strong_temperature=2.0, weak_temperature=4.0)
+    torch.testing.assert_close(contrast(strong, weak, tempered)[:, :2], torch.tensor([[2 - 1.0, 1.5 - 0.0]]))
+
+
+def test_random_logits_change_about_a_third_of_the_favourites():
+    """routing.md section 7 counts 36 % with the default alpha and beta."""
+    strong, weak = torch.randn(2, 4000, 97, generator=torch.Generator().manual_seed(0))
+    changed = contrast(strong, weak, SelfContrast()).argmax(-1) != strong.argmax(-1)
+    assert 0.2 < changed.double().mean() < 0.5
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def pipeline(groups=None, bias_E=None, renormalize=True):
+    weight_EH = torch.randn(8, 32, generator=torch.Generator().manual_seed(3))
+    return Pipeline(Linear(weight_EH), TopK(2, bias_E, groups), Softmax(renormalize))
+
+
+def test_the_first_ranks_are_the_models_own_choice():
+    router, x_TH = Ranked(pipeline()), torch.randn(20, 32, generator=torch.Generator().manual_seed(4))
+    own = router(x_TH, Context())
+    assert torch.equal(own.to_dense(), router(x_TH, Context(ranks=(0, 1))).to_dense())
+    assert torch.equal(own.to_dense(), router.pipeline(x_TH, Context()).to_dense())
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_a_rank_has_one_expert_with_a_weight_of_the_models_rule(renormalize):
+    router, x_TH = Ranked(pipeline(renormalize=renormalize)), torch.randn(20, 32)
+    routing = router(x_TH, Context(ranks=(2,)))
+    probs_TE = routing.logits_TE.softmax(-1)
+    assert torch.equal(routing.expert_N, probs_TE.argsort(-1, descending=True)[:, 2])
+    wanted_N = torch.ones(20) if renormalize else probs_TE.sort(-1, descending=True).values[:, 2]
+    torch.testing.assert_close(routing.weight_N, wanted_N)
+    valid_T = torch.arange(20) % 2 == 0
+    assert torch.equal(router(x_TH, Context(ranks=(2,), valid_T=valid_T)).k_T, valid_T.long())
+
+
+def test_ranks_follow_the_selection_bias():
+    bias_E = torch.zeros(8)
+    bias_E[5] = 10.0
+    routing = Ranked(pipeline(bias_E=bias_E))(torch.randn(20, 32), Context(ranks=(0,)))
+    assert (routing.expert_N == 5).all()
+
+
+@pytest.mark.parametrize("ranks", [(), (1, 1), (8,), (-1,)])
+def test_ranks_that_do_not_exist_are_refused(ranks):
+    with pytest.raises(ValueError, match="must be distinct and lie below 8"):
+        at_ranks(torch.rand(3, 8), ranks)
+
+
+def test_ranks_of_grouped_models_are_refused():
+    with pytest.raises(ValueError, match="over all experts"):
+        Ranked(pipeline(groups=(4, 2)))
+    assert Ranked(pipeline(groups=(4, 4))).needs == {"ranks"}
+
+
+def test_the_factory_makes_the_models_own_router():
+    weights = LayerWeights(torch.zeros(8, 16, 32), torch.zeros(8, 32, 8), torch.randn(8, 32))
+    shape = ModelShape(32, 8, 8, 1, (0,), Selection("softmax", 3, False))
+    bundle = ranked()(weights, shape, 0)
+    assert isinstance(bundle.router, Ranked)
+    assert bundle.router.pipeline.selector.k == 3
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SelfContrast(beta=0.0),
+        SelfContrast(alpha=1.0),
+        SelfContrast(strong=(0, 1), weak=(0, 1), alpha=0.0),
+    ],
+    ids=["beta=0", "alpha=1", "weak=strong"],
+)
+def test_degenerate_decoding_is_greedy(model, params):
+    """R19, with a real model, two passes and two caches."""
+    if params.strong is not None and model.config.num_experts_per_tok != 2:
+        params = SelfContrast(strong=(0, 1, 2), weak=(0, 1, 2), alpha=0.0)
+    decoded = decode(model, prompts(), params, NEW)
+    assert torch.equal(decoded.ids_BS, greedy(model))
+    assert not decoded.changed_B.any()
+
+
+def test_the_default_changes_some_tokens_and_the_weak_pass_touches_one_expert(model):
+    decoded = decode(model, prompts(), SelfContrast(beta=2.0, alpha=0.01), NEW)
+    assert decoded.ids_BS.shape == (3, 6 + NEW)
+    assert decoded.changed_B.sum() > 0
+    assert decoded.weak_experts == 1
+    assert not torch.equal(decoded.ids_BS, greedy(model))
+
+
+def test_caches_are_apart(model):
+    """The same contrast without any cache, each pass over the whole sequence, gives the same tokens."""
+    params = SelfContrast(beta=1.0, alpha=0.05, weak=(3,))
+    ids_BS = prompts()
+    with reroute(model, ranked()) as handle, torch.no_grad():
+        for _ in range(NEW):
+            logits = []
+            for ranks in (None, (3,)):
+                handle.context = Context(ranks=ranks)
+                logits.append(model(ids_BS, use_cache=False).logits[:, -1])
+            ids_BS = torch.cat([ids_BS, contrast(*logits, params).argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(decode(model, prompts(), params, NEW).ids_BS, ids_BS)
+
+
+def test_backends_decode_the_same(model):
+    params = SelfContrast(beta=1.0)
+    assert torch.equal(
+        decode(model, prompts(), params, NEW, backend="grouped").ids_BS, decode(model, prompts(), params, NEW).ids_BS
+    )
+
+
+def test_the_model_is_itself_afterwards(model):
+    before = model(prompts()).logits
+    decode(model, prompts(), SelfContrast(), 2)
+    assert torch.equal(model(prompts()).logits, before)
+    assert all("forward" not in layer.mlp.gate.__dict__ for layer in model.model.layers)
+
+
+def test_an_ended_sequence_stays_ended(model):
+    plain = greedy(model)
+    end = int(plain[0, 7])
+    decoded = decode(model, prompts(), SelfContrast(beta=0.0), NEW, end=end).ids_BS
+    for own, wanted in zip(decoded, plain, strict=True):
+        new = wanted[6:].tolist()
+        stop = new.index(end) + 1 if end in new else NEW
+        assert own[6 : 6 + stop].tolist() == new[:stop]
+        assert (own[6 + stop :] == end).all()
+    alone = decode(model, prompts()[:1], SelfContrast(beta=0.0), NEW, end=end).ids_BS
+    assert alone.shape[1] == 7 + plain[0, 6:].tolist().index(end), "decoding stops when every sequence has ended"
+
+
+def test_released_default_never_ends(model):
+    end = int(greedy(model)[0, 7])
+    decoded = decode(model, prompts(), SelfContrast(beta=0.0, alpha=1.0, never_end=True), NEW, end=end)
+    assert decoded.ids_BS.shape == (3, 6 + NEW)
+    assert not (decoded.ids_BS[:, 6:] == end).any()
+
+
+def test_samples_are_those_of_the_generator(model):
+    params = SelfContrast(sample=True, alpha=0.001)
+    draws = [decode(model, prompts(), params, NEW, rng=torch.Generator().manual_seed(s)).ids_BS for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("params", [{"alpha": 1.5}, {"alpha": -0.1}, {"beta": -1.0}, {"weak_temperature": 0.0}])
+def test_impossible_parameters_are_refused(params):
+    with pytest.raises(ValueError, match=r"must lie in|must be positive"):
+        SelfContrast(**params)
