@@ -58,7 +58,7 @@ class Words:
 def routing_page(descriptors: Iterable[Descriptor], costs: Costs, tests: Path) -> str:
     """Return the page of the routings among ``descriptors``; ``tests`` is the folder with the tests."""
     members = [descriptor for descriptor in descriptors if descriptor.kind == "routing"]
-    tested, papers = tested_claims(tests), load_papers()
+    tested, papers = claims_of_tests(tests), load_papers()
     lines = ["# Routing", "", INTRO, f"Cost: {costs.about}", ""]
     lines += ["| scheme | paper | rule | defaults | needs | tested claims | cost |", "|---|---|---|---|---|---|---|"]
     for member in members:
@@ -128,7 +128,7 @@ def family(descriptor: Descriptor) -> str:
     return "" if descriptor.params is None else descriptor.params.__module__.rpartition(".")[2]
 
 
-def tested_claims(tests: Path) -> dict[str, list[str]]:
+def claims_of_tests(tests: Path) -> dict[str, list[str]]:
     """Return the numbers (R1 to R28) that the tests of a family name, by family."""
     files = {path.stem.removeprefix("test_"): path for path in sorted((tests / "moe" / "routers").glob("test_*.py"))}
     files["plugins"] = tests / "moe" / "test_routers.py"

@@ -21,7 +21,7 @@ class RoutingSuite:
 
     def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
         """Yield the product of the axes once per phase; boundary, pass and residency are fixed."""
-        fixed = {
+        fixed: dict[str, list[Any]] = {
             "backend": [registry.get("backend", "reference").choose()],
             "pass": ["forward"],
             "boundary": ["topk"],

@@ -64,7 +64,8 @@ def question_of(case: Case, registry: Registry, subject: Subject, x_TH: Tensor, 
     ctx = Context(layer=case.layers[0], experts=subject.layer.store)
     ctx = replace(ctx, **fields.wanted(subject.layer.router, ctx))
     labels = {"modality": fields.modality_T, "task": fields.task_T}
-    return Question(x_TH, ctx, fields.segment_T, labels, substream(seed, "rng"))
+    rng_seed = substream(seed, "rng", case.layers[0])  # all else is the same at every layer; a draw is not
+    return Question(x_TH, ctx, fields.segment_T, labels, rng_seed)
 
 
 class _Fields:

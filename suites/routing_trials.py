@@ -100,7 +100,7 @@ class GateTrial(PhaseTrial[Tensor]):
 
     def moved(self, step: int, flops: float) -> float:
         """Return the weights that take part in products, hidden states and logits."""
-        logits = 4 * self.expected[step].numel()
+        logits: int = 4 * self.expected[step].numel()
         return weights_read(self.scorer, flops, self.case.tokens) + self.x[step].nbytes + logits
 
 

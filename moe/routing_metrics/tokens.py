@@ -44,14 +44,16 @@ def gradient_share(routing: Routing, x_TH: Tensor) -> Metric:
     ``x_TH`` is the input that ``routing`` was made of, with a gradient of its own. Constant weights teach the router
     nothing: K = 1 with renormalisation, a lookup, a draw, or a token of AdaMoE or MoE++ whose other choices were null
     experts. A random direction of the weights is differentiated, since their sum may be constant while they are not.
-    The share is that of single tokens only where a token's row depends on its own input alone.
+    The share is that of single tokens only where a token's row depends on its own input alone, and a router that reads
+    something else than its input (images, token ids) has none.
     """
     tokens = routing.num_tokens
     if tokens == 0 or not routing.weight_N.requires_grad:
         return Metric("gradient_share", 0.0 if tokens else None, "share", n=tokens)
     weight_N = routing.weight_N.float()
     direction_N = torch.randn(len(weight_N), generator=torch.Generator().manual_seed(0)).to(weight_N.device)
-    (gradient_TH,) = torch.autograd.grad((direction_N * weight_N).sum(), x_TH, allow_unused=True)
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad((direction_N * weight_N).sum(), x_TH, allow_unused=True)
+    gradient_TH = gradients[0]
     if gradient_TH is None:
         return Metric("gradient_share", 0.0, "share", n=tokens)
     square_T = weight_N.new_zeros(tokens).index_add(0, routing.token_N, weight_N.detach().square())

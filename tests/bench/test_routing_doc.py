@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moebench.bench.routing_doc import Costs, costs_in, costs_of, defaults, needs, routing_page, tested_claims, words
+from moebench.bench.routing_doc import Costs, claims_of_tests, costs_in, costs_of, defaults, needs, routing_page, words
 from moebench.contracts import Descriptor, MoebenchError, Registry
 
 ROUTINGS = Registry.load().all("routing")
@@ -69,7 +69,7 @@ def test_claims_of_tests_are_numbers_in_order(tmp_path):
     folder = tmp_path / "moe" / "routers"
     folder.mkdir(parents=True)
     (folder / "test_graph.py").write_text("# R14, R2 and R14; not R29, XR3 or R\n")
-    assert tested_claims(tmp_path) == {"graph": ["R2", "R14"]}
+    assert claims_of_tests(tmp_path) == {"graph": ["R2", "R14"]}
 
 
 def test_claims_on_real_weights_are_linked():
