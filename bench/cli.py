@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, function = options.function.split(":")
     status = 0
     try:
-        status = getattr(importlib.import_module(f"moebench.bench.{module}"), function)(options)
+        status = int(getattr(importlib.import_module(f"moebench.bench.{module}"), function)(options))
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
