@@ -112,7 +112,7 @@ def simulated_lines(found: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def page(kept: Path) -> str:
-    """Return the page."""
+    """Return the page; ``notes.md`` says what else happened while the records were taken."""
     calls, facts = load_calls(kept), json.loads((kept / "host.json").read_text())
     host = facts["stable"]
     lines = [
@@ -128,6 +128,8 @@ def page(kept: Path) -> str:
         "## Called",
         "",
         *measured_lines(calls),
+        "",
+        *(kept / "notes.md").read_text(encoding="utf-8").splitlines(),
         "",
         "`mean:5%` is pytest-benchmark's rule, asv the one of `asv compare` (factor 1.1, Mann-Whitney p < 0.002); both",
         "got one launch of each side, one after the other, 1 s per case, right after every second call under the same",
