@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from ..contracts import MoebenchError
@@ -49,19 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options.settings = [*getattr(options, "settings", []), *rest]
     module, function = options.function.split(":")
+    status = 0
     try:
-        status: int = getattr(importlib.import_module(f"moebench.bench.{module}"), function)(options)
+        status = int(getattr(importlib.import_module(f"moebench.bench.{module}"), function)(options))
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return status
     except KeyboardInterrupt:
         print("moebench: interrupted; finished groups are kept, and the same command goes on.", file=sys.stderr)
         return 130
     except Exception as error:
         if not isinstance(error, MoebenchError) and type(error).__name__ not in ("ResultsError", "DatabaseBusyError"):
-            raise
+            traceback.print_exc()
+            print("moebench: this is a mistake of ours; please report it with the lines above.", file=sys.stderr)
+            return 2  # and not Python's 1, which says "regressed" or "a case failed"
         print(f"moebench: {error}", file=sys.stderr)
         return 2
 
@@ -128,9 +132,7 @@ def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
             f"--{side}-backend", metavar="NAME", help=f"{side} is a backend, of the sources that are here"
         )
     gate.add_argument("--target", metavar="MODULE:MAKE_TRIAL", action="append", help="a callable of your own sources")
-    gate.add_argument(
-        "--seconds", type=float, default=10.0, help="for turns of a case in the first 5 process pairs"
-    )
+    gate.add_argument("--seconds", type=float, default=10.0, help="for turns of a case in the first 5 process pairs")
     gate.add_argument("--max-seconds", type=float, default=30.0, help="the same where a case stays undecided")
     gate.add_argument("--budget", metavar="TIME", help="wall time of the whole gate, such as 8m; covers what it can")
     gate.add_argument("--margin", type=float, default=0.01, help="a slow-down above this is a regression")

@@ -42,6 +42,7 @@ class Channel:
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd, self._write_fd = read_fd, write_fd
         self._buffer = b""
+        self._closed = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(read_fd, selectors.EVENT_READ)
 
@@ -70,7 +71,10 @@ class Channel:
         return message
 
     def close(self) -> None:
-        """Close both pipes."""
+        """Close both pipes, once: a number that was closed may be another file's by now."""
+        if self._closed:
+            return
+        self._closed = True
         self._selector.close()
         for fd in (self._read_fd, self._write_fd):
             os.close(fd)

@@ -29,6 +29,9 @@ DROPPED = {
     **{"-k": 1, "-m": 1, "--deselect": 1, "--maxfail": 1, "--durations": 1, "--basetemp": 1, "--rootdir": 1},
     **{"--lf": 0, "--last-failed": 0, "--ff": 0, "--failed-first": 0, "--nf": 0, "--new-first": 0, "--sw": 0},
     **{"--stepwise": 0, "--pdb": 0, "--trace": 0, "--cov": 1, "-x": 0, "--exitfirst": 0, "--benchmark-only": 0},
+    **{"--benchmark-json": 1, "--benchmark-save": 1, "--benchmark-autosave": 0, "--benchmark-save-data": 0},
+    **{"--benchmark-compare": 1, "--benchmark-compare-fail": 1, "--benchmark-storage": 1, "--benchmark-histogram": 1},
+    **{"--benchmark-cprofile-dump": 1, "--log-file": 1, "--report-log": 1, "--html": 1},
 }
 """Options of this session that its trials do not get, and whether a value may follow: they choose other tests, write
 files, or are ours."""
@@ -200,7 +203,8 @@ class Watch:
         reporter = self.config.pluginmanager.getplugin("terminalreporter")
         if reporter is not None:
             reporter.write("\n")  # the line of dots is still open
-        status: int = load_attribute(PYTEST_GATE)(nodeids, refused, self.base, trial_arguments(self.config))
+        arguments = trial_arguments(self.config)
+        status: int = load_attribute(PYTEST_GATE)(nodeids, refused, self.root, self.base, arguments)
         return status
 
     def _refusals(self) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,11 @@ class RunFolder:
         """Mark the run as finished: the same command will now measure anew."""
         record = {**self.record, **fields, "finished_at": now().isoformat(), "status": "finished"}
         write_json_atomic(self.path / "run.json", record)
+
+    def discard(self) -> None:
+        """Remove the run where it has no part yet: nobody will go on with it."""
+        if not any(path.is_dir() for path in self.path.iterdir()):
+            shutil.rmtree(self.path)
 
     def close(self) -> None:
         """Let others work in the folder."""

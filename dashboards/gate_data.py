@@ -15,8 +15,9 @@ COMPARISONS = """
 SELECT kind, label, metric, clock, base_value, candidate_value, unit, ratio, lo, hi, verdict, pairs, turns, p, q,
        margin, asked, tau, detectable, reason, moved, base, candidate, base_case, case_key
 FROM comparisons WHERE run_id = $run_id AND kind IS NOT NULL
-ORDER BY list_position(['regressed', 'inconclusive', 'improved', 'equivalent'], verdict) NULLS FIRST,
-         list_position(['time', 'accuracy', 'metric'], kind) NULLS FIRST, label, metric, case_key
+ORDER BY list_position(['broken', 'regressed', 'missing', 'inconclusive', 'improved', 'equivalent'], verdict)
+         NULLS LAST,
+         list_position(['case', 'time', 'accuracy', 'metric'], kind) NULLS FIRST, label, metric, case_key
 """
 
 PAIRS = """
@@ -48,6 +49,11 @@ class Gate:
     def __bool__(self) -> bool:
         """Whether the run is a gate at all."""
         return bool(self.comparisons.rows)
+
+    @property
+    def judged(self) -> int:
+        """Number of quantities with a verdict."""
+        return sum(row["kind"] != "case" for row in self.comparisons.rows)
 
     @property
     def sides(self) -> tuple[str | None, str | None]:

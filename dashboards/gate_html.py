@@ -82,6 +82,8 @@ def _value(value: float | None, unit: str) -> str:
 
 def _effect(row: Mapping[str, Any]) -> str:
     """Return ratio or difference with its interval; a deterministic metric has neither, both values say all."""
+    if row["kind"] == "case":
+        return NOT_MEASURED
     if row["kind"] == "metric":
         return "exact" if row["base_value"] is not None and row["candidate_value"] is not None else NOT_MEASURED
     shown = effect_text(str(row["kind"]), row["ratio"], row["lo"], row["hi"])
@@ -89,7 +91,7 @@ def _effect(row: Mapping[str, Any]) -> str:
 
 
 def _both(row: Mapping[str, Any], names: tuple[str, str]) -> str:
-    if row["kind"] == "metric":
+    if row["kind"] in ("case", "metric"):
         return NOT_MEASURED
     return " / ".join(NOT_MEASURED if row[name] is None else _number(row[name]) for name in names)
 

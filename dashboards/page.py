@@ -198,7 +198,7 @@ def _subtitle(run: Run, cases: Sequence[Case], gate: Gate) -> str:
     when = f'<time datetime="{started:%Y-%m-%dT%H:%M:%SZ}">{started:%d %B %Y, %H:%M} UTC</time>' if started else ""
     state = "" if run.row["status"] in ("finished", None) else f"<b>{esc(run.row['status'])}</b>"
     counted = _counted(len(cases), "case") if cases or not gate else ""
-    judged = _counted(len(gate.comparisons.rows), "comparison") if gate else ""
+    judged = _counted(gate.judged, "comparison") if gate else ""
     return " · ".join(part for part in (when, counted, judged, state) if part)
 
 

@@ -324,6 +324,7 @@ def verdict_kind(verdict: object) -> str:
         "refuted": "wrong",
         "fails": "wrong",
         "regressed": "wrong",
+        "broken": "wrong",
     }.get(str(verdict), "plain")
 
 

@@ -47,7 +47,7 @@ TABLE_SUMMARIES = {
     "blobs": "Files beside the tables, such as what a worker printed; found by their sha256.",
     "claims": "One published claim and what `moebench papers` measured for it.",
     "comparisons": "What a gate found of one case (or of two backends): a time, a metric or an accuracy of both sides, "
-    "with its verdict.",
+    "with its verdict. A case without one has kind `case`, and its status in that place.",
     "turns": "All calls of one side of a gate's process pair; side is `base`, `again` (the base a second time) or "
     "`candidate`.",
 }

@@ -22,6 +22,9 @@ class Exit(IntEnum):
 DOUBTS = {"inconclusive": Exit.INCONCLUSIVE, "noisy": Exit.TOO_NOISY}
 """What ``--fail-on`` may name, and the exit status that it turns into a regression's."""
 
+DOUBTFUL = frozenset({"missing", "inputs differ"})
+"""Statuses of cases that one side has and nothing can be said of: as good as inconclusive."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -61,7 +64,11 @@ class Judged:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A case without a verdict: unknown to a side, other inputs, wrong on a side, crashed, left out of the budget."""
+    """A case without a verdict, or without one on its time.
+
+    ``status``: ``skipped`` (not in the base, or cannot run), ``missing`` (not in the candidate), ``inputs differ``,
+    ``cannot gate``, ``left out`` of the budget, ``broken`` (on the candidate's side alone), or what befell the base.
+    """
 
     label: str
     case_key: str
@@ -124,7 +131,8 @@ class GateResult:
             return Exit.REGRESSED
         if self.noise is not None and self.noise.too_noisy:
             return Exit.TOO_NOISY
-        if self.count(Verdict.INCONCLUSIVE) or not self.judged:
+        doubtful = any(one.status in DOUBTFUL for one in self.skipped)
+        if self.count(Verdict.INCONCLUSIVE) or doubtful or not self.judged:
             return Exit.INCONCLUSIVE
         return Exit.NOT_REGRESSED
 

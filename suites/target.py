@@ -28,9 +28,16 @@ class TargetSuite:
         try:
             factory = load_attribute(target)
         except ModuleNotFoundError as error:
+            if not _is_or_holds(error.name, target.partition(":")[0]):
+                raise
             raise MoebenchError(f"unknown target '{target}': {error}.") from error
         made = factory(*case.workload.get("arguments", ()))
         return TargetTrial(made, target)
+
+
+def _is_or_holds(missing: str | None, module: str) -> bool:
+    """Whether what is missing is the target's module or a package around it, and not something that it imports."""
+    return missing is not None and f"{module}.".startswith(f"{missing}.")
 
 
 class TargetTrial:

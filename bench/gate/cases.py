@@ -39,7 +39,7 @@ def target_cases(targets: Sequence[str], device: str = "cpu") -> Cases:
             raise MoebenchError(f"--target {target} names no object; write it as package.module:make_trial.")
         cases.append(target_case(target, device=device))
     paired = tuple(PairedCase(target, case, case) for target, case in zip(targets, cases, strict=True))
-    return Cases(_in_batches([(one, 0.0) for one in paired], float("inf")))
+    return Cases(in_batches(paired))
 
 
 def target_case(target: str, arguments: Sequence[Any] = (), device: str = "cpu") -> Case:
@@ -90,19 +90,22 @@ def backend_cases(config: RunConfig, registry: Registry, memory_bytes: float, ba
     found: dict[str, dict[str, Planned]] = {}
     for planned in _all(config.blocks, registry):
         key = replace(planned.case, backend=NONE, execution=type(planned.case.execution)(), environment={}).case_key
-        found.setdefault(key, {})[planned.case.backend.name] = planned
+        sides = found.setdefault(key, {})
+        if planned.case.backend.name in sides:
+            raise MoebenchError(f"backend {planned.case.backend.name} has several settings here; name one of them.")
+        sides[planned.case.backend.name] = planned
     runnable, refused = [], []
     for pair in found.values():
         if base not in pair or candidate not in pair:
             continue
-        sides = pair[base], pair[candidate]
-        name = _label(replace(sides[0].case, backend=NONE), registry)
-        paired = PairedCase(f"{name} {candidate}/{base}", sides[0].case, sides[1].case)
-        reason = next((one.refusal for one in sides if one.refusal is not None), None)
+        both = pair[base], pair[candidate]
+        name = _label(replace(both[0].case, backend=NONE), registry)
+        paired = PairedCase(f"{name} {candidate}/{base}", both[0].case, both[1].case)
+        reason = next((one.refusal for one in both if one.refusal is not None), None)
         if reason is not None:
             refused.append((paired, reason))
         else:
-            runnable.append((paired, sum(one.method_bytes + one.own_bytes for one in sides)))
+            runnable.append((paired, sum(one.method_bytes + one.own_bytes for one in both)))
     return Cases(_in_batches(runnable, memory_bytes / 3), tuple(refused))
 
 
@@ -113,6 +116,11 @@ def _all(blocks: Sequence[SuiteConfig], registry: Registry) -> Iterator[Planned]
             if planned.case.case_key not in seen:
                 seen.add(planned.case.case_key)
                 yield planned
+
+
+def in_batches(cases: Sequence[PairedCase]) -> tuple[tuple[PairedCase, ...], ...]:
+    """Split cases whose memory is not known into batches, in their order."""
+    return _in_batches([(one, 0.0) for one in cases], float("inf"))
 
 
 def _in_batches(cases: Sequence[tuple[PairedCase, float]], limit: float) -> tuple[tuple[PairedCase, ...], ...]:

@@ -21,7 +21,7 @@ from ..run import DEFAULT_CACHE_BYTES, record, split_plugins, warn
 from ..store import store_path
 from .cases import Cases, backend_cases, planned_cases, target_cases
 from .config import GateConfig, PairedCase
-from .measure import Measured, Measurement
+from .measure import LEFT_OUT, Measured, Measurement
 from .moved import moved
 from .outputs import deliver
 from .record import open_run, past_noise, write
@@ -39,6 +39,9 @@ def gate(options: argparse.Namespace) -> int:
     command = shlex.join(["moebench", *sys.argv[1:]])
     try:
         result = run_gate(sides_of(options), cases, settled, store, plugins, command, options.quiet)
+    except KeyboardInterrupt:
+        print("moebench: interrupted; nothing is kept, since a gate's sides must be taken together.", file=sys.stderr)
+        return 130
     finally:
         cleanup(cache_dir())
     deliver(result, options)
@@ -76,6 +79,9 @@ def run_gate(
             fail_on=tuple(settled.fail_on),
         )
         write(folder, result, measured)
+    except BaseException:
+        folder.discard()
+        raise
     finally:
         progress.close()
         folder.close()
@@ -101,7 +107,8 @@ def judged_of(cases: Cases, measured: Measured, tolerances: Mapping[str, Toleran
         for case in batch:
             time_of = measured.judged.get(case.key)
             members = [member for member in measured.members.get(case.key, ()) if member.alive]
-            if not members or case.key in measured.ended:
+            ended = measured.ended.get(case.key, ("", ""))[0]
+            if not members or ended not in ("", LEFT_OUT):
                 continue
             rows = [*([time_of] if time_of else []), *metric_rows(case, members[-1].members, tolerances)]
             regressed = any(one.verdict == Verdict.REGRESSED for one in rows)
@@ -172,7 +179,9 @@ def cases_of(options: argparse.Namespace, settings: Sequence[str], plugins: Sequ
     if options.target:
         if settings:
             raise MoebenchError(f"--target takes no settings such as {settings[0]}: it says itself what runs.")
-        return target_cases(options.target)
+        if options.base_backend or options.candidate_backend:
+            raise MoebenchError("--target runs your own code and no backend; leave --base-backend out of it.")
+        return target_cases(options.target, "cuda" if options.devices else "cpu")
     if bool(options.base_backend) != bool(options.candidate_backend):
         raise MoebenchError("two backends are compared by --base-backend NAME and --candidate-backend NAME together.")
     registry = Registry.load(plugins)

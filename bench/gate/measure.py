@@ -16,6 +16,9 @@ from .config import FEWEST_PAIRS, GateConfig, PairedCase
 from .pairs import PairedMember, ProcessPair
 from .sides import Side
 
+LEFT_OUT = "left out"
+"""Status of a case for whose times the budget had no room; its deterministic metrics may have been told already."""
+
 
 @dataclass
 class Measured:
@@ -72,7 +75,7 @@ class Measurement:
     def _leave_out(self, cases: Sequence[PairedCase]) -> None:
         for case in cases:
             reason = f"the budget of {self.config.budget:g} s was spent before it had {FEWEST_PAIRS} process pairs."
-            self.found.ended[case.key] = ("left out", reason)
+            self.found.ended[case.key] = (LEFT_OUT, reason)
 
     def _batch(self, batch: Sequence[PairedCase]) -> None:
         for case in batch:
@@ -128,18 +131,21 @@ class Measurement:
         if len(devices) < 2:
             self._share(cases, number, devices[0] if devices else None, None)
             return
-        cores = ring_cores(len(devices))
+        threads = max(case.base.threads for case in cases)
+        cores = ring_cores(len(devices) * threads)
         shares = [(device, [c for c in cases if _shard(c, len(devices)) == i]) for i, device in enumerate(devices)]
         errors: list[BaseException] = []
-        threads = [
-            threading.Thread(target=self._caught, args=(errors, share, number, device, [cores[i % len(cores)]]))
+        workers = [
+            threading.Thread(
+                target=self._caught, args=(errors, share, number, device, _own_cores(cores, i, threads)), daemon=True
+            )
             for i, (device, share) in enumerate(shares)
             if share
         ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
         if errors:
             raise errors[0]
 
@@ -172,6 +178,12 @@ class Measurement:
             self.found.judged.pop(key, None)
         else:
             self.found.turns[key].pairs.append(member.minima())
+
+
+def _own_cores(cores: Sequence[int], index: int, threads: int) -> list[int]:
+    """Return the cores of share ``index``: its own ones, or all where there are too few for that."""
+    own = list(cores[index * threads : (index + 1) * threads])
+    return own if len(own) == threads else list(cores)
 
 
 def _shard(case: PairedCase, count: int) -> int:

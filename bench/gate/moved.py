@@ -64,7 +64,7 @@ def _path(base: Member, candidate: Member) -> Iterator[str]:
 def _cost(base: Member, candidate: Member) -> Iterator[str]:
     one, other = base.cost or {}, candidate.cost or {}
     for name in one.keys() & other.keys():
-        if one[name] != other[name]:
+        if None not in (one[name], other[name]) and one[name] != other[name]:
             yield f"cost: {name} {one[name]:g} -> {other[name]:g}"
     if base.peak_rss and candidate.peak_rss and candidate.peak_rss > PHASE_FACTOR * base.peak_rss:
         yield f"memory: peak of the worker {base.peak_rss} -> {candidate.peak_rss} bytes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -11,14 +12,10 @@ from ...results.gate import GateResult
 
 
 def deliver(result: GateResult, options: argparse.Namespace) -> None:
-    """Print the table, and write the files that the options name."""
+    """Write the files that the options name, then print the table; a reader that is gone changes no verdict."""
     from ...dashboards.gate_export import gate_json, github_annotations, junit_xml, markdown
     from ...dashboards.gate_text import gate_table
 
-    if not options.quiet:
-        print(gate_table(result, color=sys.stdout.isatty()))
-    if options.github:
-        print(github_annotations(result))
     for name, render in (
         ("junit", junit_xml),
         ("markdown", markdown),
@@ -27,6 +24,14 @@ def deliver(result: GateResult, options: argparse.Namespace) -> None:
         target = getattr(options, name)
         if target:
             _write(Path(target), render(result), append=name == "markdown")
+    try:
+        if not options.quiet:
+            print(gate_table(result, color=sys.stdout.isatty()))
+        if options.github:
+            print(github_annotations(result))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write(path: Path, text: str, append: bool) -> None:

@@ -54,19 +54,20 @@ class PairedMember:
 
     def minima(self) -> dict[str, Minima]:
         """Return turn minima by clock and side; the clock to judge by comes first."""
-        clocks = clocks_of(self.members["base"])
+        clocks = clocks_of(self.members)
         return {clock: {side: turn_minima(self.members[side], clock) for side in SIDES} for clock in clocks}
 
 
-def clocks_of(member: Member) -> list[str]:
-    """Return the clocks of a member, the one to judge by first.
+def clocks_of(members: Mapping[str, Member]) -> list[str]:
+    """Return the clocks of the sides of a case, the one to judge by first.
 
-    A device's own clock where it has one; CPU time where one thread computes, since others cannot stretch it; else
-    wall.
+    A device's own clock where every side has one; CPU time where one thread computes, since others cannot stretch it;
+    else wall.
     """
-    if member.device_ns:
+    if all(len(member.device_ns) == len(member.wall_ns) > 0 for member in members.values()):
         return ["device", "wall"]
-    return ["cpu", "wall"] if member.case.threads == 1 and member.case.device == "cpu" else ["wall"]
+    on_one_thread = all(one.case.threads == 1 and one.case.device == "cpu" for one in members.values())
+    return ["cpu", "wall"] if on_one_thread else ["wall"]
 
 
 def turn_minima(member: Member, clock: str) -> list[int]:
@@ -276,14 +277,15 @@ def compare_sketches(
 def outcome(member: PairedMember) -> tuple[str, str]:
     """Return (status, reason) of a case that ended on a side: ``broken`` where only the candidate's ended.
 
-    A case that the base's or the candidate's sources do not know is skipped; so is one that fails on the base itself.
+    A case that the base's sources do not know is skipped; so is one that fails on the base itself. One that only the
+    candidate's do not know is ``missing``, which is a doubt: somebody may have taken it away with the bug in it.
     """
     for side, name in (("base", "base"), ("again", "base"), ("candidate", "candidate")):
         one = member.members[side]
         if one.alive:
             continue
         if one.status == Status.FAILED and one.reason.startswith("unknown "):
-            return "skipped", f"not in {name}: {one.reason}"
+            return "missing" if side == "candidate" else "skipped", f"not in {name}: {one.reason}"
         if side == "candidate":
             return "broken", f"{one.status} on the candidate's side alone: {one.reason}"
         return str(one.status), f"{one.status} on the base's side: {one.reason}"

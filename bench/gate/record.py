@@ -3,13 +3,15 @@ noise."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...contracts import make_key
 from ...results.database import ingest
-from ...results.gate import GateResult, Judged
+from ...results.errors import ResultsError
+from ...results.gate import GateResult, Judged, Noise, Skipped
 from ...results.parts import write_part
 from ..rundir import RunFolder
 from .measure import Measured
@@ -17,7 +19,7 @@ from .pairs import SIDES, PairedMember, clocks_of
 
 PAST_NOISE = """
     SELECT case_key, arg_max(hi - lo, started_at) FROM comparisons JOIN runs USING (run_id)
-    WHERE kind = 'time' AND lo IS NOT NULL GROUP BY case_key
+    WHERE kind = 'time' AND lo IS NOT NULL AND hi IS NOT NULL GROUP BY case_key
 """
 
 
@@ -38,9 +40,15 @@ def open_run(store: Path, identity: Sequence[str], facts: dict[str, Any]) -> Run
 
 
 def write(folder: RunFolder, result: GateResult, measured: Measured) -> None:
-    """Write comparisons and turns as one part, mark the run as finished, and bring the database up to date."""
+    """Write comparisons and turns as one part, mark the run as finished, and bring the database up to date.
+
+    A database that another process holds is told and waits: the part is what counts, and the verdict must be heard.
+    """
     tables = {
-        "comparisons": [comparison_row(result, one) for one in result.judged],
+        "comparisons": [
+            *(comparison_row(result, one, measured.noise) for one in result.judged),
+            *(skipped_row(result, one) for one in result.skipped),
+        ],
         "turns": [
             row
             for members in measured.members.values()
@@ -52,12 +60,30 @@ def write(folder: RunFolder, result: GateResult, measured: Measured) -> None:
     name = make_key([result.run_id, "gate"])
     write_part(folder.path, name, tables, manifest={"gate": {"base": result.base, "candidate": result.candidate}})
     folder.finish()
-    ingest(folder.store)
+    try:
+        ingest(folder.store)
+    except ResultsError as error:
+        print(f"moebench: the database is not up to date yet: {error}", file=sys.stderr)
 
 
-def comparison_row(result: GateResult, one: Judged) -> dict[str, Any]:
-    """Return the row of table ``comparisons``."""
-    noise = result.noise if one.kind == "time" else None
+def skipped_row(result: GateResult, one: Skipped) -> dict[str, Any]:
+    """Return the row of a case without a verdict: its status stands in the place of one."""
+    return {
+        "run_id": result.run_id,
+        "case_key": one.case_key,
+        "kind": "case",
+        "metric": "",
+        "label": one.label,
+        "verdict": one.status,
+        "reason": one.reason,
+        "base": result.base,
+        "candidate": result.candidate,
+    }
+
+
+def comparison_row(result: GateResult, one: Judged, noises: Mapping[str, Noise]) -> dict[str, Any]:
+    """Return the row of table ``comparisons``; ``noises`` has the noise of each clock."""
+    noise = noises.get(one.clock) if one.kind == "time" else None
     names = ("kind", "metric", "label", "base_value", "candidate_value", "unit", "ratio", "lo", "hi", "p", "q")
     return {
         **{name: getattr(one, name) for name in (*names, "pairs", "turns", "margin", "asked")},
@@ -78,9 +104,10 @@ def comparison_row(result: GateResult, one: Judged) -> dict[str, Any]:
 def turn_rows(run_id: str, member: PairedMember, number: int) -> list[dict[str, Any]]:
     """Return the rows of table ``turns`` of one case in one process pair."""
     rows = []
+    clocks = clocks_of(member.members)
     for side in SIDES:
         one = member.members[side]
-        for clock in clocks_of(one):
+        for clock in clocks:
             ns = getattr(one, f"{clock}_ns")
             rows.append(
                 {

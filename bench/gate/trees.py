@@ -7,6 +7,7 @@ Who uses a tree holds a shared lock on it until his process ends, so that nobody
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -40,7 +41,9 @@ def git(folder: Path, *arguments: str) -> str:
     command = ["git", "--no-optional-locks", "-c", "core.hooksPath=/dev/null", "-C", str(folder), *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in MISLEADING}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="surrogateescape", check=True, env=environment
+        )
     except FileNotFoundError:
         raise MoebenchError("git is not installed; install it, or compare wheels or environments instead.") from None
     return done.stdout
@@ -92,6 +95,16 @@ def committed_tree(root: Path, sha: str, cache: Path) -> Path:
 
 def uncommitted_tree(root: Path, cache: Path) -> tuple[Path, str]:
     """Return a copy of the work tree (tracked files and others that are not ignored) and its version."""
+    try:
+        return _copied(root, cache)
+    except OSError as error:
+        raise MoebenchError(
+            f"the work tree {root} cannot be copied ({error}); make every file readable that git does not ignore, and "
+            "change none meanwhile."
+        ) from error
+
+
+def _copied(root: Path, cache: Path) -> tuple[Path, str]:
     sha = commit(root, "HEAD")
     if not git(root, "status", "--porcelain", "--untracked-files=all", *NO_STORE).strip():
         return committed_tree(root, sha, cache), sha
@@ -125,12 +138,13 @@ def cleanup(cache: Path) -> None:
 
 
 def _forget(parent: Path) -> None:
-    trees = list(parent.glob("*/.git"))
-    repositories = [_repository(mark.parent) for mark in trees]
-    shutil.rmtree(parent, ignore_errors=True)
-    for repository in repositories:
+    """Remove what a version left; of its worktree git forgets this one alone, since others may only be unmounted."""
+    for mark in parent.glob("*/.git"):
+        repository = _repository(mark.parent)
         if repository is not None:
-            git(repository, "worktree", "prune")
+            with contextlib.suppress(subprocess.CalledProcessError):
+                git(repository, "worktree", "remove", "--force", str(mark.parent))
+    shutil.rmtree(parent, ignore_errors=True)
 
 
 def _repository(tree: Path) -> Path | None:
@@ -165,7 +179,6 @@ def _add_worktree(root: Path, sha: str, tree: Path) -> None:
     shutil.rmtree(tree, ignore_errors=True)
     tree.parent.mkdir(parents=True, exist_ok=True)
     try:
-        git(root, "worktree", "prune")
         git(root, "worktree", "add", "--quiet", "--detach", "--force", str(tree), sha)
     except subprocess.CalledProcessError as error:
         last = _complaint(error)
@@ -192,7 +205,7 @@ def _digest(root: Path, files: list[str]) -> str:
     digest = hashlib.sha256()
     for name in files:
         path = root / name
-        content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+        content = os.fsencode(os.readlink(path)) if path.is_symlink() else path.read_bytes()
         digest.update(f"{name}\0{path.is_symlink()}\0{len(content)}\0".encode(errors="surrogateescape"))
         digest.update(content)
     return digest.hexdigest()[:HASH_DIGITS]

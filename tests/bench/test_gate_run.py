@@ -31,6 +31,7 @@ def faster(): return work(60, 0.0)
 def wrong(): return work(20)
 def crashes(): return work(20)
 def silent(): return work(20)
+def gone(): return work(20)
 '''
 
 AFTER = (
@@ -39,6 +40,7 @@ AFTER = (
     .replace("def wrong(): return work(20)", "def wrong(): return work(20, 1.01)")
     .replace("def crashes(): return work(20)", "def crashes(): import os; os.kill(os.getpid(), 11)")
     .replace("def silent(): return work(20)", "def silent(): run = work(20); return lambda: (run(), None)[1]")
+    .replace("def gone(): return work(20)", "")
     + """
 def slow(repetitions):
     run = work(repetitions)
@@ -48,7 +50,7 @@ def new(): return work(20)
 """
 )
 
-TARGETS = ("same", "slower", "faster", "wrong", "crashes", "silent", "new")
+TARGETS = ("same", "slower", "faster", "wrong", "crashes", "silent", "new", "gone")
 
 
 def git(folder, *arguments):
@@ -104,6 +106,7 @@ def test_each_kernel_gets_its_own_answer(gated):
     assert skipped["crashes"][0] == "broken"
     assert "SIGSEGV" in skipped["crashes"][1]
     assert skipped["silent"][0] == "cannot gate"
+    assert skipped["gone"][0] == "missing"
     assert skipped["new"][0] == "skipped"
     assert skipped["new"][1].startswith("not in base")
 
@@ -147,6 +150,36 @@ def test_what_machines_and_people_read(gated):
     assert "their_kernels:slower" in out
 
 
+def test_what_has_no_verdict_is_kept_too(gated, query):
+    found = query(
+        gated[0] / "store", "SELECT label, verdict, reason FROM comparisons WHERE kind = 'case'", database=True
+    )
+    statuses = {label.split(":")[1]: status for label, status, _ in found}
+    assert statuses == {
+        "wrong": "broken", "crashes": "broken", "silent": "cannot gate", "new": "skipped", "gone": "missing"
+    }  # fmt: skip
+    assert all(reason for *_, reason in found)
+
+
+def test_a_side_that_cannot_start_is_told_in_one_sentence(tmp_path):
+    repository = tmp_path / "ours"
+    for text in ("", "x ="):
+        (repository / "bench").mkdir(parents=True, exist_ok=True)
+        for name in ("contracts.py", "__init__.py", "bench/__init__.py"):
+            (repository / name).write_text("")
+        (repository / "bench" / "worker.py").write_text(text)
+        if not text:
+            git(repository, "init", "-q")
+        git(repository, "add", "-A")
+        git(repository, "commit", "-qm", "a change")
+    code, _, err = run_gate(repository, tmp_path, "--base", "HEAD~1", targets=("same",))
+    last = err.strip().splitlines()[-1]
+    assert (code, "Traceback" in err) == (2, False), err
+    assert last.startswith("moebench: side HEAD~1")
+    assert "could not start" in last
+    assert not list((tmp_path / "store" / "runs").iterdir()), "a gate that never began is no run"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -157,6 +190,7 @@ def test_what_machines_and_people_read(gated):
         (("--base", "HEAD~1", "--budget", "soon"), "8m"),
         (("--base", "HEAD~1", "--margin", "0.2"), "margin < detect"),
         (("--base", "HEAD~1", "suite=selftest"), "takes no settings"),
+        (("--base-backend", "eager", "--candidate-backend", "grouped"), "no backend"),
         (("--base", "HEAD~1", "--metric-margin", "flop=0.1"), "'flop' is not gated"),
         (("--base", "HEAD~1", "--metric-margin", "bytes"), "bytes=0.02"),
     ],

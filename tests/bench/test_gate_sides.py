@@ -148,6 +148,25 @@ def test_cleanup_leaves_what_another_process_uses(tmp_path):
     assert len(git(repo, "worktree", "list").splitlines()) == 1
 
 
+def test_cleanup_leaves_the_users_own_worktrees(tmp_path):
+    """One whose folder is absent may lie on a disk that is only not mounted."""
+    repo, _ = repository(tmp_path, OURS)
+    git(repo, "worktree", "add", "--quiet", "--detach", str(tmp_path / "theirs"))
+    (tmp_path / "theirs").rename(tmp_path / "unmounted")
+    revision_side(repo, "HEAD", tmp_path / "cache")
+    cleanup(tmp_path / "cache")
+    (tmp_path / "unmounted").rename(tmp_path / "theirs")
+    assert len(git(repo, "worktree", "list").splitlines()) == 2
+    assert git(tmp_path / "theirs", "status", "--porcelain") == ""
+
+
+def test_a_name_that_is_no_utf8(tmp_path):
+    repo, _ = repository(tmp_path, OURS)
+    (repo / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    side = revision_side(repo, ".", tmp_path / "cache")
+    assert (side.cwd / "moebench" / os.fsdecode(b"caf\xe9.txt")).read_text() == "x"
+
+
 def test_two_gates_at_once_make_one_tree(tmp_path):
     repo, _ = repository(tmp_path, OURS)
     code = (

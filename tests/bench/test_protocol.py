@@ -32,6 +32,17 @@ def ends():
             continue
 
 
+def test_a_channel_is_closed_once(ends):
+    """The second time the numbers of its descriptors may be those of somebody else's files."""
+    channel, *_ = ends
+    channel.close()
+    others = os.pipe()
+    channel.close()
+    assert all(os.fstat(number) for number in others)
+    for number in others:
+        os.close(number)
+
+
 def test_a_message_is_one_line(ends):
     channel, theirs_in, _ = ends
     channel.send({"op": "hello", "text": "two\nlines"})

@@ -92,7 +92,7 @@ import pathlib
 import moebench.bench.gate.from_pytest
 
 def ask(*arguments):  # a name that begins with pytest_ would be a hook
-    pathlib.Path("asked.json").write_text(json.dumps(arguments))
+    pathlib.Path("asked.json").write_text(json.dumps(arguments, default=str))
     return 3
 
 moebench.bench.gate.from_pytest.pytest_gate = ask
@@ -392,11 +392,11 @@ def test_a_gate_is_asked_for_what_can_be_gated(project):
     chosen = ("-k", "not wrong and not raises", "-p", "fake_gate")
     done = session(project, "--moebench-gate", "HEAD", *chosen, "test_them.py", PYTHONPATH=str(project))
     assert done.returncode == 3, done.stdout + done.stderr
-    nodeids, refused, base, arguments = json.loads((project / "asked.json").read_text())
+    nodeids, refused, root, base, arguments = json.loads((project / "asked.json").read_text())
     assert nodeids == [
         f"test_them.py::{name}" for name in ("test_read[1]", "test_read[3]", "test_big[big]", "test_pedantic")
     ]
-    assert base == "HEAD"
+    assert (root, base) == (str(project), "HEAD")
     assert arguments == [*FAST, "-p", "fake_gate"]
     reasons = {name.partition("::")[2]: reason for name, reason in refused.items()}
     assert set(reasons) == {f"test_{name}" for name in ("caught", "setup", "nothing", "generator", "unused", "skipped")}
@@ -439,6 +439,7 @@ def test_what_cannot_be_called_again_is_refused(use, words):
 
 def test_a_trial_gets_the_options_that_are_not_about_this_session():
     words = "tests/a.py -p x -k tests/a.py --cov src -x --maxfail=1 --cov --device=cpu --junitxml x.xml -m fast -o a=b"
+    words += " --benchmark-json=/b.json --benchmark-autosave --log-file log.txt"
     parameters = SimpleNamespace(args=[*words.split(), "--moebench-gate", "HEAD~1", "-vv"])
     config = SimpleNamespace(invocation_params=parameters, getoption=lambda name: ["tests/a.py"])
     assert trial_arguments(config) == ["-p", "x", "--device=cpu", "-o", "a=b", "-vv"]
