@@ -62,7 +62,7 @@ def _section(cases: Sequence[Case]) -> tuple[str, list[tuple[str, str, str, str]
     row = cases[0].row
     layers = f"layer {row['layers']}" if row["layers"] else ""
     tokens = "" if row["tokens"] is None else f"T={row['tokens']}"
-    shared = (row["suite"], row["model"], layers, row["traffic"], tokens, row["dtype"], row["residency"])
+    shared = (cases[0].axes["suite"], row["model"], layers, row["traffic"], tokens, row["dtype"], row["residency"])
     title = " · ".join(clean(str(part)) for part in shared if part not in ("", "none", None))
     named = labels([{name: case.axes[name] for name in IN_GROUP} for case in cases], IN_GROUP)
     return title, [_line(case, f"  {label}") for case, label in zip(cases, named, strict=True)]

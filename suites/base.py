@@ -238,6 +238,8 @@ class _Planner:
 
     def _execution(self, case: Case, spec: LayerSpec) -> tuple[Execution | Refusal, Evidence]:
         """Ask the backend how it would run the layer; one that cannot even be asked costs its own cases alone."""
+        if self.kind.backend_free:
+            return Execution(), Evidence.MEASURED_CPU
         try:
             return self._asked(case, spec)
         except Exception as error:

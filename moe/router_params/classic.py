@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ...contracts import Descriptor, Selection
 from ..shapes import ModelShape
@@ -80,6 +80,8 @@ class ExpertChoice(AnyNumber):
     ``k`` is the mean number of experts per token; p is softmax over experts. ``per`` says among which tokens an expert
     chooses: the whole batch, or each segment. Either way later tokens decide about earlier ones: not for decoding.
     """
+
+    pipeline: ClassVar[bool] = True
 
     k: int = 2
     per: Literal["batch", "segment"] = "batch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...contracts import Descriptor
 from ..shapes import ModelShape
@@ -17,6 +18,8 @@ class TopP(AnyNumber):
     ``renormalize`` makes their weights sum to one, as in BlockFFN's comparison; otherwise they are the probabilities,
     as in the code released with the paper. Its p is 0.4; losses ``switch`` and ``entropy`` go with it.
     """
+
+    pipeline: ClassVar[bool] = True
 
     p: float = 0.4
     renormalize: bool = True

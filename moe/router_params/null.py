@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...contracts import Descriptor, Selection
 from ..shapes import ModelShape
@@ -18,6 +19,8 @@ class AdaMoE:
 
     Its balance loss counts the nulls as one bucket (``switch`` with ``bucket`` and ``slots``).
     """
+
+    pipeline: ClassVar[bool] = True
 
     k: int = 4
     null: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...contracts import Descriptor
 from .dynamic import AnyNumber
@@ -15,6 +16,8 @@ class BlockFFN(AnyNumber):
     ``epsilon`` is added to the mean square. Half of the experts are active at the start; losses ``cls`` and
     ``locality`` make them few. The paper's experts are two-layer SiLU FFNs without a gate.
     """
+
+    pipeline: ClassVar[bool] = True
 
     epsilon: float = 1e-5
 
@@ -30,6 +33,8 @@ class ReMoE(AnyNumber):
     Half of the experts are active at the start; loss ``l1``, whose coefficient ``controllers.lambda_step`` moves,
     brings them down to k.
     """
+
+    pipeline: ClassVar[bool] = True
 
 
 DESCRIPTORS = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ...contracts import Descriptor
 from ..schedules import Schedule
@@ -23,6 +23,8 @@ class DenseToSparse(AnyNumber):
     g is made. The released code takes the best expert with its softmax weight in every inference; here that is
     ``weight`` ``softmax`` at progress 1, where an inference stands by default.
     """
+
+    pipeline: ClassVar[bool] = True
 
     start: float = 1.0
     end: float = 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ...contracts import Descriptor, Selection
 from ..shapes import ModelShape
@@ -21,6 +21,8 @@ class AdaMoEVLA:
     The released code without an adapter looks up the k weights by expert id, the wrong axis; for top-k without an
     adapter use routing ``olmoe`` and its k.
     """
+
+    pipeline: ClassVar[bool] = True
 
     k: int = 1
     adapter: Literal["add", "concat"] = "add"
