@@ -134,7 +134,7 @@ def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     gate.add_argument("--target", metavar="MODULE:MAKE_TRIAL", action="append", help="a callable of your own sources")
     gate.add_argument("--seconds", type=float, default=10.0, help="for turns of a case in the first 5 process pairs")
     gate.add_argument("--max-seconds", type=float, default=30.0, help="the same where a case stays undecided")
-    gate.add_argument("--budget", metavar="TIME", help="wall time of the whole gate, such as 8m; covers what it can")
+    gate.add_argument("--budget", metavar="TIME", help="wall time of measuring, such as 8m; covers what it can")
     gate.add_argument("--margin", type=float, default=0.01, help="a slow-down above this is a regression")
     gate.add_argument("--detect", type=float, default=0.05, help="a slow-down that must be excluded to pass")
     gate.add_argument(

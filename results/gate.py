@@ -22,8 +22,8 @@ class Exit(IntEnum):
 DOUBTS = {"inconclusive": Exit.INCONCLUSIVE, "noisy": Exit.TOO_NOISY}
 """What ``--fail-on`` may name, and the exit status that it turns into a regression's."""
 
-DOUBTFUL = frozenset({"missing", "inputs differ"})
-"""Statuses of cases that one side has and nothing can be said of: as good as inconclusive."""
+UNCOMPARED = frozenset({"missing", "inputs differ"})
+"""Statuses of cases of the base that the candidate did not run alike: as good as inconclusive."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class GateResult:
             return Exit.REGRESSED
         if self.noise is not None and self.noise.too_noisy:
             return Exit.TOO_NOISY
-        doubtful = any(one.status in DOUBTFUL for one in self.skipped)
-        if self.count(Verdict.INCONCLUSIVE) or doubtful or not self.judged:
+        uncompared = any(one.status in UNCOMPARED for one in self.skipped)
+        if self.count(Verdict.INCONCLUSIVE) or uncompared or not self.judged:
             return Exit.INCONCLUSIVE
         return Exit.NOT_REGRESSED
 

@@ -19,6 +19,12 @@ def records(report):
     return importlib.import_module("records")
 
 
+def test_calls_of_two_machines_are_never_mixed(report, tmp_path):
+    (tmp_path / "host.json").write_text('{"host_key": "another"}')
+    with pytest.raises(SystemExit, match="another machine"):
+        importlib.import_module("collect").collect(tmp_path, 1, 0.0)
+
+
 def test_the_page_is_made_of_the_records(report, records):
     assert report.PAGE.read_text(encoding="utf-8") == report.page(records.KEPT)
 

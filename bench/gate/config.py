@@ -25,9 +25,9 @@ class GateConfig:
     ``seconds``: what the turns of a case may take over the first five process pairs: timed and untimed calls, checks,
     on all three sides. Starting workers and warming up come on top.
     ``max_seconds``: the same where a case stays undecided and gets five more pairs, once or twice. ``budget``: wall
-    time of the whole gate. ``margin`` and ``detect`` are fractions: a slow-down above ``margin`` is a regression, one
-    of ``detect`` must be excluded for "not regressed". ``metric_margins`` are fractions by which a deterministic metric
-    may move, by its name.
+    time of measuring; a process pair that began is finished. ``margin`` and ``detect`` are fractions: a slow-down above
+    ``margin`` is a regression, one of ``detect`` must be excluded for "not regressed". ``metric_margins`` are fractions
+    by which a deterministic metric may move, by its name.
     """
 
     seconds: float = 10.0

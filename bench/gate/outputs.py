@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import sys
 from pathlib import Path
 
@@ -24,14 +24,11 @@ def deliver(result: GateResult, options: argparse.Namespace) -> None:
         target = getattr(options, name)
         if target:
             _write(Path(target), render(result), append=name == "markdown")
-    try:
+    with contextlib.suppress(BrokenPipeError):
         if not options.quiet:
             print(gate_table(result, color=sys.stdout.isatty()))
         if options.github:
             print(github_annotations(result))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write(path: Path, text: str, append: bool) -> None:

@@ -17,8 +17,8 @@ def paired_difference(base: ArrayLike, candidate: ArrayLike, level: float = 0.95
 
     Student's t over the differences, with two items added that differ by the largest difference either way: for right
     and wrong answers this is the adjusted Wald interval of Bonett & Price (2012), which keeps its level where few items
-    differ, or none. Fewer than 10 items give no bounds; not
-    claimed for a few dozen differences that are strongly skewed (90.5 % for 20 lognormal ones).
+    differ, or none. Fewer than 10 items give no bounds; not claimed for a few dozen differences that are strongly
+    skewed (90.5 % for 20 lognormal ones).
     """
     base_N, candidate_N = floats(base), floats(candidate)
     if len(base_N) != len(candidate_N):

@@ -9,6 +9,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from moebench.dashboards.page import render
+from moebench.results.database import connect_parts
 from moebench.results.gate import Exit
 
 BEFORE = '''
@@ -159,6 +161,10 @@ def test_what_has_no_verdict_is_kept_too(gated, query):
         "wrong": "broken", "crashes": "broken", "silent": "cannot gate", "new": "skipped", "gone": "missing"
     }  # fmt: skip
     assert all(reason for *_, reason in found)
+    with connect_parts(gated[0] / "store") as connection:
+        html = render(connection, None, "store")
+    assert '<span class="verdict wrong">broken</span>' in html
+    assert '<span class="verdict plain">missing</span>' in html
 
 
 def test_a_side_that_cannot_start_is_told_in_one_sentence(tmp_path):

@@ -113,8 +113,13 @@ def collect(folder: Path, calls: int, minutes: float) -> None:
     """Make all calls that the folder does not hold, as far as the minutes reach."""
     deadline = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
+    facts = host.host_facts()
+    kept = folder / "host.json"
+    if not kept.exists():
+        write_json_atomic(kept, facts)
+    elif json.loads(kept.read_text())["host_key"] != facts["host_key"]:
+        raise SystemExit(f"{folder} holds calls of another machine; name an empty folder with MOEBENCH_SELFTEST.")
     units = calibrate.units(folder / "calibration.json", 5.0)
-    write_json_atomic(folder / "host.json", host.host_facts())
     for number in range(calls):
         for percent, busy in CELLS:
             target = folder / f"call-{percent}-{'busy' if busy else 'idle'}-{number:02d}.json"
