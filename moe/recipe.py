@@ -18,6 +18,7 @@ from .quantization import stack, unstack
 from .router import Router
 from .routing import Context
 from .shapes import ModelShape
+from .stand_ins import StandIns, alone
 
 
 class Stage(NamedTuple):
@@ -100,7 +101,8 @@ def prepare_layer(
         )
         store, parent = _quantized(recipe.quantization, store, {"parent": parent, "dtype": str(dtype)}, cache)
         x_TH = calibration_TH.to(dtype).float()
-        ctx = Context(layer=int(identity.get("layer", 0)), experts=store)
+        fields = StandIns(len(x_TH), store.num_experts, recipe.routing.params, seed)
+        ctx = alone(fields, bundle.router, int(identity.get("layer", 0)), store)
         store = _sparsified(recipe, store, bundle.router, x_TH, ctx, parent, cache)
     return PreparedLayer(store, bundle.router, weights.shared)
 

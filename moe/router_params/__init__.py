@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .capped import DESCRIPTORS as CAPPED
 from .classic import DESCRIPTORS as CLASSIC
 from .environment import DESCRIPTORS as ENVIRONMENT
 from .graph import DESCRIPTORS as GRAPH
@@ -22,6 +23,7 @@ from .vla import DESCRIPTORS as VLA
 
 DESCRIPTORS = [
     *CLASSIC,
+    *CAPPED,
     *NULL,
     *VLA,
     *POSITIVE,

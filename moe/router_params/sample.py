@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...contracts import Descriptor
 from .ffn_only import OneExpert
@@ -16,6 +17,8 @@ class AdvMoE(OneExpert):
     through to the score of the selected expert; the released code computes all experts and so reaches the scores of
     the others as well.
     """
+
+    beyond_text: ClassVar[str] = "features"
 
     blocks: int = 3
 
