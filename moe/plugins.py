@@ -109,7 +109,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Switch(TopK):
-    """Switch: top-1 of softmax, weight not renormalised (Fedus et al. 2021)."""
+    """Switch (arXiv 2101.03961): top-1 of softmax, weight not renormalised."""
 
     k: int | None = 1
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
@@ -119,7 +119,7 @@ class Switch(TopK):
 
 @dataclass(frozen=True)
 class Mixtral(TopK):
-    """Mixtral: top-2 of softmax, renormalised over the selected (= softmax of the selected logits)."""
+    """Mixtral (arXiv 2401.04088): top-2 of softmax, renormalised over the selected (= softmax of the selected logits)."""
 
     k: int | None = 2
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
@@ -129,7 +129,7 @@ class Mixtral(TopK):
 
 @dataclass(frozen=True)
 class Olmoe(TopK):
-    """OLMoE: top-8 of softmax, not renormalised."""
+    """OLMoE (arXiv 2409.02060): top-8 of softmax, not renormalised."""
 
     k: int | None = 8
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
@@ -139,7 +139,10 @@ class Olmoe(TopK):
 
 @dataclass(frozen=True)
 class Qwen3(TopK):
-    """Qwen3-MoE: top-8 of softmax; released checkpoints renormalise, the configuration's default does not."""
+    """Qwen3-MoE (arXiv 2505.09388): top-8 of softmax, renormalised.
+
+    Released checkpoints renormalise, the default of transformers' configuration does not.
+    """
 
     k: int | None = 8
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
@@ -149,7 +152,7 @@ class Qwen3(TopK):
 
 @dataclass(frozen=True)
 class DeepSeekV3:
-    """DeepSeek-V3: sigmoid scores, group-limited top-k of score + bias, weights renormalised and scaled.
+    """DeepSeek-V3 (arXiv 2412.19437): sigmoid scores, top-k of score + bias in the best groups, renormalised, scaled.
 
     A group's score is the sum of its two best. ``update_rate`` is the step of the bias after each batch (aux-free
     balancing); the bias never enters the weights.
