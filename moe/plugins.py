@@ -119,7 +119,7 @@ class Switch(TopK):
 
 @dataclass(frozen=True)
 class Mixtral(TopK):
-    """Mixtral (arXiv 2401.04088): top-2 of softmax, renormalised over the selected (= softmax of the selected logits)."""
+    """Mixtral (arXiv 2401.04088): top-2 of softmax, renormalised (= softmax of the selected logits)."""
 
     k: int | None = 2
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
