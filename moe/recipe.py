@@ -19,6 +19,9 @@ from .router import Router
 from .routing import Context
 from .shapes import ModelShape
 
+SHARED_TENSORS = ("gate_up", "down", "gate_H", "mix_2H")
+"""The tensors of a SharedExpert; the last two may be None."""
+
 
 class Stage(NamedTuple):
     """One step of a recipe: a plug-in and its checked parameters."""
@@ -102,7 +105,7 @@ def prepare_layer(
         x_TH = calibration_TH.to(dtype).float()
         ctx = Context(layer=int(identity.get("layer", 0)), experts=store)
         store = _sparsified(recipe, store, bundle.router, x_TH, ctx, parent, cache)
-    return PreparedLayer(store, bundle.router, weights.shared)
+    return PreparedLayer(store, bundle.router, weights.shared or _rounded_shared(bundle.shared, dtype))
 
 
 def root_key(
@@ -122,11 +125,15 @@ def root_key(
 
 def rounded(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     """Return the weights of the experts, shared ones included, in ``dtype``; the router keeps its own."""
-    shared = weights.shared
-    if shared is not None:
-        gate_H = None if shared.gate_H is None else shared.gate_H.to(dtype)
-        shared = replace(shared, gate_up=shared.gate_up.to(dtype), down=shared.down.to(dtype), gate_H=gate_H)
+    shared = _rounded_shared(weights.shared, dtype)
     return replace(weights, gate_up=weights.gate_up.to(dtype), down=weights.down.to(dtype), shared=shared)
+
+
+def _rounded_shared(shared: SharedExpert | None, dtype: torch.dtype) -> SharedExpert | None:
+    if shared is None:
+        return None
+    tensors = {name: tensor for name in SHARED_TENSORS if (tensor := getattr(shared, name)) is not None}
+    return replace(shared, **{name: tensor.to(dtype) for name, tensor in tensors.items()})
 
 
 def _constants(constants: Constants, dtype: torch.dtype) -> Constants:
@@ -191,8 +198,8 @@ def weights_artefact(weights: LayerWeights) -> Artefact:
     named = {name: getattr(weights, name) for name in ("gate_up", "down", "router_EH", "router_bias_E")}
     meta: dict[str, Any] = {"activation": weights.activation, "gated": weights.gated}
     if weights.shared is not None:
-        named |= {f"shared.{name}": getattr(weights.shared, name) for name in ("gate_up", "down", "gate_H")}
-        meta["shared_activation"] = weights.shared.activation
+        named |= {f"shared.{name}": getattr(weights.shared, name) for name in SHARED_TENSORS}
+        meta["shared"] = {"activation": weights.shared.activation, "gated": weights.shared.gated}
     return Artefact({name: tensor for name, tensor in named.items() if tensor is not None}, meta)
 
 
@@ -200,10 +207,10 @@ def weights_of(artefact: Artefact) -> LayerWeights:
     """Return the LayerWeights of ``weights_artefact``."""
     values: dict[str, Any] = {name: t for name, t in artefact.tensors.items() if not name.startswith("shared.")}
     values |= artefact.meta
-    activation = values.pop("shared_activation", None)
-    if activation is not None:
+    shared = values.pop("shared", None)
+    if shared is not None:
         parts = {name.removeprefix("shared."): t for name, t in artefact.tensors.items() if name.startswith("shared.")}
-        values["shared"] = SharedExpert(parts["gate_up"], parts["down"], parts.get("gate_H"), activation)
+        values["shared"] = SharedExpert(**parts, **shared)
     return LayerWeights(**values)
 
 
