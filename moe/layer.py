@@ -7,7 +7,7 @@ C constant experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +54,12 @@ class SharedExpert:
     def __post_init__(self) -> None:
         if self.gate_H is not None and self.mix_2H is not None:
             raise ValueError("a shared expert is gated by gate_H or mixed in by mix_2H; give one of them.")
+
+    def to(self, dtype: torch.dtype) -> SharedExpert:
+        """Return the same with its tensors in ``dtype``."""
+        gate_H = None if self.gate_H is None else self.gate_H.to(dtype)
+        mix_2H = None if self.mix_2H is None else self.mix_2H.to(dtype)
+        return replace(self, gate_up=self.gate_up.to(dtype), down=self.down.to(dtype), gate_H=gate_H, mix_2H=mix_2H)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Return what is added to the routed sum, y_TH in the dtype of ``x_TH``."""

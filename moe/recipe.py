@@ -105,7 +105,8 @@ def prepare_layer(
         x_TH = calibration_TH.to(dtype).float()
         ctx = Context(layer=int(identity.get("layer", 0)), experts=store)
         store = _sparsified(recipe, store, bundle.router, x_TH, ctx, parent, cache)
-    return PreparedLayer(store, bundle.router, weights.shared or _rounded_shared(bundle.shared, dtype))
+    scheme = None if bundle.shared is None else bundle.shared.to(dtype)
+    return PreparedLayer(store, bundle.router, weights.shared or scheme)
 
 
 def root_key(
@@ -125,15 +126,8 @@ def root_key(
 
 def rounded(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     """Return the weights of the experts, shared ones included, in ``dtype``; the router keeps its own."""
-    shared = _rounded_shared(weights.shared, dtype)
+    shared = None if weights.shared is None else weights.shared.to(dtype)
     return replace(weights, gate_up=weights.gate_up.to(dtype), down=weights.down.to(dtype), shared=shared)
-
-
-def _rounded_shared(shared: SharedExpert | None, dtype: torch.dtype) -> SharedExpert | None:
-    if shared is None:
-        return None
-    tensors = {name: tensor for name in SHARED_TENSORS if (tensor := getattr(shared, name)) is not None}
-    return replace(shared, **{name: tensor.to(dtype) for name, tensor in tensors.items()})
 
 
 def _constants(constants: Constants, dtype: torch.dtype) -> Constants:
@@ -209,7 +203,7 @@ def weights_of(artefact: Artefact) -> LayerWeights:
     values |= artefact.meta
     shared = values.pop("shared", None)
     if shared is not None:
-        parts = {name.removeprefix("shared."): t for name, t in artefact.tensors.items() if name.startswith("shared.")}
+        parts: dict[str, Any] = {name: artefact.tensors.get(f"shared.{name}") for name in SHARED_TENSORS}
         values["shared"] = SharedExpert(**parts, **shared)
     return LayerWeights(**values)
 

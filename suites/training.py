@@ -85,9 +85,8 @@ class TrainingTrial(LayerTrial):
 
 def _shared_gradients(shared: SharedExpert, x_TH: Tensor, routed_TH: Tensor, grad_TH: Tensor) -> tuple[Tensor, Tensor]:
     """Return the float64 gradients through the frozen shared expert: of x, and of the sum of the routed experts."""
-    tensors = {name: getattr(shared, name) for name in ("gate_up", "down", "gate_H", "mix_2H")}
-    exact = {name: None if t is None else t.to(x_TH.dtype).double() for name, t in tensors.items()}
+    exact = shared.to(x_TH.dtype).to(torch.float64)
     leaves = [t.detach().double().requires_grad_() for t in (x_TH, routed_TH)]
-    y_TH = replace(shared, **exact).added_to(leaves[1], leaves[0])
+    y_TH = exact.added_to(leaves[1], leaves[0])
     beside_TH, through_TH = torch.autograd.grad(y_TH, leaves, grad_TH.double())
     return beside_TH, through_TH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .classic import DESCRIPTORS as CLASSIC
+from .dcmoe import DESCRIPTORS as DCMOE
 from .environment import DESCRIPTORS as ENVIRONMENT
 from .graph import DESCRIPTORS as GRAPH
 from .lookup import DESCRIPTORS as LOOKUP
@@ -26,6 +27,7 @@ DESCRIPTORS = [
     *VLA,
     *POSITIVE,
     *NUCLEUS,
+    *DCMOE,
     *TEMPERATURE,
     *SMOOTHSTEP,
     *PRESETS,
