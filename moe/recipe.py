@@ -94,7 +94,7 @@ def prepare_layer(
         weights = rounded(weights, dtype)
         bundle = recipe.routing.create()(weights, shape, seed)
         store = ExpertStore(
-            weights.gate_up,
+            weights.gate_up if bundle.input_scale == 1.0 else weights.gate_up * bundle.input_scale,
             weights.down,
             bundle.kinds,
             weights.activation,

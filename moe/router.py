@@ -48,13 +48,15 @@ class Router(nn.Module):
 class RouterBundle:
     """What a routing factory hands over: the router, the kind of every expert id, and the constant experts.
 
-    ``shared`` is what the scheme keeps always on, for a layer that has no shared expert of its own.
+    ``shared`` is what the scheme keeps always on, for a layer that has no shared expert of its own. FFN experts read
+    ``input_scale`` times their input, which ``prepare_layer`` makes part of their weights.
     """
 
     router: Router
     kinds: tuple[str, ...]
     constants: Constants | None = None
     shared: SharedExpert | None = None
+    input_scale: float = 1.0
 
 
 # --- scorers: (x_TH, ctx) -> logits_TE -------------------------------------------------------------------------------
