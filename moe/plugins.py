@@ -190,6 +190,10 @@ class MoEPlusPlus:
 
     ``residual`` adds W_g times the scores of the MoE layer before. ``scorer`` is one linear map (the paper's text) or
     the released code's Linear(H, 8E) - tanh - Linear(8E, E). ``tau`` is the balance between FFN and other experts.
+
+    Two options do what the released code does besides: ``released_inputs`` multiplies what every expert reads by ``k``
+    (there unless ``moe_feature_no_mul_topk``), and ``unit_logits`` divides the logits of a token by their standard
+    deviation before the softmax; the residual carries them as they were.
     """
 
     k: int = 2
@@ -200,6 +204,8 @@ class MoEPlusPlus:
     scorer: Literal["linear", "mlp"] = "linear"
     tau: float = 0.75
     scale: float = 1.0
+    released_inputs: bool = False
+    unit_logits: bool = False
 
     def selection(self, shape: ModelShape) -> Selection | None:
         """Return None: the gating residual keeps the router outside a fused kernel."""

@@ -18,7 +18,7 @@ from .experts import Constants
 from .routing import Context, Routing
 
 if TYPE_CHECKING:
-    from .layer import LayerWeights
+    from .layer import LayerWeights, SharedExpert
     from .shapes import ModelShape
 
 EPSILON = 1e-20
@@ -49,11 +49,17 @@ class Router(nn.Module):
 
 @dataclass(frozen=True)
 class RouterBundle:
-    """What a routing factory hands over: the router, the kind of every expert id, and the constant experts."""
+    """What a routing factory hands over: the router, the kind of every expert id, and the constant experts.
+
+    ``shared`` is what the scheme keeps always on, for a layer that has no shared expert of its own. FFN experts read
+    ``input_scale`` times their input, which ``prepare_layer`` makes part of their weights.
+    """
 
     router: Router
     kinds: tuple[str, ...]
     constants: Constants | None = None
+    shared: SharedExpert | None = None
+    input_scale: float = 1.0
 
 
 # --- scorers: (x_TH, ctx) -> logits_TE -------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ class LayerTrial:
         with torch.no_grad():
             next(self.executors)(x_TH, *self.inputs[place], out_TH=out_TH)
             if self.subject.layer.shared is not None:
-                out_TH += self.subject.layer.shared(x_TH)
+                self.subject.layer.shared.add_to_(out_TH, x_TH)
         return out_TH
 
     def verify(self, step: int, output: Tensor) -> Check:

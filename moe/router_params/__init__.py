@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .capped import DESCRIPTORS as CAPPED
 from .classic import DESCRIPTORS as CLASSIC
+from .dcmoe import DESCRIPTORS as DCMOE
 from .environment import DESCRIPTORS as ENVIRONMENT
 from .graph import DESCRIPTORS as GRAPH
 from .lookup import DESCRIPTORS as LOOKUP
@@ -28,6 +29,7 @@ DESCRIPTORS = [
     *VLA,
     *POSITIVE,
     *NUCLEUS,
+    *DCMOE,
     *TEMPERATURE,
     *SMOOTHSTEP,
     *PRESETS,

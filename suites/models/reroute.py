@@ -3,7 +3,7 @@
 A transformers MoE block asks its gate for (logits, weights, indices) and hands them to its experts. Within the block
 the gate's ``forward`` is ours; its module, parameters and hooks stay, so that the model records our router logits, and
 on exit it is the model that it was, bit for bit. Experts without weights (copy, constant) are folded: what they give is
-added to the output of the others.
+added to the output of the others. Shared experts are the model's own, with or without: a scheme's are not added.
 
 Our routers score in float32. Where a model scores in less (OLMoE, Mixtral, Qwen3-MoE in bfloat16), its own rule in our
 hands may choose differently near a tie; in float32 logits are equal.
@@ -146,6 +146,10 @@ class _Layer:
             experts.gate_up_proj, experts.down_proj, self.gate.weight, bias_E, activation=store.activation
         )
         self.bundle = factory(weights, shape, seed)
+        if self.bundle.input_scale != 1.0:
+            raise MoebenchError(
+                "this routing scales the inputs of experts, whose weights reroute leaves; turn that off."
+            )
         self.bundle.router.to(experts.down_proj.device)
         self.store = replace(store, kinds=self.bundle.kinds, constants=self.bundle.constants)
         self.fold = Fold(self.store) if set(self.bundle.kinds) != {"ffn"} else None

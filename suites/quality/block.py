@@ -50,7 +50,7 @@ class MoEBlock(nn.Module):
         routing = layer.router(x_TH, self._context(len(x_TH)))
         y_TH: Tensor = self.executor(x_TH, *boundary_inputs(spec.boundary, routing, spec), out_TH=None)
         if layer.shared is not None:
-            y_TH = y_TH + layer.shared(x_TH)
+            y_TH = layer.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
         self.calls.append(Call(self, x_TH, routing, y_TH))
         return y_TH.to(x_BTH.dtype).view_as(x_BTH)
 
