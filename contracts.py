@@ -538,7 +538,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a trial knows besides its times."""
+    """What a trial knows besides its times; ``notes["reason"]`` is kept as the row's reason though all is well."""
 
     metrics: tuple[Metric, ...] = ()
     series: tuple[Series, ...] = ()

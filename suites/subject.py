@@ -87,7 +87,7 @@ def make_batch(case: Case, registry: Registry, subject: Subject, step: int) -> B
     index = case.layers[0]
     x_TH = traffic.hidden(subject.source, index, case.tokens, step, case.seed).to(DTYPES[case.dtype])
     if traffic.forced:
-        routing = traffic.routing(case.tokens, subject.spec.experts, subject.spec.max_k, step, case.seed)
+        routing = traffic.routing(case.tokens, subject.spec.experts, subject.spec.max_k, step, case.seed, layer=index)
     else:
         with torch.no_grad():
             routing = subject.layer.router(x_TH, Context(layer=index, experts=subject.layer.store))
