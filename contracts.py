@@ -281,6 +281,7 @@ def load_file(path: str | Path) -> types.ModuleType:
 BUILTIN_PLUGINS = (
     "moebench.moe.plugins",
     "moebench.moe.router_params",
+    "moebench.moe.transforms.params",
     "moebench.backends.plugins",
     "moebench.suites.plugins",
     "moebench.suites.routing_plugins",
