@@ -281,6 +281,7 @@ def load_file(path: str | Path) -> types.ModuleType:
 BUILTIN_PLUGINS = (
     "moebench.moe.plugins",
     "moebench.moe.router_params",
+    "moebench.moe.transforms.params",
     "moebench.backends.plugins",
     "moebench.suites.plugins",
     "moebench.suites.routing_plugins",
@@ -538,7 +539,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a trial knows besides its times."""
+    """What a trial knows besides its times; ``notes["reason"]`` is kept as the row's reason though all is well."""
 
     metrics: tuple[Metric, ...] = ()
     series: tuple[Series, ...] = ()

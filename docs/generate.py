@@ -61,7 +61,7 @@ COLUMN_NOTES = {
     "protocol": "`timed`, or `once` for evaluations, which have no latency",
     "base": "how the weights were stored before us, such as Q4_1",
     "evidence": "what kind of thing the numbers are",
-    "reason": "one sentence wherever the status is not ok",
+    "reason": "one sentence wherever the status is not ok; on an ok row what one must know of it, if anything",
     "flags": "doubts about an ok row",
     "weights": "what the plan said: dense, packed or dequantized",
     "sparse": "what the plan said: none, skip or mask",

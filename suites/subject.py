@@ -88,7 +88,7 @@ def make_batch(case: Case, registry: Registry, subject: Subject, step: int) -> B
     index = case.layers[0]
     x_TH = traffic.hidden(subject.source, index, case.tokens, step, case.seed).to(DTYPES[case.dtype])
     if traffic.forced:
-        routing = traffic.routing(case.tokens, subject.spec.experts, subject.spec.max_k, step, case.seed)
+        routing = traffic.routing(case.tokens, subject.spec.experts, subject.spec.max_k, step, case.seed, layer=index)
     else:
         with torch.no_grad():
             layer, params = subject.layer, registry.params("routing", case.routing)
