@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .attention import DESCRIPTORS as ATTENTION
 from .classic import DESCRIPTORS as CLASSIC
 from .environment import DESCRIPTORS as ENVIRONMENT
+from .gather import DESCRIPTORS as GATHER
 from .graph import DESCRIPTORS as GRAPH
 from .lookup import DESCRIPTORS as LOOKUP
 from .modality import DESCRIPTORS as MODALITY
@@ -15,6 +17,7 @@ from .positive import DESCRIPTORS as POSITIVE
 from .pregate import DESCRIPTORS as PREGATE
 from .presets import DESCRIPTORS as PRESETS
 from .sample import DESCRIPTORS as SAMPLE
+from .slices import DESCRIPTORS as SLICES
 from .smoothstep import DESCRIPTORS as SMOOTHSTEP
 from .task import DESCRIPTORS as TASK
 from .temperature import DESCRIPTORS as TEMPERATURE
@@ -38,4 +41,7 @@ DESCRIPTORS = [
     *ENVIRONMENT,
     *SAMPLE,
     *MOFME,
+    *GATHER,
+    *SLICES,
+    *ATTENTION,
 ]
