@@ -50,6 +50,10 @@ KINDS = (*NAMED_AXES, "suite")
 EXPERT_KINDS = ("ffn", "zero", "copy", "constant", "sequence", "gather")
 """What an expert id may stand for; a backend refuses the kinds it does not know."""
 
+OWNERS = ("ffn", "gather", "sequence")
+"""The kinds whose experts own weights in a store: FFNs, FFNs so many and so narrow that their rows are gathered, and
+causal attentions, for which the tokens of one call are one sequence."""
+
 
 class MoebenchError(Exception):
     """A mistake of the user or of the machine, told in one sentence that names the remedy."""
@@ -401,8 +405,9 @@ class Selection:
 class LayerSpec:
     """Everything a backend must know of a layer before it sees a tensor.
 
-    ``kinds`` has one entry per expert id; ``schemes`` one per FFN expert, in the order of their ids. ``tokens`` is how
-    many a call will have at most, None where that is not known.
+    ``kinds`` has one entry per expert id; ``schemes`` one per expert that owns weights, in the order of their ids.
+    ``tokens`` is how many a call will have at most, None where that is not known. ``heads`` is that of experts that are
+    attentions, whose queries are ``width`` wide; 0 for any other layer.
     """
 
     hidden: int
@@ -418,6 +423,7 @@ class LayerSpec:
     backward: bool = False
     max_k: int = 1
     tokens: int | None = None
+    heads: int = 0
 
     @property
     def experts(self) -> int:
@@ -425,9 +431,14 @@ class LayerSpec:
         return len(self.kinds)
 
     @property
+    def matrices(self) -> int:
+        """How many matrices of hidden x width an expert owns: query, key, value, output; or gate, up, down."""
+        return 4 if self.heads else 3 if self.gated else 2
+
+    @property
     def ffn_experts(self) -> int:
         """Number of experts that own weights."""
-        return sum(kind == "ffn" for kind in self.kinds)
+        return sum(kind in OWNERS for kind in self.kinds)
 
     @property
     def scheme(self) -> Scheme | None:

@@ -17,6 +17,7 @@ from typing import Literal
 
 from ..contracts import Descriptor, Scheme, Selection, SparsitySpec
 from .shapes import ModelShape
+from .structure_params import Attentions, Neurons
 
 # --- structure -------------------------------------------------------------------------------------------------------
 
@@ -295,6 +296,16 @@ class Teal:
 DESCRIPTORS = [
     Descriptor("structure", "none", "the model's own experts", "moebench.moe.structure:keep", Keep),
     Descriptor("structure", "split", "dense FFN cut into experts by channel", "moebench.moe.structure:split", Split),
+    Descriptor(
+        "structure", "neurons", "every channel an expert of width 1", "moebench.moe.expert_structures:neurons", Neurons
+    ),
+    Descriptor(
+        "structure",
+        "attention",
+        "attentions in the place of the FFNs",
+        "moebench.moe.expert_structures:attentions",
+        Attentions,
+    ),
     Descriptor("routing", "topk", "the model's own top-k, or as given", "moebench.moe.routers.topk:build", TopK),
     Descriptor("routing", "switch", "Switch top-1", "moebench.moe.routers.topk:build", Switch),
     Descriptor("routing", "mixtral", "Mixtral top-2, renormalised", "moebench.moe.routers.topk:build", Mixtral),

@@ -101,6 +101,7 @@ def prepare_layer(
             weights.activation,
             weights.gated,
             None if bundle.constants is None else _constants(bundle.constants, dtype),
+            heads=weights.heads,
         )
         store, parent = _quantized(recipe.quantization, store, {"parent": parent, "dtype": str(dtype)}, cache)
         x_TH = calibration_TH.to(dtype).float()
@@ -192,7 +193,7 @@ def _sparsified(
 def weights_artefact(weights: LayerWeights) -> Artefact:
     """Return all tensors of ``weights`` by name, and what else it says."""
     named = {name: getattr(weights, name) for name in ("gate_up", "down", "router_EH", "router_bias_E")}
-    meta: dict[str, Any] = {"activation": weights.activation, "gated": weights.gated}
+    meta: dict[str, Any] = {"activation": weights.activation, "gated": weights.gated, "heads": weights.heads}
     if weights.shared is not None:
         named |= {f"shared.{name}": getattr(weights.shared, name) for name in SHARED_TENSORS}
         meta["shared"] = {"activation": weights.shared.activation, "gated": weights.shared.gated}

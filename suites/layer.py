@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..contracts import Case, Check, Cost, Facts, Metric, Registry, Series, make_key
+from ..contracts import Case, Check, Cost, Facts, LayerSpec, Metric, Registry, Series, make_key
 from ..moe.experts import ExpertStore
 from ..moe.fold import Folded, fold_store
 from ..moe.metrics import load_series, routing_metrics
@@ -160,26 +160,36 @@ def _exchanged(buffer: Tensor, new: Tensor) -> Tensor:
 
 
 def expert_bytes(subject: Subject, case: Case) -> float:
-    """Return the bytes of one FFN expert as the case's backend reads it."""
+    """Return the bytes of one expert that owns weights, as the case's backend reads it."""
     store, spec = subject.layer.store, subject.spec
     if case.execution.weights == "packed":
         return store.nbytes / max(1, len(store.ffn_ids))
-    return float((3 if spec.gated else 2) * spec.hidden * spec.width * DTYPES[case.dtype].itemsize)
+    return float(spec.matrices * spec.hidden * spec.width * DTYPES[case.dtype].itemsize)
+
+
+def attention_flops(batch: Batch, spec: LayerSpec) -> float:
+    """Return the flops of scores and of values mixed by them, of causal attentions over one sequence; 0 without any."""
+    if not spec.heads:
+        return 0.0
+    return 4.0 * spec.width * float((batch.routing.token_N + 1).sum())
 
 
 def layer_cost(subject: Subject, batch: Batch, case: Case) -> Cost:
-    """Return the least work of a layer: 2 flops per weight and assignment; each touched expert's bytes once."""
+    """Return the least work of a layer: 2 flops per weight and assignment; each touched expert's bytes once.
+
+    An attention also meets the tokens up to each of its own, with a product for the score and one for the value.
+    """
     store, spec = subject.layer.store, subject.spec
     ffn_ids = list(store.ffn_ids)
     counts = batch.routing.counts_E[ffn_ids]
     distinct, assigned = int((counts > 0).sum()), int(counts.sum())
-    per_expert = (3 if spec.gated else 2) * spec.hidden * spec.width
+    per_expert = spec.matrices * spec.hidden * spec.width
     element = batch.x_TH.element_size()
     shared = subject.layer.shared
     shared_size = 0 if shared is None else shared.gate_up.numel() + shared.down.numel()
     moved = distinct * expert_bytes(subject, case) + shared_size * element + 2 * batch.x_TH.nbytes
     return Cost(
-        flops=2.0 * (assigned * per_expert + case.tokens * shared_size),
+        flops=2.0 * (assigned * per_expert + case.tokens * shared_size) + attention_flops(batch, spec),
         bytes=float(moved),
         distinct_experts=distinct,
         assignments=int(batch.routing.counts_E.sum()),
