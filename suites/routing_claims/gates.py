@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...moe.balance.rows import given
 from ...moe.routing import Context
@@ -53,7 +53,8 @@ def pde_residual(scene: Scene, routing: str, activation: str | None = None) -> f
     """
     shape = layer_shape(experts=200, hidden=4)
     params = {} if activation is None else {"activation": activation}
-    scorer: nn.Module = scene.router(routing, shape, scene.normal(200, 4, name="rows"), params).router.scorer.double()  # type: ignore[union-attr, assignment, operator]
+    router = scene.router(routing, shape, scene.normal(200, 4, name="rows"), params).router
+    scorer = router.get_submodule("scorer").double()
     rows_EH = next(parameter for parameter in scorer.parameters() if parameter.dim() == 2)
     tau_E = torch.full((200,), 0.7, dtype=torch.float64, requires_grad=True)
     logits_TE: Tensor = scorer(scene.normal(1, 4, name="token"), Context())

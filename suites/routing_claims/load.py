@@ -5,6 +5,8 @@ Shape letters: T tokens, H hidden, E expert ids, V token ids.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ...moe.capacity import CapacityRule, with_capacity
@@ -41,10 +43,8 @@ def hash_free(scene: Scene) -> Outcome:
     """Count the flops of a Hash layer's router."""
     x_TH = scene.normal(256, 32)
     ctx = Context(token_ids_T=torch.randint(65_536, (256,), generator=scene.rng()))
-    flops = [
-        counted_flops(lambda router=router: router(x_TH, ctx))  # type: ignore[misc]
-        for router in (scene.router(name, layer_shape()).router for name in ("hash", "switch"))
-    ]
+    routers = (scene.router(name, layer_shape()).router for name in ("hash", "switch"))
+    flops = [counted_flops(partial(router, x_TH, ctx)) for router in routers]
     return Outcome(float(flops[0]), 0.0, flops[1] == 2 * 256 * 32 * 16, "flops are not counted as 2 T H E")
 
 
@@ -78,7 +78,7 @@ def zcode_rts(scene: Scene) -> Outcome:
     asked = bundle.router(x_TH, Context())
     halves = {}
     for policy in ("random", "position"):
-        cut = with_capacity(bundle, CapacityRule(1.0, policy=policy)).router  # type: ignore[arg-type]
+        cut = with_capacity(bundle, CapacityRule(1.0, policy=policy)).router
         halves[policy] = drop_metrics(asked, cut(x_TH, Context(rng=scene.rng())), parts=2)[1].values
     by_chance, by_position = halves["random"], halves["position"]
     figures = {"position_first_half": by_position[0], "position_second_half": by_position[1]}

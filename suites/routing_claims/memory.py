@@ -44,7 +44,7 @@ def peer_sublinear(scene: Scene) -> Outcome:
     """Compare the growth of the retrieval's flops from 32^2 to 128^2 experts with that of the experts, 16."""
     x_TH = scene.normal(128, 64)
     routers = [product_keys(scene, side) for side in (32, 128)]
-    flops = [counted_flops(lambda router=router: router(x_TH, Context())) for router in routers]  # type: ignore[misc]
+    flops = [counted_flops(partial(router, x_TH, Context())) for router in routers]
     sound = routers[1].experts == 16 * routers[0].experts and flops[0] > 0
     figures = {"flops_at_1024": float(flops[0]), "flops_at_16384": float(flops[1])}
     return Outcome(flops[1] / flops[0], 16.0, sound, "the experts did not grow by 16", figures)

@@ -37,6 +37,14 @@ def run_slices(dense: LayerWeights, router: Router, routing: Routing, x_TH: torc
     return moe_forward(PreparedLayer(store, router), x_TH, routing=routing)
 
 
+def attention(scene: Scene, which: str) -> Attention:
+    """Return an attention of 4 heads."""
+    query, key, value, output = (
+        scene.normal(HIDDEN, HIDDEN, std=HIDDEN**-0.5, name=f"{which}.{part}") for part in "qkvo"
+    )
+    return Attention(query, key, value, output, heads=4)
+
+
 @torch.no_grad()
 def uoe_dense(scene: Scene) -> Outcome:
     """Compare the slices of an MLP, every token to each of them at weight 1, with the MLP."""
@@ -75,8 +83,7 @@ def mohd_dense(scene: Scene) -> Outcome:
 @torch.no_grad()
 def bam_dense(scene: Scene) -> Outcome:
     """Compare a mixture of identical attentions, keys and values shared or not, with one of them."""
-    matrices = [scene.normal(HIDDEN, HIDDEN, std=HIDDEN**-0.5, name=name) for name in ("q", "k", "v", "o", "q2", "v2")]
-    one, other = Attention(*matrices[:4], 4), Attention(matrices[4], matrices[1], matrices[5], matrices[3], 4)
+    one, other = (attention(scene, which) for which in ("one", "other"))
     x_TH, ctx = scene.normal(TOKENS, HIDDEN), in_sequences()
     gate_EH = scene.normal(4, HIDDEN, name="gate")
     wanted_TH = attend(x_TH, one, ctx.segment_T)

@@ -68,15 +68,15 @@ def _certain(load_E: Tensor) -> Routing:
 
 @torch.no_grad()
 def gshard_priority(scene: Scene) -> Outcome:
-    """Count second choices that an expert keeps although it drops a first choice."""
+    """Count second choices that an expert keeps although it drops a first choice, at half the capacity of k T / E."""
     bundle = scene.router("gshard", layer_shape())
     routing = bundle.router(scene.normal(2048, 32), Context())
-    kept_N = kept_entries(routing, limit(routing, bundle.kinds, CapacityRule(1.0, k=2, first_choices=True)))
+    kept_N = kept_entries(routing, limit(routing, bundle.kinds, CapacityRule(0.5, k=2, first_choices=True)))
     second_N = choices(routing) == 1
     lost_first_E = torch.zeros(routing.num_experts, dtype=torch.bool)
     lost_first_E[routing.expert_N[~kept_N & ~second_N]] = True
     wrong = int((kept_N & second_N & lost_first_E[routing.expert_N]).sum())
-    in_order = kept_entries(routing, limit(routing, bundle.kinds, CapacityRule(1.0, k=2)))
+    in_order = kept_entries(routing, limit(routing, bundle.kinds, CapacityRule(0.5, k=2)))
     figures = {"first_choices_lost": float((~kept_N & ~second_N).sum())}
     sound = bool(lost_first_E.any()) and not torch.equal(in_order, kept_N)
     return Outcome(float(wrong), 0.0, sound, "no first choice was dropped, so nothing was tested", figures)
@@ -132,7 +132,7 @@ def deepseek_apart(scene: Scene) -> Outcome:
     """Compare weights under a random bias with those that the scores of the selected experts give without it."""
     router, x_TH = scene.router("deepseek_v3", layer_shape(experts=64)).router, scene.normal(512, 32)
     unbiased_TK = router(x_TH, Context()).padded()[0]
-    router.selector.get_buffer("bias_E").copy_(scene.normal(64, std=0.3, name="bias"))  # type: ignore[union-attr]
+    router.get_buffer("selector.bias_E").copy_(scene.normal(64, std=0.3, name="bias"))
     routing = router(x_TH, Context())
     indices_TK, weights_TK = routing.padded()
     score_TK = logits_of(routing).sigmoid().gather(1, indices_TK)
