@@ -47,7 +47,7 @@ def evomoe_one(scene: Scene) -> Outcome:
 
 
 def pde_residual(scene: Scene, routing: str, activation: str | None = None) -> float:
-    """Return the largest |du/dtau + a . du/da / tau| over the largest |du/dtau|, u = exp(z / tau), in float64.
+    """Return the largest of |du/dtau + a . du/da / tau| / |du/dtau| over the experts, u = exp(z / tau), in float64.
 
     z are the logits of the registered gate for one token of 4 channels, a its rows, one for each of 200 experts.
     """
@@ -60,7 +60,7 @@ def pde_residual(scene: Scene, routing: str, activation: str | None = None) -> f
     logits_TE: Tensor = scorer(scene.normal(1, 4, name="token"), Context())
     slope_E, a_EH = torch.autograd.grad((logits_TE[0] / tau_E).exp().sum(), [tau_E, rows_EH])
     residual_E = slope_E + (a_EH * rows_EH).sum(1).detach() / 0.7
-    return float(residual_E.abs().max() / slope_E.abs().max())
+    return float((residual_E.abs() / slope_E.abs().clamp(min=torch.finfo(torch.float64).tiny)).max())
 
 
 def temperature_tied(scene: Scene) -> Outcome:

@@ -61,10 +61,11 @@ def uoe_dense(scene: Scene) -> Outcome:
 def uoe_attention(scene: Scene) -> Outcome:
     """Compare the (query, key) pairs of heads that take half of each sequence with a quarter of all pairs."""
     ctx, x_TH = in_sequences(), scene.normal(TOKENS, HIDDEN)
-    routing = DataSelection(scene.normal(SLICES, HIDDEN, name="gate"), SLICES // 2, 0.5)(x_TH, ctx)
-    wanted = SLICES * SEQUENCES * LENGTH**2 / 4
-    loads = routing.counts_E.float().mean() / TOKENS
-    return Outcome(float(attention_pairs(routing, ctx.segment_T)), wanted, bool(loads > 0.3), "heads are nearly empty")
+    gate_EH, wanted = scene.normal(SLICES, HIDDEN, name="gate"), SLICES * SEQUENCES * LENGTH**2 / 4
+    released, weighted = (DataSelection(gate_EH, SLICES // 2, 0.5, weighted)(x_TH, ctx) for weighted in (False, True))
+    pairs, fewer = (float(attention_pairs(routing, ctx.segment_T)) for routing in (released, weighted))
+    half = bool((released.counts_E == TOKENS // 2).all())
+    return Outcome(pairs, wanted, half, "heads do not take half of the tokens", {"pairs_without_zero_gates": fewer})
 
 
 @torch.no_grad()
