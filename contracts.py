@@ -289,6 +289,7 @@ BUILTIN_PLUGINS = (
     "moebench.backends.plugins",
     "moebench.suites.plugins",
     "moebench.suites.routing_plugins",
+    "moebench.suites.claims_plugins",
     "moebench.suites.traffic_params",
 )
 """Our own plug-ins go through the same door as everybody else's."""
