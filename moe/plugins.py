@@ -13,7 +13,7 @@ Each raises ValueError with one sentence where the combination is impossible.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..contracts import Descriptor, Scheme, Selection, SparsitySpec
 from .shapes import ModelShape
@@ -188,6 +188,8 @@ class MoEPlusPlus:
     ``residual`` adds W_g times the scores of the MoE layer before. ``scorer`` is one linear map (the paper's text) or
     the released code's Linear(H, 8E) - tanh - Linear(8E, E). ``tau`` is the balance between FFN and other experts.
     """
+
+    pipeline: ClassVar[bool] = True
 
     k: int = 2
     zero: int = 1
