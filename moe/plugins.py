@@ -13,7 +13,7 @@ Each raises ValueError with one sentence where the combination is impossible.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..contracts import Descriptor, Scheme, Selection, SparsitySpec
 from .shapes import ModelShape
@@ -196,6 +196,8 @@ class MoEPlusPlus:
     (there unless ``moe_feature_no_mul_topk``), and ``unit_logits`` divides the logits of a token by their standard
     deviation before the softmax; the residual carries them as they were.
     """
+
+    pipeline: ClassVar[bool] = True
 
     k: int = 2
     zero: int = 1
