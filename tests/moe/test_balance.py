@@ -445,7 +445,7 @@ def test_chunks_and_neighbours_stay_within_a_segment_and_in_order(segments, leng
 
 
 def test_cls_is_the_expected_union_of_a_chunk():
-    """R9 (BlockFFN): 0.80 of 40 experts for chunks of 64 tokens, as (1 - 1/40) ** 64 says, and the simulated union is the same."""
+    """R9 (BlockFFN): 0.80 of 40 experts for chunks of 64 tokens, as (1 - 1/40) ** 64 and the simulated union say."""
     generator = torch.Generator().manual_seed(17)
     q_TE = torch.randn(1024, 40, generator=generator).relu()
     q_TE = q_TE / q_TE.sum(1, keepdim=True)

@@ -204,7 +204,7 @@ def test_a_core_of_rank_one_and_positive_scores_are_searched_exactly(side, k, ra
 
 
 def test_tucker_recall_by_regime():
-    """R13 (UltraMem): near rank one and U(0, 1) cores are safe with positive scores; C = I is not, and signed scores never are.
+    """R13 (UltraMem): near rank one and U(0, 1) cores are safe with positive scores; C = I is not, signed scores never.
 
     Measured here with S = 128, k = 16: 1.0, 1.0, .54 and .5; routing.md has 1.0, .998, .515 and .49 for sizes unsaid.
     """
