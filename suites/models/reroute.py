@@ -179,7 +179,10 @@ class _Layer:
         weights = LayerWeights(
             experts.gate_up_proj, experts.down_proj, self.gate.weight, bias_E, activation=store.activation
         )
-        self.bundle = factory(weights, shape, seed)
+        try:
+            self.bundle = factory(weights, shape, seed)
+        except ValueError as error:
+            raise MoebenchError(f"layer {index} of this model cannot be routed so: {error}") from error
         if self.bundle.input_scale != 1.0:
             raise MoebenchError(
                 "this routing scales the inputs of experts, whose weights reroute leaves; turn that off."
