@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..contracts import Descriptor, MoebenchError, Selection, plain
+from ..contracts import Descriptor, MoebenchError, Registry, Selection, plain
 from ..dashboards import units
 from ..dashboards.data import HOSTS, MINIMA, Case, Run, load_cases, load_runs
 from ..dashboards.query import ask, parse_json
@@ -114,13 +114,26 @@ def needs(descriptor: Descriptor) -> str:
 
     from ..moe.layer import LayerWeights
 
-    shape = ModelShape(64, 32, 16, 2, (0, 1), Selection("softmax", 2, True))
-    weights = LayerWeights(torch.zeros(16, 64, 64), torch.zeros(16, 64, 32))
-    router = descriptor.create()(weights, shape, 0).router
+    shape = _shape_for(descriptor)
+    rows = (3 if shape.heads else 2) * shape.width
+    gate_up, down = torch.zeros(shape.experts, rows, 64), torch.zeros(shape.experts, 64, shape.width)
+    router = descriptor.create()(LayerWeights(gate_up, down, heads=shape.heads), shape, 0).router
     said = [f"`{name}`" for name in sorted(router.needs)]
     said += [] if router.causal else ["looks ahead"]
     said += ["one decision for all layers"] if router.scope == "model" else []
+    structure = getattr(descriptor.params, "structure", None)
+    said += [] if structure is None else [f"structure `{structure}`"]
     return ", ".join(said)
+
+
+def _shape_for(descriptor: Descriptor) -> ModelShape:
+    """Return the shape of a small layer, after the structure that makes the experts of a routing where it names one."""
+    shape = ModelShape(64, 32, 16, 2, (0, 1), Selection("softmax", 2, True))
+    structure = getattr(descriptor.params, "structure", None)
+    if structure is None:
+        return shape
+    reshaped: ModelShape = Registry.load().get("structure", structure).params_from({}).reshape(shape)
+    return reshaped
 
 
 def _linked(name: str, papers: Iterable[Paper]) -> Iterator[str]:

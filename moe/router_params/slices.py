@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ...contracts import Descriptor, Selection
 from ..shapes import ModelShape
@@ -24,6 +24,8 @@ class UnionOfExperts:
     default, since it makes the gates of a single sequence all equal. Its attention, whose heads are the experts, is
     ``moe.attention_mixture.selective_attention``.
     """
+
+    causal: ClassVar[bool] = False
 
     select: Literal["data", "expert"] = "data"
     k: int | None = None

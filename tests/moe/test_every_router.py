@@ -21,8 +21,9 @@ from moebench.moe.routing import Context
 from moebench.moe.shapes import ModelShape
 from moebench.moe.stand_ins import StandIns
 
-MEMBERS = [d for module in BUILTIN_PLUGINS for d in importlib.import_module(module).DESCRIPTORS if d.kind == "routing"]
-ROUTINGS: dict[str, Descriptor] = {member.name: member for member in MEMBERS}
+MEMBERS = [member for module in BUILTIN_PLUGINS for member in importlib.import_module(module).DESCRIPTORS]
+ROUTINGS: dict[str, Descriptor] = {member.name: member for member in MEMBERS if member.kind == "routing"}
+STRUCTURES: dict[str, Descriptor] = {member.name: member for member in MEMBERS if member.kind == "structure"}
 HIDDEN, WIDTH, EXPERTS, TOKENS, SEQUENCE = 32, 8, 16, 64, 16
 BASE = ModelShape(HIDDEN, WIDTH, EXPERTS, 2, (0, 1), Selection("softmax", 2, renormalize=True))
 
@@ -64,6 +65,7 @@ MASK_MATTERS = {
     "read_me": "padding is not looked at",
     "dmoerm": "padding does not vote",
     "expert_choice": "padding takes no place",
+    "uoe": "padding takes no place",
     "thor": "draws are dealt in order",
 }
 """Leaving tokens out changes what the others get."""
@@ -84,17 +86,24 @@ class Variant:
     def build(self, seed=0, **weights):
         kinds = self.params.kinds(self.shape)
         own = sum(kind not in ("zero", "copy", "constant") for kind in kinds)
-        rows = (2 if self.shape.gated else 1) * self.shape.width
+        rows = (3 if self.shape.heads else 2 if self.shape.gated else 1) * self.shape.width
         layer = LayerWeights(
             seeded(own, rows, self.shape.hidden, seed=100) / self.shape.hidden**0.5,
             seeded(own, self.shape.hidden, self.shape.width, seed=200) / self.shape.width**0.5,
             activation=self.shape.activation,
             gated=self.shape.gated,
+            heads=self.shape.heads,
         )
         layer = replace(layer, **weights)
         bundle = load_attribute(ROUTINGS[self.name].factory)(self.params)(layer, self.shape, seed)
         store = ExpertStore(
-            layer.gate_up, layer.down, bundle.kinds, layer.activation, layer.gated, constants=bundle.constants
+            layer.gate_up,
+            layer.down,
+            bundle.kinds,
+            layer.activation,
+            layer.gated,
+            constants=bundle.constants,
+            heads=layer.heads,
         )
         return Built(self, bundle, store)
 
@@ -150,14 +159,20 @@ def family_variants():
     """What the tests of the families say, beside the defaults of every routing that fits the base shape."""
     found = [Variant(name, ROUTINGS[name].params_from(own), BASE.with_(**changes)) for name, own, changes in BASIC]
     for path in sorted((Path(__file__).parent / "routers").glob("test_*.py")):
-        for name, params, changes in load_file(path).VARIANTS:
+        for name, params, changes in getattr(load_file(path), "VARIANTS", ()):
             found.append(Variant(name, params, BASE.with_(**changes)))
     for name, member in ROUTINGS.items():
         params = member.params_from({})
         if any(variant.name == name and variant.params == params for variant in found):
             continue
-        found.append(Variant(name, params, BASE))
+        found.append(Variant(name, params, shape_for(params)))
     return found
+
+
+def shape_for(params):
+    """The base shape, after the structure that makes the experts of a routing where it names one."""
+    structure = getattr(params, "structure", None)
+    return BASE if structure is None else STRUCTURES[structure].params_from({}).reshape(BASE)
 
 
 VARIANTS = family_variants()
