@@ -93,7 +93,8 @@ def prepare_layer(
         parent = "" if cache is None else root_key(weights, shape, calibration_TH, seed, identity)
         weights, parent = _structured(recipe.structure, weights, calibration_TH, seed, parent, cache)
         weights = rounded(weights, dtype)
-        bundle = recipe.routing.create()(weights, shape, seed)
+        layer = int(identity.get("layer", 0))
+        bundle = recipe.routing.create()(weights, shape, router_seed(seed, layer))
         store = ExpertStore(
             weights.gate_up if bundle.input_scale == 1.0 else weights.gate_up * bundle.input_scale,
             weights.down,
@@ -106,10 +107,15 @@ def prepare_layer(
         store, parent = _quantized(recipe.quantization, store, {"parent": parent, "dtype": str(dtype)}, cache)
         x_TH = calibration_TH.to(dtype).float()
         fields = StandIns(len(x_TH), store.num_experts, recipe.routing.params, seed)
-        ctx = alone(fields, bundle.router, int(identity.get("layer", 0)), store)
+        ctx = alone(fields, bundle.router, layer, store)
         store = _sparsified(recipe, store, bundle.router, x_TH, ctx, parent, cache)
     scheme = None if bundle.shared is None else bundle.shared.to(dtype)
     return PreparedLayer(store, bundle.router, weights.shared or scheme)
+
+
+def router_seed(seed: int, layer: int) -> int:
+    """Return the seed of one layer's router, so that seeded routers of two layers of a model differ."""
+    return int(make_key([seed, "router", layer])[:15], 16)
 
 
 def root_key(
