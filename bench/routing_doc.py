@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..contracts import Descriptor, MoebenchError, Selection, plain
+from ..contracts import Descriptor, MoebenchError, Registry, Selection, plain
 from ..dashboards import units
 from ..dashboards.data import HOSTS, MINIMA, Case, Run, load_cases, load_runs
 from ..dashboards.query import ask, parse_json
@@ -25,10 +25,10 @@ from ..results.query import reading
 from ..suites.paper_specs import Paper, load_papers
 
 INTRO = """\
-Every built-in routing. `needs` are the fields of the Context that a router reads; defaults are set as
-`params.routing.<scheme>.<parameter>=VALUE`. Tested claims are those of the family's tests, by the number that the tests
-give them, and those of [papers.md](papers.md). What deviates from a paper, or from the code that came with it, is below
-the table.
+Every built-in routing. `needs` are the fields of the Context that a router reads, and the structure whose experts it
+routes to where those are no FFNs; defaults are set as `params.routing.<scheme>.<parameter>=VALUE`. Tested claims are
+those of the family's tests, by the number that the tests give them, and those of [papers.md](papers.md). What deviates
+from a paper, or from the code that came with it, is below the table.
 """
 
 PAPER = re.compile(r"\s*\(([^()]*(?:arXiv \d{4}\.\d{5}|[A-Z][^()]* (?:19|20)\d\d)[^()]*)\)")
@@ -109,15 +109,23 @@ def defaults(descriptor: Descriptor) -> str:
 
 
 def needs(descriptor: Descriptor) -> str:
-    """Return what the router of a small layer reads besides its input, and what it promises."""
+    """Return what the router of a small layer reads besides its input, and what it promises.
+
+    Before that comes the structure of the experts that it routes to, where its parameters name one.
+    """
     import torch
 
     from ..moe.layer import LayerWeights
 
     shape = ModelShape(64, 32, 16, 2, (0, 1), Selection("softmax", 2, True))
     weights = LayerWeights(torch.zeros(16, 64, 64), torch.zeros(16, 64, 32))
+    name = getattr(descriptor.params, "structure", "none")
+    if name != "none":
+        structure = Registry.load().get("structure", name)
+        shape, weights = structure.params_from().reshape(shape), structure.create()(weights, torch.zeros(0, 64), 0)
     router = descriptor.create()(weights, shape, 0).router
-    said = [f"`{name}`" for name in sorted(router.needs)]
+    said = [] if name == "none" else [f"`axes.structure={name}`"]
+    said += [f"`{field}`" for field in sorted(router.needs)]
     said += [] if router.causal else ["looks ahead"]
     said += ["one decision for all layers"] if router.scope == "model" else []
     return ", ".join(said)

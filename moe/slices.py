@@ -2,7 +2,7 @@
 
 A slice owns C = F / E channels of an MLP; all slices with weight 1 are the MLP, exactly. UoE (arXiv 2503.02495) weights
 what a slice puts out, so its slices are plain FFN experts for any backend. MoHD (arXiv 2412.05644) weights what enters
-the activation, which no FFN expert does: ``mohd_forward`` runs it.
+the activation: in a gated MLP, or with relu, that is a weight on the output too; ``mohd_forward`` runs every other MLP.
 
 Shape letters: T tokens, H hidden, F channels of the whole MLP, E slices, C channels of one slice, N assignments,
 Q sequences, S tokens of one sequence, G = 2 matrices (gate, up) of a gated MLP or 1.

@@ -50,10 +50,17 @@ def only_case(routing, phase, *settings):
 
 @functools.cache
 def routed_cases():
-    """The route case of every routing, planned at once."""
+    """The route case of every routing, planned at once on the model's own experts, or on those that it names."""
     planned = plan(*SIZES, "axes.routing=all", "suite.phases=[route]")
-    assert not planned.refused, planned.refused[0].refusal
-    return {case.routing.name: case for case in planned.cases}
+    cases = {case.routing.name: case for case in planned.cases}
+    for item in planned.refused:
+        name = item.case.routing.name
+        structure = REGISTRY.get("routing", name).params.structure
+        assert f"use axes.structure={structure}" in item.refusal
+        again = plan(*SIZES, f"axes.routing={name}", f"axes.structure={structure}", "suite.phases=[route]")
+        assert not again.refused, again.refused[0].refusal
+        (cases[name],) = again.cases
+    return cases
 
 
 def trial_of(routing, phase, *settings):
@@ -119,7 +126,8 @@ def test_mistakes_are_told_in_a_sentence(setting, sentence):
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_router_with_a_scorer_passes_the_phases_of_its_parts(routing):
     case = routed_cases()[routing]
-    shape = REGISTRY.params("model", case.model).shape()
+    structure = REGISTRY.params("structure", case.structure)
+    shape = structure.reshape(REGISTRY.params("model", case.model).shape())
     try:
         pipeline_in(trial_of(routing, "permute").router, case)
     except MoebenchError:
