@@ -285,9 +285,11 @@ def load_file(path: str | Path) -> types.ModuleType:
 BUILTIN_PLUGINS = (
     "moebench.moe.plugins",
     "moebench.moe.router_params",
+    "moebench.moe.transforms.params",
     "moebench.backends.plugins",
     "moebench.suites.plugins",
     "moebench.suites.routing_plugins",
+    "moebench.suites.claims_plugins",
     "moebench.suites.traffic_params",
 )
 """Our own plug-ins go through the same door as everybody else's."""
@@ -549,7 +551,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a trial knows besides its times."""
+    """What a trial knows besides its times; ``notes["reason"]`` is kept as the row's reason though all is well."""
 
     metrics: tuple[Metric, ...] = ()
     series: tuple[Series, ...] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -145,9 +145,9 @@ class Capacity(Router):
         """Return the router's Routing without the entries that find their expert full."""
         return limit(self.router(x_TH, ctx), self.kinds, self.rule, ctx)
 
-    def update(self, routing: Routing) -> None:
-        """Hand the Routing on to the router."""
-        self.router.update(routing)
+    def update(self, routing: Routing, signal: Any = None) -> None:
+        """Hand everything on to the router."""
+        self.router.update(routing, signal)
 
 
 def with_capacity(bundle: RouterBundle, rule: CapacityRule) -> RouterBundle:

@@ -7,7 +7,7 @@ C constant experts, Q width of an attention's queries.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,26 +37,63 @@ def ffn_hidden(x_TH: Tensor, gate_up: Tensor, activation: str, gated: bool = Tru
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """All always-on experts of a layer, fused to one gated FFN of width S.
+    """All always-on experts of a layer, fused to one FFN of width S, and how a layer adds them to its routed experts.
 
-    ``gate_up`` is [2S, H] (gate rows first), ``down`` [H, S]. With ``gate_H`` [H] the output of each token is
-    multiplied by sigmoid(x . gate_H), as in Qwen2-MoE.
+    ``gate_up`` is [2S, H] (gate rows first; [S, H] where ``gated`` is false), ``down`` [H, S]. With ``gate_H`` [H] the
+    output of each token is multiplied by sigmoid(x . gate_H), as in Qwen2-MoE. With ``mix_2H`` [2, H] instead, the
+    routed sum is multiplied by the first and the output by the second of softmax(mix_2H x), as in the residual MoE of
+    DeepSpeed (arXiv 2201.05596), whose linear map has a bias besides.
     """
 
     gate_up: Tensor
     down: Tensor
     gate_H: Tensor | None = None
     activation: str = "silu"
+    mix_2H: Tensor | None = None
+    gated: bool = True
+
+    def __post_init__(self) -> None:
+        if self.gate_H is not None and self.mix_2H is not None:
+            raise ValueError("a shared expert is gated by gate_H or mixed in by mix_2H; give one of them.")
+
+    def to(self, dtype: torch.dtype) -> SharedExpert:
+        """Return the same with its tensors in ``dtype``."""
+        gate_H = None if self.gate_H is None else self.gate_H.to(dtype)
+        mix_2H = None if self.mix_2H is None else self.mix_2H.to(dtype)
+        return replace(self, gate_up=self.gate_up.to(dtype), down=self.down.to(dtype), gate_H=gate_H, mix_2H=mix_2H)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        """Return y_TH in the dtype of ``x_TH``."""
-        hidden_TS = ffn_hidden(x_TH, self.gate_up.to(x_TH.dtype), self.activation)
-        y_TH = nnf.linear(hidden_TS, self.down.to(x_TH.dtype))
-        if self.gate_H is None:
-            return y_TH
-        return y_TH * torch.sigmoid(x_TH @ self.gate_H.to(x_TH.dtype))[:, None]
+        """Return what is added to the routed sum, y_TH in the dtype of ``x_TH``."""
+        return self._output(x_TH, self._factors(x_TH)[1])
 
     __call__ = forward
+
+    def added_to(self, routed_TH: Tensor, x_TH: Tensor) -> Tensor:
+        """Return the layer's output from the sum of its routed experts, in the wider of both dtypes."""
+        routed_T1, own_T1 = self._factors(x_TH)
+        return (routed_TH if routed_T1 is None else routed_TH * routed_T1) + self._output(x_TH, own_T1)
+
+    def add_to_(self, routed_TH: Tensor, x_TH: Tensor) -> None:
+        """Turn the sum of the routed experts into the layer's output, in place and in its dtype."""
+        routed_T1, own_T1 = self._factors(x_TH)
+        if routed_T1 is not None:
+            routed_TH *= routed_T1
+        routed_TH += self._output(x_TH, own_T1)
+
+    def _output(self, x_TH: Tensor, factor_T1: Tensor | None) -> Tensor:
+        hidden_TS = ffn_hidden(x_TH, self.gate_up.to(x_TH.dtype), self.activation, self.gated)
+        y_TH = nnf.linear(hidden_TS, self.down.to(x_TH.dtype))
+        return y_TH if factor_T1 is None else y_TH * factor_T1.to(x_TH.dtype)
+
+    def _factors(self, x_TH: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return what the routed sum and the own output are multiplied by, [T, 1] each; None stands for 1."""
+        if self.mix_2H is not None:
+            wide = torch.promote_types(x_TH.dtype, torch.float32)  # two close logits must not be rounded to one
+            mix_T2 = nnf.linear(x_TH.to(wide), self.mix_2H.to(x_TH.dtype).to(wide)).softmax(-1)
+            return mix_T2[:, :1], mix_T2[:, 1:]
+        if self.gate_H is not None:
+            return None, torch.sigmoid(x_TH @ self.gate_H.to(x_TH.dtype))[:, None]
+        return None, None
 
 
 @dataclass(frozen=True)
@@ -159,5 +196,5 @@ def moe_forward(
         y_NH = assigned_output(x_TH, layer.store, expert, token_N).to(sum_dtype)
         y_TH = y_TH.index_add(0, token_N, y_NH * weight_N.to(sum_dtype)[:, None])
     if layer.shared is not None:
-        y_TH = y_TH + layer.shared(x_TH).to(sum_dtype)
+        y_TH = layer.shared.added_to(y_TH, x_TH)
     return y_TH.to(x_TH.dtype)

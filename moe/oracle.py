@@ -99,7 +99,7 @@ def reference(store: ExpertStore, routing: Routing, x_TH: Tensor, shared: Shared
         for expert, mine_N in _entries(routing):
             _add_expert(total, store, expert, x_TH, routing.token_N[mine_N], routing.weight_N[mine_N])
         if shared is not None:
-            total.add(torch.arange(len(x_TH), device=x_TH.device), _shared(shared, x_TH))
+            _add_shared(total, shared, x_TH)
     scale_T = torch.maximum(total.squares_T.sqrt(), total.y_TH.norm(dim=1))
     return Reference(total.y_TH, total.flips_T.sqrt(), total.near, scale_T)
 
@@ -123,6 +123,12 @@ class _Sum:
         """Add one expert's weighted outputs to the rows of its tokens."""
         self.y_TH.index_add_(0, token_N, term_NH)
         self.squares_T.index_add_(0, token_N, term_NH.square().sum(1))
+
+    def scale(self, factor_T1: Tensor) -> None:
+        """Multiply each row, and with it what is known of its terms."""
+        self.y_TH *= factor_T1
+        self.squares_T *= factor_T1.square().squeeze(1)
+        self.flips_T *= factor_T1.square().squeeze(1)
 
 
 def _add_expert(total: _Sum, store: ExpertStore, expert: int, x_TH: Tensor, token_N: Tensor, weight_N: Tensor) -> None:
@@ -214,12 +220,18 @@ def _near_threshold(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype
     return (score_NF - threshold).abs() <= 4 * u * threshold + moved_NF + dot_error * typical_N1
 
 
-def _shared(shared: SharedExpert, x_TH: Tensor) -> Tensor:
+def _add_shared(total: _Sum, shared: SharedExpert, x_TH: Tensor) -> None:
+    """Add what is always on; with a mix the routed sum takes its part of the weight first."""
     gate_up, down = (weight.to(x_TH.dtype).double() for weight in (shared.gate_up, shared.down))
-    y_TH = nnf.linear(_activate(nnf.linear(x_TH.double(), gate_up), shared.activation, True), down)
+    term_TH = nnf.linear(_activate(nnf.linear(x_TH.double(), gate_up), shared.activation, shared.gated), down)
     if shared.gate_H is not None:
-        y_TH = y_TH * torch.sigmoid(x_TH.double() @ shared.gate_H.to(x_TH.dtype).double())[:, None]
-    return y_TH
+        term_TH *= torch.sigmoid(x_TH.double() @ shared.gate_H.to(x_TH.dtype).double())[:, None]
+    if shared.mix_2H is not None:
+        logits_T2 = x_TH.double() @ shared.mix_2H.to(x_TH.dtype).double().T
+        share_T1 = torch.sigmoid(logits_T2[:, :1] - logits_T2[:, 1:])
+        total.scale(share_T1)
+        term_TH *= 1 - share_T1
+    total.add(torch.arange(len(x_TH), device=x_TH.device), term_TH)
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------

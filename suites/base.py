@@ -221,6 +221,7 @@ class _Planner:
             return f"traffic '{case.traffic}' forces top-k, which this case leaves to the router; use another traffic."
         try:
             traffic.check(spec.experts, spec.max_k)
+            traffic.check_place(case.tokens, case.layers[0])
         except ValueError as error:
             return f"traffic '{case.traffic}': {error}"
         return None

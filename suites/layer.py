@@ -24,6 +24,7 @@ from ..moe.sparsity import density
 from .base import cold_copies, touched_share
 from .digest import sha256_of
 from .subject import DTYPES, Batch, Subject, make_batch, prepare_subject
+from .traffic_kinds import exact_share, told
 
 STEPS = 3
 VARIANTS = 2
@@ -105,7 +106,7 @@ class LayerTrial:
         with torch.no_grad():
             next(self.executors)(x_TH, *self.inputs[place], out_TH=out_TH)
             if self.subject.layer.shared is not None:
-                out_TH += self.subject.layer.shared(x_TH)
+                self.subject.layer.shared.add_to_(out_TH, x_TH)
         return out_TH
 
     def verify(self, step: int, output: Tensor) -> Check:
@@ -127,7 +128,7 @@ class LayerTrial:
         return replace(cost, footprint=self._copies * used * expert_bytes(self.subject, self.case))
 
     def facts(self) -> Facts:
-        """Return routing metrics, the load per expert, densities and what really ran."""
+        """Return routing metrics, the load per expert, densities, what really ran and what a replay did."""
         batch = self.batches[0]
         store = self.subject.layer.store
         metrics = [*routing_metrics(batch.routing, self.subject.spec.kinds), *density(store, batch.routing, batch.x_TH)]
@@ -136,17 +137,17 @@ class LayerTrial:
         metrics.append(Metric("weight_copies", float(self._copies), "1"))
         layer = self.case.layers[0]
         series = [replace(load_series(batch.routing, layer), step=0)]
-        requested = self._requested()
-        if requested is not None:
-            series.append(Series("requested_share", requested, "1", layer, 0))
-        return Facts(tuple(metrics), tuple(series), executed=self.session.executed())
-
-    def _requested(self) -> tuple[float, ...] | None:
+        notes: dict[str, str] = {}
         traffic = self.registry.get("traffic", self.case.traffic.name).create(self.case.traffic.params)
-        if not traffic.forced:
-            return None
-        shares: tuple[float, ...] = traffic.requested(self.subject.spec.experts, self.subject.spec.max_k)
-        return shares
+        if traffic.forced:
+            experts, k = self.subject.spec.experts, self.subject.spec.max_k
+            series.append(Series("requested_share", traffic.requested(experts, k, layer=layer), "1", layer, 0))
+            if hasattr(traffic, "audit"):
+                steps = range(STEPS * VARIANTS)
+                audits = [traffic.audit(self.case.tokens, experts, k, step, layer) for step in steps]
+                metrics.append(exact_share(audits))
+                notes["reason"] = told(audits)
+        return Facts(tuple(metrics), tuple(series), executed=self.session.executed(), notes=notes)
 
     def close(self) -> None:
         """Free the backend's session."""

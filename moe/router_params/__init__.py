@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .attention import DESCRIPTORS as ATTENTION
+from .capped import DESCRIPTORS as CAPPED
 from .classic import DESCRIPTORS as CLASSIC
+from .dcmoe import DESCRIPTORS as DCMOE
 from .environment import DESCRIPTORS as ENVIRONMENT
 from .gather import DESCRIPTORS as GATHER
 from .graph import DESCRIPTORS as GRAPH
@@ -25,10 +27,12 @@ from .vla import DESCRIPTORS as VLA
 
 DESCRIPTORS = [
     *CLASSIC,
+    *CAPPED,
     *NULL,
     *VLA,
     *POSITIVE,
     *NUCLEUS,
+    *DCMOE,
     *TEMPERATURE,
     *SMOOTHSTEP,
     *PRESETS,

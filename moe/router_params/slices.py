@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ...contracts import Descriptor, Selection
 from ..shapes import ModelShape
@@ -25,6 +25,8 @@ class UnionOfExperts:
     ``moe.attention_mixture.selective_attention``.
     """
 
+    causal: ClassVar[bool] = False
+
     select: Literal["data", "expert"] = "data"
     k: int | None = None
     keep: float = 0.5
@@ -38,6 +40,11 @@ class UnionOfExperts:
             raise ValueError(f"keep={self.keep} must lie in (0, 1], and sequence={self.sequence} be at least 1")
         if self.batch_norm_epsilon is not None and (self.batch_norm_epsilon < 0 or self.select == "expert"):
             raise ValueError('batch_norm_epsilon must not be negative, and belongs to select="data"')
+
+    @property
+    def pipeline(self) -> bool:
+        """Whether a scorer for single tokens comes first."""
+        return self.select == "data"
 
     def chosen(self, shape: ModelShape) -> int:
         """Return k."""
@@ -71,6 +78,8 @@ class MoHD:
     since it is positive: so it is a weight on the output, which any backend applies. Other MLPs without a gate are
     refused; ``moe.slices.mohd_forward`` runs them, and the grouped fusion before the activation that is left out here.
     """
+
+    pipeline: ClassVar[bool] = True
 
     k: int | None = None
     shared: int | None = None

@@ -6,7 +6,7 @@ The searches are those of ``moe.gather``. Shape letters: T tokens, H hidden, E e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -43,7 +43,7 @@ class TuckerRouter(Router):
         rows_TL = self.shuffle_E[found.rows_TAK].flatten(1) % self.experts
         return merged_routing(rows_TL, found.scores_TAKM.flatten(1), self.experts, ctx.valid_T)
 
-    def update(self, routing: Routing) -> None:
+    def update(self, routing: Routing, signal: Any = None) -> None:
         """Search along the leading vectors of the core as it is now."""
         self.search.refresh()
 

@@ -263,7 +263,7 @@ def pipeline(k, weighter, experts=8, hidden=48):
 @pytest.mark.parametrize(
     ("k", "weighter", "expected"),
     [
-        (1, Softmax(renormalize=True), 0),  # R28: the weight is 1 whatever the score
+        (1, Softmax(renormalize=True), 0),  # the weight is 1 whatever the score
         (1, Softmax(), 1),
         (2, Softmax(renormalize=True), 1),  # the sum is constant, the weights are not
         (2, One(), 0),
@@ -271,6 +271,7 @@ def pipeline(k, weighter, experts=8, hidden=48):
     ],
 )
 def test_constant_weights_carry_no_gradient(k, weighter, expected):
+    """R28, as a share of tokens: none where the one weight of a token is made 1, or all its weights are."""
     assert share(pipeline(k, weighter))[0] == expected
 
 

@@ -20,7 +20,7 @@ from moebench.moe.structure_params import Attentions
 HIDDEN, HEADS, EXPERTS, TOKENS = 12, 3, 4, 20
 VARIANTS = [
     ("bam", BAM(), {"experts": EXPERTS, "width": HIDDEN, "heads": HEADS}),
-    ("bam", BAM(), {"experts": 1, "width": HIDDEN, "heads": 2}),
+    ("bam", BAM(), {"experts": 2, "width": 8, "heads": 2}),
 ]
 every_variant = pytest.mark.parametrize(("params", "changes"), [variant[1:] for variant in VARIANTS])
 

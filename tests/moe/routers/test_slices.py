@@ -116,6 +116,25 @@ def test_a_sequence_shares_its_slices_and_no_other_length_is_taken():
         bundle.router(x_TH, Context())
 
 
+@pytest.mark.parametrize("params", [variant[1] for variant in VARIANTS if variant[0] == "uoe"])
+def test_padding_fills_a_sequence_up_and_takes_no_place(params):
+    """Whatever the padding holds: rows of it are read as zeros, and slices share the tokens that are left."""
+    router, x_TH = build("uoe", params).router, seeded(TOKENS, H, seed=1)
+    valid_T = torch.arange(TOKENS) % S < torch.tensor([S, 10, 6]).repeat_interleave(S)
+    ctx = Context(segment_T=SEGMENT_T, valid_T=valid_T)
+    gate_TE = router(x_TH, ctx).to_dense()
+    assert not gate_TE[~valid_T].any()
+    assert torch.equal(router(x_TH.masked_fill(~valid_T[:, None], float("nan")), ctx).to_dense(), gate_TE)
+    if params.select == "data":
+        most = (valid_T.view(Q, S).sum(1) * params.keep).int()
+        assert ((gate_TE.view(Q, S, E) > 0).sum(1) <= most[:, None]).all()
+    else:
+        assert (gate_TE[valid_T] > 0).any(1).all()
+    for tokens in (torch.zeros(0, H), torch.zeros(0, H).bfloat16()):
+        assert router(tokens, Context(segment_T=torch.zeros(0, dtype=torch.int64))).shape == (0, E)
+        assert router(tokens, Context()).shape == (0, E)
+
+
 # --- MoHD ------------------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +228,7 @@ def test_same_seed_same_routing(name, params, changes):
 def test_the_layers_own_router_is_the_gate():
     router_EH = seeded(E, H, seed=6)
     for name, params in (("uoe", UnionOfExperts()), ("mohd", MoHD())):
-        assert torch.equal(build(name, params, router_EH=router_EH).router.gate_EH, router_EH)
+        assert torch.equal(build(name, params, router_EH=router_EH).router.scorer.weight_EH, router_EH)
 
 
 @pytest.mark.parametrize(
