@@ -41,6 +41,11 @@ class UnionOfExperts:
         if self.batch_norm_epsilon is not None and (self.batch_norm_epsilon < 0 or self.select == "expert"):
             raise ValueError('batch_norm_epsilon must not be negative, and belongs to select="data"')
 
+    @property
+    def pipeline(self) -> bool:
+        """Whether a scorer for single tokens comes first."""
+        return self.select == "data"
+
     def chosen(self, shape: ModelShape) -> int:
         """Return k."""
         k = max(1, shape.experts // 2) if self.k is None else self.k
@@ -73,6 +78,8 @@ class MoHD:
     since it is positive: so it is a weight on the output, which any backend applies. Other MLPs without a gate are
     refused; ``moe.slices.mohd_forward`` runs them, and the grouped fusion before the activation that is left out here.
     """
+
+    pipeline: ClassVar[bool] = True
 
     k: int | None = None
     shared: int | None = None

@@ -51,12 +51,14 @@ NO_GRADIENT = {
 SEQUENCE_BOUND = {
     "capped": lambda params: params.policy != "probs",
     "thor": lambda params: params.draw != "segment",
+    "uoe": lambda params: not params.weighted or params.select == "expert" or params.batch_norm_epsilon is not None,
     "got_similarity": lambda params: params.causal,
     "got_attention": lambda params: True,
     "read_me": lambda params: True,
     "dmoerm": lambda params: True,
 }
-"""The order of tokens matters: draws are dealt in order, a token looks at those before it, or a sequence is read."""
+"""The order of tokens matters: draws are dealt in order, a token looks at those before it, a sequence is read, or
+tokens of gate zero fill up what is left."""
 
 MASK_MATTERS = {
     "capped": "padding takes no place",
@@ -321,10 +323,13 @@ def test_invalid_tokens_have_no_entries_and_change_nothing(variant):
 
 
 def learns_from_output(variant):
-    """Whether weights depend on logits: not with score ``one``, nor where one renormalised expert is all (R28)."""
+    """Whether weights depend on logits: not with score ``one``, where one renormalised expert is all (R28), or where
+    released code adds up without the gate (``weighted=False``)."""
     rule = variant.params.selection(variant.shape)
     if variant.name in STRAIGHT_THROUGH:
         return True
+    if not getattr(variant.params, "weighted", True):
+        return False
     return rule is None or not (rule.score == "one" or (rule.renormalize and rule.k == 1))
 
 

@@ -119,7 +119,7 @@ def test_released_sum_without_the_gate_teaches_the_router_nothing():
     released, ours = selection(weighted=False), selection()
     assert not released(x_TH, SEQUENCES).weight_N.requires_grad
     ours(x_TH, SEQUENCES).weight_N.square().sum().backward()
-    assert ours.gate_EH.grad.abs().max() > 0
+    assert ours.scorer.weight_EH.grad.abs().max() > 0
     assert (released(x_TH, SEQUENCES).weight_N == 1).all()
 
 
@@ -260,7 +260,7 @@ def test_mohd_padding_gradients_and_bounds():
     routing = router(x_TH, Context(valid_T=valid_T))
     assert not routing.k_T[~valid_T].any()
     mohd_forward(x_TH, sliced(mlp(), E), routing).square().sum().backward()
-    assert router.gate_EH.grad.abs().max() > 0
+    assert router.scorer.weight_EH.grad.abs().max() > 0
     for k, shared in ((0, 0), (6, 3), (-1, 3)):
         with pytest.raises(ValueError, match="must name between 1 and 8 groups"):
             HiddenGroups(seeded(E, H), k, shared)

@@ -303,3 +303,71 @@ def test_experts_that_are_never_chosen_do_not_count_as_cold():
     store = trial.subject.layer.store
     assert len(chosen) < store.num_experts
     assert trial.cost(0).footprint == trial._copies * store.nbytes * len(chosen) / store.num_experts
+
+
+# --- experts that are no FFNs of the model ---------------------------------------------------------------------------
+
+SMALL = ("suite=throughput", "model=tiny", "axes.tokens=17")
+OWN_EXPERTS = {
+    "peer": ("axes.structure=neurons", "params.routing.peer.key_width=16"),
+    "ultramem": ("axes.structure=neurons", "params.routing.ultramem.key_width=16"),
+    "bam": ("axes.structure=attention",),
+}
+
+
+def planned(*settings):
+    return make_plan(load(list(settings), REGISTRY, MEMORY, CACHE_BYTES), REGISTRY, MEMORY)
+
+
+@pytest.mark.parametrize("boundary", ["topk", "sorted"])
+@pytest.mark.parametrize("routing", OWN_EXPERTS)
+def test_layers_of_neurons_and_of_attentions_are_right(routing, boundary):
+    wanted = (f"axes.routing={routing}", *OWN_EXPERTS[routing], f"axes.boundary={boundary}")
+    case = only_case(*SMALL, *wanted, "axes.backend=reference")
+    trial = LayerTrial(case, REGISTRY)
+    assert all_ok(trial)
+    facts = {metric.name: metric.value for metric in trial.facts().metrics}
+    batch, store = trial.batches[0], trial.subject.layer.store
+    assert facts["ffn_k_mean"] == facts["k_mean"] == len(batch.routing.token_N) / 17
+    distinct = int((batch.routing.counts_E > 0).sum())
+    assert trial.cost(0).distinct_experts == distinct
+    assert trial.cost(0).bytes == distinct * store.nbytes / len(store.kinds) + 2 * batch.x_TH.nbytes
+
+
+def test_an_attention_costs_its_weights_and_the_pairs_that_it_looks_at():
+    case = only_case(*SMALL, "axes.routing=bam", *OWN_EXPERTS["bam"], "axes.backend=reference")
+    pairs = 17 * 18 // 2
+    assert LayerTrial(case, REGISTRY).cost(0).flops == 4 * (2 * 17 * 4 * 64 * 64 + 4 * 64 * pairs)
+
+
+@pytest.mark.parametrize("routing", ["uoe", "mohd"])
+@pytest.mark.parametrize("backend", ["reference", "grouped"])
+def test_slices_of_a_layer_run_anywhere(routing, backend):
+    case = only_case(*SMALL, f"axes.routing={routing}", f"axes.backend={backend}")
+    assert all_ok(LayerTrial(case, REGISTRY))
+
+
+def test_training_reaches_the_rows_that_are_gathered():
+    fixed = ("suite=training", "model=tiny", "axes.tokens=12", "axes.backend=reference")
+    case = only_case(*fixed, "axes.routing=peer", *OWN_EXPERTS["peer"])
+    assert all_ok(TrainingTrial(case, REGISTRY), turns=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (("axes.routing=peer", "axes.backend=reference"), "use axes.structure=neurons."),
+        (("axes.routing=ultramem", "axes.backend=reference"), "use axes.structure=neurons."),
+        (("axes.routing=bam", "axes.backend=reference"), "use axes.structure=attention."),
+        (("axes.routing=peer", "axes.structure=neurons", "axes.backend=grouped"), "no 'gather' experts; use the ref"),
+        (("axes.routing=bam", "axes.structure=attention", "axes.backend=batched"), "no 'sequence' experts; use the"),
+        (("axes.routing=topk", "axes.structure=attention", "axes.backend=eager"), "use axes.routing=bam"),
+        (("axes.routing=bam", "axes.structure=attention", "axes.sparsity=teal"), "attentions have no activations"),
+        (("axes.routing=bam", "axes.structure=attention", "axes.pass=forward_backward"), "through sequence experts"),
+        (("axes.structure=attention", "params.structure.attention.heads=5"), "heads=5 do not divide"),
+    ],
+)
+def test_what_does_not_fit_is_skipped_with_a_reason(settings, sentence):
+    plan = planned(*SMALL, *settings)
+    assert not plan.cases
+    assert sentence in plan.refused[0].refusal
