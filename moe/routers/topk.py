@@ -10,10 +10,11 @@ from ..router import Linear, Pipeline, RouterBundle, TopK, router_rows, selectio
 if TYPE_CHECKING:
     from ..layer import LayerWeights
     from ..plugins import TopK as Params
+    from ..router_params.ffn_only import SoftmaxTopK
     from ..shapes import ModelShape
 
 
-def build(params: Params) -> Callable[[LayerWeights, ModelShape, int], RouterBundle]:
+def build(params: Params | SoftmaxTopK) -> Callable[[LayerWeights, ModelShape, int], RouterBundle]:
     """Return the factory of a linear router with the selection that ``params`` makes of the model's shape."""
 
     def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:

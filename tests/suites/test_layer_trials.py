@@ -11,8 +11,10 @@ import torch
 from moebench.bench.config import load
 from moebench.bench.plan import make_plan
 from moebench.contracts import Registry
+from moebench.moe.oracle import reference_gradients
 from moebench.suites.layer import STEPS, LayerTrial
 from moebench.suites.memory import PeakBytes, saved_bytes
+from moebench.suites.quality.block import MoEBlock
 from moebench.suites.training import TrainingTrial
 
 REGISTRY = Registry.load()
@@ -63,6 +65,64 @@ def test_presets_run_with_their_own_routing_and_shared_experts(model):
     assert all_ok(trial, turns=1)
     shared = trial.subject.layer.shared
     assert (shared is not None) == (model in ("deepseek-v3", "qwen1.5-moe-a2.7b"))
+
+
+SHARED = {"dit_moe": "none", "time_moe": "sigmoid", "pr_moe": "softmax2", "adamoe_vla": "none"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["reference", "grouped"])
+@pytest.mark.parametrize("routing", SHARED)
+def test_schemes_run_with_their_shared_experts(routing, backend, dtype):
+    model = ("model=tiny", "model.experts=8", "axes.tokens=9", f"axes.backend={backend}", f"axes.dtype={dtype}")
+    trial = LayerTrial(only_case("suite=throughput", *model, f"axes.routing={routing}"), REGISTRY)
+    assert all_ok(trial, turns=1)
+    shared = trial.subject.layer.shared
+    assert (shared.gate_H is not None, shared.mix_2H is not None) == (
+        SHARED[routing] == "sigmoid",
+        SHARED[routing] == "softmax2",
+    )
+    trial.begin_turn()
+    routed_TH = trial.out[0].clone()
+    next(trial.executors)(trial.x[0], *trial.inputs[0], out_TH=routed_TH)
+    assert not trial.verify(0, routed_TH).ok, "without the shared expert the output passes as well"
+    if shared.mix_2H is not None:
+        assert not trial.verify(0, routed_TH + shared(trial.x[0])).ok, "the routed factor does not matter"
+
+
+def test_an_ungated_model_has_an_ungated_residual():
+    small = ("model.hidden=64", "model.width=32", "model.experts=8", "axes.tokens=5", "axes.backend=eager")
+    trial = LayerTrial(only_case("suite=throughput", "model=switch-base-8", *small, "axes.routing=pr_moe"), REGISTRY)
+    assert all_ok(trial, turns=1)
+    assert tuple(trial.subject.layer.shared.gate_up.shape) == (32, 64)
+    assert not trial.subject.layer.shared.gated
+
+
+def test_a_model_keeps_its_own_shared_expert():
+    case = only_case(
+        "suite=throughput",
+        "model=tiny",
+        "model.shared_width=16",
+        "axes.backend=eager",
+        "axes.routing=pr_moe",
+        "axes.tokens=8",
+    )
+    trial = LayerTrial(case, REGISTRY)
+    assert all_ok(trial, turns=1)
+    assert trial.subject.layer.shared.mix_2H is None
+    assert trial.subject.layer.shared.down.shape[1] == 16
+
+
+def test_structures_of_experts_are_right_on_every_backend():
+    backends = "axes.backend=[reference,eager,batched,grouped]"
+    by = "params.structure.prune.by=[utilisation,random]"
+    found = cases(
+        "suite=throughput", "model=tiny", "axes.tokens=9", "axes.structure=[none,prune,aggregate]", by, backends
+    )
+    assert len(found) == 16
+    assert len({case.method_key for case in found}) == 4
+    experts = {LayerTrial(case, REGISTRY).subject.spec.experts for case in found if all_ok(LayerTrial(case, REGISTRY))}
+    assert experts == {4, 8, 16}
 
 
 @pytest.mark.parametrize("traffic", ["gaussian", "uniform", "balanced", "zipf", "hotspot", "dead", "bursty"])
@@ -146,6 +206,42 @@ def test_a_wrong_gradient_is_caught():
 def test_training_through_a_shared_expert_is_right():
     case = only_case("suite=training", "model=tiny", "model.shared_width=32", "axes.backend=eager")
     assert all_ok(TrainingTrial(case, REGISTRY), turns=1)
+
+
+@pytest.mark.parametrize("routing", ["time_moe", "pr_moe"])
+def test_training_through_a_gated_shared_expert_is_right(routing):
+    """The gate is a function of x as well, and with softmax2 of what the experts' weights get."""
+    case = only_case("suite=training", "model=tiny", f"axes.routing={routing}", "axes.backend=eager", "axes.tokens=12")
+    trial = TrainingTrial(case, REGISTRY)
+    assert all_ok(trial, turns=1)
+    batch = trial.batches[trial._batch_number(0)]
+    plain = reference_gradients(trial.subject.layer.store, batch.routing, batch.x_TH, trial.grad_TH)
+    same = torch.equal(plain.down, trial.expected[trial._batch_number(0)].down)
+    assert same == (routing == "time_moe"), "only softmax2 scales what the experts get"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_block_of_a_language_model_mixes_its_shared_expert_in(dtype):
+    case = only_case(
+        "suite=throughput",
+        "model=tiny",
+        "axes.routing=pr_moe",
+        "axes.backend=eager",
+        "axes.tokens=8",
+        f"axes.dtype={dtype}",
+    )
+    trial, calls = LayerTrial(case, REGISTRY), []
+    subject = trial.subject
+    block = MoEBlock(0, subject, trial.session.layer(0), calls)
+    y_BTH = block(torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)))
+    assert (y_BTH.shape, y_BTH.dtype) == ((2, 5, 64), torch.float32)
+    (call,) = calls
+    assert call.y_TH.dtype == call.x_TH.dtype
+    assert call.check().ok, call.check().reason
+    bare = dataclasses.replace(subject, layer=dataclasses.replace(subject.layer, shared=None))
+    unmixed = MoEBlock(0, bare, trial.session.layer(0), [])
+    unmixed(call.x_TH.view(2, 5, 64))
+    assert not dataclasses.replace(call, y_TH=unmixed.calls[0].y_TH).check().ok
 
 
 def test_saved_and_peak_bytes_of_a_known_graph():

@@ -71,6 +71,24 @@ def test_the_gradient_goes_straight_through_to_the_selected_score():
     assert torch.equal(scores_TE.grad, torch.zeros(5, 4).scatter(1, best_T1, torch.arange(1.0, 6.0)[:, None]))
 
 
+def test_the_released_mask_reaches_the_scores_of_all_experts_at_their_cost():
+    """The same output: the others weigh 0. The scores of all of them learn, and all of them are computed."""
+    images = context(training=True)
+    paths = (AdvMoE(blocks=1, released_mask=flag) for flag in (False, True))
+    ours, released = (build(params).router(torch.zeros(TOKENS, 32), images) for params in paths)
+    assert torch.equal(ours.to_dense(), released.to_dense())
+    assert (ours.k_T == 1).all()
+    assert (released.k_T == 4).all()
+    params = AdvMoE(released_mask=True)
+    assert (params.selection(SHAPE), params.max_k(SHAPE)) == (None, SHAPE.experts)
+    reached = []
+    for routing in (ours, released):
+        (gradient_TE,) = torch.autograd.grad((routing.to_dense() * seeded(TOKENS, 4, seed=3)).sum(), routing.logits_TE)
+        reached.append((gradient_TE != 0).sum(1))
+    assert (reached[0] == 1).all()
+    assert (reached[1] == 4).all()
+
+
 def test_gradient_reaches_every_parameter():
     router = build().router
     routing = router(torch.zeros(TOKENS, 32), context(training=True))
