@@ -1,4 +1,4 @@
-"""Claims of memory layers: PEER's product keys and UltraMem's TDQKR, with the modules of ``moe.gather``.
+"""Claims of memory layers: PEER's product keys, and UltraMem's TDQKR with the modules of ``moe.gather``.
 
 Shape letters: T tokens, A heads, S keys on one side, R Tucker rank, M cores, K rows found, E = S^2 experts.
 """
@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...moe.gather.peer import PEER, ProductKeyRouter
+from ...moe.gather.peer import ProductKeyRouter
 from ...moe.gather.rank_one import gather_metrics
 from ...moe.gather.retrieval import (
     exhaustive_topk,
@@ -28,7 +28,11 @@ from .base import Claim, Outcome, Scene, largest, layer_shape
 
 def product_keys(scene: Scene, side: int) -> ProductKeyRouter:
     """Return PEER's router with 8 heads, 16 experts per head and ``side`` squared experts."""
-    return PEER.seeded(64, side, heads=8, k=16, key_width=32, seed=scene.seed).router
+    shape = layer_shape(side**2, hidden=64, width=1)
+    router = scene.router("peer", shape, params={"heads": 8, "k": 16, "key_width": 32}).router
+    if not isinstance(router, ProductKeyRouter):
+        raise TypeError("routing 'peer' no longer searches by product keys; mend this claim.")
+    return router
 
 
 @torch.no_grad()

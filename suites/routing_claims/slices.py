@@ -1,4 +1,4 @@
-"""Claims about parts of one model: Union of Experts, MoHD and BAM, with the modules of ``moe``.
+"""Claims about parts of one model: Union of Experts, MoHD and BAM (of which the mixture is ``moe``'s own module).
 
 Shape letters: T tokens, H hidden, F channels, E slices or experts, A heads.
 """
@@ -12,11 +12,12 @@ from ...moe.experts import ExpertStore
 from ...moe.layer import LayerWeights, PreparedLayer, ffn_hidden, moe_forward
 from ...moe.router import Router
 from ...moe.routing import Context, Routing
-from ...moe.slices import DataSelection, HiddenGroups, mohd_forward, mohd_masked, sliced
-from .base import Claim, Outcome, Scene, gap
+from ...moe.slices import mohd_forward, mohd_masked, sliced
+from .base import Claim, Outcome, Scene, gap, layer_shape
 
 HIDDEN, WIDTH, SLICES, SEQUENCES, LENGTH = 32, 64, 8, 4, 16
 TOKENS = SEQUENCES * LENGTH
+SHAPE = layer_shape(SLICES, HIDDEN, WIDTH // SLICES, activation="gelu")
 
 
 def mlp(scene: Scene) -> LayerWeights:
@@ -52,7 +53,7 @@ def uoe_dense(scene: Scene) -> Outcome:
     wanted_TH = ffn_hidden(x_TH, dense.gate_up, dense.activation) @ dense.down.T
     gaps = []
     for keep in (1.0, 0.5):
-        router = DataSelection(gate_EH, SLICES, keep, weighted=False)
+        router = scene.router("uoe", SHAPE, gate_EH, {"k": SLICES, "keep": keep, "weighted": False}).router
         gaps.append(gap(run_slices(dense, router, router(x_TH, in_sequences()), x_TH), wanted_TH))
     return Outcome(gaps[0], 0.0, gaps[1] > 0.1, "half of the tokens would do as well", {"gap_at_half": gaps[1]})
 
@@ -62,7 +63,9 @@ def uoe_attention(scene: Scene) -> Outcome:
     """Compare the (query, key) pairs of heads that take half of each sequence with a quarter of all pairs."""
     ctx, x_TH = in_sequences(), scene.normal(TOKENS, HIDDEN)
     gate_EH, wanted = scene.normal(SLICES, HIDDEN, name="gate"), SLICES * SEQUENCES * LENGTH**2 / 4
-    released, weighted = (DataSelection(gate_EH, SLICES // 2, 0.5, weighted)(x_TH, ctx) for weighted in (False, True))
+    released, weighted = (
+        scene.router("uoe", SHAPE, gate_EH, {"weighted": weighted}).router(x_TH, ctx) for weighted in (False, True)
+    )
     pairs, fewer = (float(attention_pairs(routing, ctx.segment_T)) for routing in (released, weighted))
     half = bool((released.counts_E == TOKENS // 2).all())
     return Outcome(pairs, wanted, half, "heads do not take half of the tokens", {"pairs_without_zero_gates": fewer})
@@ -73,8 +76,11 @@ def mohd_dense(scene: Scene) -> Outcome:
     """Compare all groups of hidden units, equal scores and activation scaling, with the MLP."""
     dense, x_TH = mlp(scene), scene.normal(TOKENS, HIDDEN)
     wanted_TH = ffn_hidden(x_TH, dense.gate_up, dense.activation) @ dense.down.T
-    routing = HiddenGroups(torch.zeros(SLICES, HIDDEN), k=2, shared=SLICES - 2)(x_TH, Context())
-    half = HiddenGroups(torch.zeros(SLICES, HIDDEN), k=1, shared=SLICES // 2 - 1)(x_TH, Context())
+    even_EH = torch.zeros(SLICES, HIDDEN)
+    routing, half = (
+        scene.router("mohd", SHAPE, even_EH, {"k": k, "shared": shared}).router(x_TH, Context())
+        for k, shared in ((2, SLICES - 2), (1, SLICES // 2 - 1))
+    )
     computed_TH = mohd_forward(x_TH, sliced(dense, SLICES), routing)
     worst = max(gap(mohd_masked(x_TH, dense, routing), wanted_TH), gap(computed_TH, wanted_TH))
     at_half = gap(mohd_forward(x_TH, sliced(dense, SLICES), half), wanted_TH)
