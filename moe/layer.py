@@ -1,7 +1,7 @@
 """One MoE layer as its mathematics: y_t = sum_e G_te f_e(x_t), plus shared experts.
 
 Shape letters: T tokens, E expert ids, F expert width, S width of the shared expert, H hidden, N assignments,
-C constant experts.
+C constant experts, Q width of an attention's queries.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from ..contracts import MoebenchError
+from ..contracts import EXPERT_KINDS, MoebenchError
+from .attention_mixture import Attention, attend
 from .experts import ACTIVATIONS, Constants, ExpertStore, expert_forward
 from .routing import Context, Routing
 
@@ -100,7 +101,8 @@ class LayerWeights:
     """What a model source or a structure hands over, in any floating dtype.
 
     ``gate_up`` is [2F, H] for a dense FFN and [E, 2F, H] for experts (gate rows first, then up rows; [E, F, H] where
-    ``gated`` is false); ``down`` is [H, F] or [E, H, F]. ``router_bias_E`` is the selection bias of DeepSeek-V3.
+    ``gated`` is false); ``down`` is [H, F] or [E, H, F]. ``router_bias_E`` is the selection bias of DeepSeek-V3. With
+    ``heads`` experts are attentions: ``gate_up`` [E, 3Q, H] (query, key, value rows) and ``down`` [E, H, Q] (output).
     """
 
     gate_up: Tensor
@@ -110,6 +112,7 @@ class LayerWeights:
     shared: SharedExpert | None = None
     activation: str = "silu"
     gated: bool = True
+    heads: int = 0
 
     @property
     def is_dense(self) -> bool:
@@ -143,19 +146,33 @@ def constant_forward(x_TH: Tensor, constants: Constants, index: int) -> Tensor:
     return mix_T2[:, :1] * x_TH + mix_T2[:, 1:] * constants.value_CH[index].to(x_TH.dtype)
 
 
+def stored_attention(gate_up: Tensor, down: Tensor, heads: int) -> Attention:
+    """Return the attention that a store keeps as ``gate_up`` [3Q, H] and ``down`` [H, Q]."""
+    query_QH, key_QH, value_QH = gate_up.chunk(3)
+    return Attention(query_QH, key_QH, value_QH, down, heads)
+
+
 def expert_output(x_TH: Tensor, store: ExpertStore, expert: int) -> Tensor:
-    """Return f_e(x) [T, H] of any kind of expert id, in the dtype of ``x_TH``."""
+    """Return f_e(x) [T, H] of any kind of expert id, in the dtype of ``x_TH``; for an attention it is one sequence."""
     kind = store.kinds[expert]
-    if kind == "ffn":
-        slot = store.kinds[:expert].count("ffn")
-        return expert_forward(x_TH, *store.weights(slot, x_TH.dtype), store)
+    if kind in ("ffn", "gather"):
+        return expert_forward(x_TH, *store.weights(store.slots[expert], x_TH.dtype), store)
+    if kind == "sequence":
+        return attend(x_TH, stored_attention(*store.weights(store.slots[expert], x_TH.dtype), store.heads))
     if kind == "copy":
         return x_TH
     if kind == "zero":
         return torch.zeros_like(x_TH)
     if kind == "constant" and store.constants is not None:
         return constant_forward(x_TH, store.constants, store.kinds[:expert].count("constant"))
-    raise MoebenchError(f"expert {expert} of kind '{kind}' is unknown here; use kinds ffn, zero, copy or constant.")
+    raise MoebenchError(f"expert {expert} of kind '{kind}' is unknown here; use one of {', '.join(EXPERT_KINDS)}.")
+
+
+def assigned_output(x_TH: Tensor, store: ExpertStore, expert: int, token_N: Tensor) -> Tensor:
+    """Return f_e(x) [N, H] of an expert's tokens; an attention reads all of ``x_TH``, whoever gets its answers."""
+    if store.kinds[expert] == "sequence":
+        return expert_output(x_TH, store, expert)[token_N]
+    return expert_output(x_TH[token_N], store, expert)
 
 
 def route(layer: PreparedLayer, x_TH: Tensor, ctx: Context | None = None) -> Routing:
@@ -176,7 +193,7 @@ def moe_forward(
     sum_dtype = torch.promote_types(x_TH.dtype, torch.float32)
     y_TH = torch.zeros(x_TH.shape, dtype=sum_dtype, device=x_TH.device)
     for expert, token_N, weight_N in assignments(routing):
-        y_NH = expert_output(x_TH[token_N], layer.store, expert).to(sum_dtype)
+        y_NH = assigned_output(x_TH, layer.store, expert, token_N).to(sum_dtype)
         y_TH = y_TH.index_add(0, token_N, y_NH * weight_N.to(sum_dtype)[:, None])
     if layer.shared is not None:
         y_TH = layer.shared.added_to(y_TH, x_TH)

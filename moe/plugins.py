@@ -13,10 +13,11 @@ Each raises ValueError with one sentence where the combination is impossible.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..contracts import Descriptor, Scheme, Selection, SparsitySpec
 from .shapes import ModelShape
+from .structure_params import Attentions, Neurons
 
 # --- structure -------------------------------------------------------------------------------------------------------
 
@@ -109,7 +110,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Switch(TopK):
-    """Switch: top-1 of softmax, weight not renormalised (Fedus et al. 2021).
+    """Switch (arXiv 2101.03961): top-1 of softmax, weight not renormalised.
 
     In training what the router reads is multiplied by U(1 - ``jitter``, 1 + ``jitter``): 0.01 in the paper, for a
     training to set. The paper's capacity counts within the batch, that of transformers within each sequence.
@@ -128,7 +129,7 @@ class Switch(TopK):
 
 @dataclass(frozen=True)
 class Mixtral(TopK):
-    """Mixtral: top-2 of softmax, renormalised over the selected (= softmax of the selected logits)."""
+    """Mixtral (arXiv 2401.04088): top-2 of softmax, renormalised (= softmax of the selected logits)."""
 
     k: int | None = 2
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
@@ -138,7 +139,7 @@ class Mixtral(TopK):
 
 @dataclass(frozen=True)
 class Olmoe(TopK):
-    """OLMoE: top-8 of softmax, not renormalised."""
+    """OLMoE (arXiv 2409.02060): top-8 of softmax, not renormalised."""
 
     k: int | None = 8
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
@@ -148,7 +149,10 @@ class Olmoe(TopK):
 
 @dataclass(frozen=True)
 class Qwen3(TopK):
-    """Qwen3-MoE: top-8 of softmax; released checkpoints renormalise, the configuration's default does not."""
+    """Qwen3-MoE (arXiv 2505.09388): top-8 of softmax, renormalised.
+
+    Released checkpoints renormalise, the default of transformers' configuration does not.
+    """
 
     k: int | None = 8
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
@@ -158,7 +162,7 @@ class Qwen3(TopK):
 
 @dataclass(frozen=True)
 class DeepSeekV3:
-    """DeepSeek-V3: sigmoid scores, group-limited top-k of score + bias, weights renormalised and scaled.
+    """DeepSeek-V3 (arXiv 2412.19437): sigmoid scores, top-k of score + bias in the best groups, renormalised, scaled.
 
     A group's score is the sum of its two best. ``update_rate`` is the step of the bias after each batch (aux-free
     balancing); the bias never enters the weights.
@@ -202,6 +206,8 @@ class MoEPlusPlus:
     (there unless ``moe_feature_no_mul_topk``), and ``unit_logits`` divides the logits of a token by their standard
     deviation before the softmax; the residual carries them as they were.
     """
+
+    pipeline: ClassVar[bool] = True
 
     k: int = 2
     zero: int = 1
@@ -302,6 +308,16 @@ class Teal:
 DESCRIPTORS = [
     Descriptor("structure", "none", "the model's own experts", "moebench.moe.structure:keep", Keep),
     Descriptor("structure", "split", "dense FFN cut into experts by channel", "moebench.moe.structure:split", Split),
+    Descriptor(
+        "structure", "neurons", "every channel an expert of width 1", "moebench.moe.expert_structures:neurons", Neurons
+    ),
+    Descriptor(
+        "structure",
+        "attention",
+        "attentions in the place of the FFNs",
+        "moebench.moe.expert_structures:attentions",
+        Attentions,
+    ),
     Descriptor("routing", "topk", "the model's own top-k, or as given", "moebench.moe.routers.topk:build", TopK),
     Descriptor("routing", "switch", "Switch top-1", "moebench.moe.routers.topk:build_switch", Switch),
     Descriptor("routing", "mixtral", "Mixtral top-2, renormalised", "moebench.moe.routers.topk:build", Mixtral),

@@ -18,6 +18,7 @@ from .quantization import stack, unstack
 from .router import Router
 from .routing import Context
 from .shapes import ModelShape
+from .stand_ins import StandIns, alone
 
 SHARED_TENSORS = ("gate_up", "down", "gate_H", "mix_2H")
 """The tensors of a SharedExpert; the last two may be None."""
@@ -100,10 +101,12 @@ def prepare_layer(
             weights.activation,
             weights.gated,
             None if bundle.constants is None else _constants(bundle.constants, dtype),
+            heads=weights.heads,
         )
         store, parent = _quantized(recipe.quantization, store, {"parent": parent, "dtype": str(dtype)}, cache)
         x_TH = calibration_TH.to(dtype).float()
-        ctx = Context(layer=int(identity.get("layer", 0)), experts=store)
+        fields = StandIns(len(x_TH), store.num_experts, recipe.routing.params, seed)
+        ctx = alone(fields, bundle.router, int(identity.get("layer", 0)), store)
         store = _sparsified(recipe, store, bundle.router, x_TH, ctx, parent, cache)
     scheme = None if bundle.shared is None else bundle.shared.to(dtype)
     return PreparedLayer(store, bundle.router, weights.shared or scheme)
@@ -190,7 +193,7 @@ def _sparsified(
 def weights_artefact(weights: LayerWeights) -> Artefact:
     """Return all tensors of ``weights`` by name, and what else it says."""
     named = {name: getattr(weights, name) for name in ("gate_up", "down", "router_EH", "router_bias_E")}
-    meta: dict[str, Any] = {"activation": weights.activation, "gated": weights.gated}
+    meta: dict[str, Any] = {"activation": weights.activation, "gated": weights.gated, "heads": weights.heads}
     if weights.shared is not None:
         named |= {f"shared.{name}": getattr(weights.shared, name) for name in SHARED_TENSORS}
         meta["shared"] = {"activation": weights.shared.activation, "gated": weights.shared.gated}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as nnf
@@ -40,8 +40,11 @@ class Router(nn.Module):
         """Return the Routing of ``x_TH``."""
         raise NotImplementedError
 
-    def update(self, routing: Routing) -> None:
-        """Change state that lies outside autograd after a training step; most routers have none."""
+    def update(self, routing: Routing, signal: Any = None) -> None:
+        """Change state that lies outside autograd after a training step; most routers have none.
+
+        ``signal`` is what a router learns from beyond its own Routing, such as MixER's losses per environment.
+        """
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -197,7 +198,7 @@ class Permuted(Router):
         logits_TE = None if routing.logits_TE is None else routing.logits_TE[:, order_E.argsort()]
         return replace(routing, expert_N=order_E[routing.expert_N], logits_TE=logits_TE, probs_TE=probs_TE)
 
-    def update(self, routing: Routing) -> None:
+    def update(self, routing: Routing, signal: Any = None) -> None:
         """Update the router, and round the permutation."""
-        self.router.update(routing)
+        self.router.update(routing, signal)
         self.permutation.round()

@@ -145,7 +145,7 @@ def plugins(tmp_path_factory):
 
 EXPECTED = {
     "my_backend.py": ("backend, routing", [("eager", "moepp"), ("eager", "topk")], ("my_backend", "moepp")),
-    "top_p.py": ("routing, (params->'routing'->>'p')", [("topk", None)], ("top_p", "0.3")),
+    "min_p.py": ("routing, (params->'routing'->>'p')", [("topk", None)], ("min_p", "0.3")),
     "gating.py": ("suite, (params->'routing'->>'k')", [("gating", "1")], ("gating", "2")),
 }
 """By file: two columns that tell its rows apart, rows that must be there, and one that only the plug-in can make."""
@@ -178,7 +178,7 @@ def test_the_oracle_of_contributing_can_fail(plugins):
 
 def test_every_file_of_contributing_is_used():
     files = {file for language in ("python", "sh") for file, _ in blocks(CONTRIBUTING, language)}
-    assert files == {*EXPECTED, "top_p_router.py", "gating_trial.py"}
+    assert files == {*EXPECTED, "min_p_router.py", "gating_trial.py"}
 
 
 def test_the_plugins_import_no_torch_in_the_parent(plugins):

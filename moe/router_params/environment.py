@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...contracts import Descriptor
 from .ffn_only import OneExpert
@@ -16,6 +17,8 @@ class MixER(OneExpert):
     to experts by their losses. ``features`` is the size of a context vector, of which ``ctx.features`` [S, D] holds one
     per segment id.
     """
+
+    beyond_text: ClassVar[str] = "features"
 
     features: int = 16
 
@@ -31,6 +34,8 @@ class DMoERM(OneExpert):
     The paper's classifier is a language model that reads the prompt; here it is a linear map of the layer's input at
     the last token. The inner layer is a mixture of LoRA experts and no routing.
     """
+
+    causal: ClassVar[bool] = False
 
 
 DESCRIPTORS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...contracts import Descriptor, Selection
 from ..shapes import ModelShape
@@ -17,6 +18,8 @@ class AdvMoE(OneExpert):
     through to the score of the selected expert. The released code computes all experts, gives the others weight 0, and
     so reaches their scores as well: ``released_mask``, at E times the work.
     """
+
+    beyond_text: ClassVar[str] = "features"
 
     blocks: int = 3
     released_mask: bool = False

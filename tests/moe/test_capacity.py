@@ -310,7 +310,7 @@ def test_wrapper_keeps_parameters_and_hands_updates_on():
         def forward(self, x_TH, ctx):
             return linear_router(len(x_TH), 4)
 
-        def update(self, routing):
+        def update(self, routing, signal=None):
             self.seen += len(routing.token_N)
 
     router = Capacity(Counting(), ("ffn",) * 4, CapacityRule(0.5))

@@ -86,8 +86,8 @@ def test_every_kind_has_its_own_mathematics():
 
 
 def test_unknown_kind_is_refused_in_a_sentence():
-    store = make_store(("ffn", "gather"))
-    with pytest.raises(MoebenchError, match="expert 1 of kind 'gather'"):
+    store = make_store(("ffn", "lora"))
+    with pytest.raises(MoebenchError, match="expert 1 of kind 'lora'"):
         moe_forward(layer_of(store), randn(T, H), routing=Routing.dense(torch.ones(T, 2)))
 
 

@@ -87,8 +87,8 @@ def test_every_kind_of_expert():
         value_TH = a_T2[:, :1] * x + a_T2[:, 1:] * constants.value_CH[number].double()
         expected += gate_TE[:, expert : expert + 1] * value_TH
     torch.testing.assert_close(reference(store, routing, x_TH).y_TH, expected, rtol=1e-12, atol=1e-12)
-    with pytest.raises(MoebenchError, match="knows no 'gather' experts"):
-        reference(dataclasses.replace(store, kinds=("gather", *kinds[1:])), routing, x_TH)
+    with pytest.raises(MoebenchError, match="knows no 'lora' experts"):
+        reference(dataclasses.replace(store, kinds=("lora", *kinds[1:])), routing, x_TH)
     with pytest.raises(MoebenchError, match="has no constants"):
         reference(dataclasses.replace(store, constants=None), routing, x_TH)
     with pytest.raises(MoebenchError, match="the routing knows 5 experts and the store 4"):

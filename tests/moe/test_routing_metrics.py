@@ -305,7 +305,8 @@ def test_null_assignments_cost_nothing(gated, per_weight):
 
 def test_flops_of_every_kind():
     cost = {kind: flops_of_kind(kind, 10, 20, True) for kind in ("ffn", "zero", "copy", "constant", "gather")}
-    assert cost == {"ffn": 1200, "zero": 0, "copy": 0, "constant": 60, "gather": 40}
+    assert cost == {"ffn": 1200, "zero": 0, "copy": 0, "constant": 60, "gather": 1200}
+    assert (flops_of_kind("gather", 10, 1, True), flops_of_kind("gather", 10, 1, False)) == (60, 40)
     assert flops_of_kind("sequence", 10, 20, True) is None
 
 

@@ -113,6 +113,18 @@ def test_a_model_keeps_its_own_shared_expert():
     assert trial.subject.layer.shared.down.shape[1] == 16
 
 
+def test_structures_of_experts_are_right_on_every_backend():
+    backends = "axes.backend=[reference,eager,batched,grouped]"
+    by = "params.structure.prune.by=[utilisation,random]"
+    found = cases(
+        "suite=throughput", "model=tiny", "axes.tokens=9", "axes.structure=[none,prune,aggregate]", by, backends
+    )
+    assert len(found) == 16
+    assert len({case.method_key for case in found}) == 4
+    experts = {LayerTrial(case, REGISTRY).subject.spec.experts for case in found if all_ok(LayerTrial(case, REGISTRY))}
+    assert experts == {4, 8, 16}
+
+
 @pytest.mark.parametrize("traffic", ["gaussian", "uniform", "balanced", "zipf", "hotspot", "dead", "bursty"])
 def test_every_traffic_reaches_the_experts(traffic):
     case = only_case(

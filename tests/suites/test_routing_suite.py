@@ -116,17 +116,37 @@ def test_mistakes_are_told_in_a_sentence(setting, sentence):
 # --- every routing ---------------------------------------------------------------------------------------------------
 
 
+WITHOUT_PARTS = {
+    "dselect_k": "its gates choose by binary codes: scores and choice are one product",
+    "comet": "its trees choose on the way from root to leaf, so nothing scores all experts first",
+    "hash": "a table says the expert",
+    "thor": "chance says the expert",
+}
+"""The routings whose router is no Pipeline, and why: they have phases route and permute."""
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_router_with_a_scorer_passes_the_phases_of_its_parts(routing):
     case = routed_cases()[routing]
-    shape = REGISTRY.params("model", case.model).shape()
+    declared = has_parts(case, REGISTRY.params("model", case.model).shape(), REGISTRY)
+    assert declared == (routing not in WITHOUT_PARTS), "a routing without phases gate and select is told with a reason"
     try:
         pipeline_in(trial_of(routing, "permute").router, case)
     except MoebenchError:
-        assert not has_parts(case, shape, REGISTRY), f"set pipeline = False in the parameters of '{routing}'"
+        assert not declared, f"set pipeline = False in the parameters of '{routing}'"
         return
+    assert declared, f"set pipeline = True in the parameters of '{routing}'"
     assert all_ok(trial_of(routing, "gate"))
     assert all_ok(trial_of(routing, "select"))
+
+
+def test_the_scorer_of_moepp_adds_what_the_layer_before_scored():
+    trial = trial_of("moepp", "gate")
+    trial.begin_turn()
+    first_TE = trial.run(0)
+    trial.contexts[0] = dataclasses.replace(trial.contexts[0], prev=None)
+    assert trial.verify(0, first_TE).ok
+    assert not trial.verify(0, trial.run(0)).ok
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
