@@ -55,6 +55,7 @@ SEQUENCE_BOUND = {
     "got_attention": lambda params: True,
     "read_me": lambda params: True,
     "dmoerm": lambda params: True,
+    "robust_qa": lambda params: params.gate == "sequence",
 }
 """The order of tokens matters: draws are dealt in order, a token looks at those before it, or a sequence is read."""
 
@@ -64,6 +65,7 @@ MASK_MATTERS = {
     "got_attention": "padding is not looked at",
     "read_me": "padding is not looked at",
     "dmoerm": "padding does not vote",
+    "robust_qa": "padding is no first token",
     "expert_choice": "padding takes no place",
     "uoe": "padding takes no place",
     "thor": "draws are dealt in order",
