@@ -336,6 +336,7 @@ DESCRIPTORS = [
         "MoE++ zero, copy and constant experts",
         "moebench.moe.routers.moepp:build",
         MoEPlusPlus,
+        version="2",  # rows beside a model's own have their size
         aliases=("moe++",),
     ),
     Descriptor("quantization", "none", "weights in the case's dtype", "moebench.moe.quantization:keep", NoQuantization),

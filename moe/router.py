@@ -291,6 +291,16 @@ def router_rows(weights: LayerWeights, shape: ModelShape, seed: int) -> Tensor:
     return weights.router_EH
 
 
+def grown_rows(weights: LayerWeights, shape: ModelShape, seed: int, count: int, stream: str) -> Tensor:
+    """Return rows [E + count, H] float32: the layer's own (``router_rows``), then seeded ones for experts beside them.
+
+    The new rows are as long as the old ones on average, so that no kind of expert is chosen for its scale alone.
+    """
+    own_EH = router_rows(weights, shape, seed).float().cpu()
+    size = float(own_EH.square().mean().sqrt())
+    return torch.cat([own_EH, seeded_normal((count, shape.hidden), size, seed, stream)])
+
+
 def selection_bias(weights: LayerWeights, shape: ModelShape) -> Tensor:
     """Return the layer's own selection bias [E], or zeros, where aux-free balancing starts."""
     if weights.router_bias_E is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -78,6 +79,15 @@ def test_the_readme_example_runs(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert re.search(r"b/a \d+\.\d+ \[.*\]: (improved|regressed|equivalent|inconclusive) \(outputs agree", done.stdout)
+
+
+def test_the_page_about_models_runs(tmp_path):
+    page = ROOT / "docs" / "routing-in-models.md"
+    code = "".join(text for _, text in blocks(page, "python"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    sha256 = done.stdout.split()[-1]
+    assert hashlib.sha256((tmp_path / "trace.parquet").read_bytes()).hexdigest() == sha256
 
 
 def test_the_readme_shows_every_command():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..router import Linear, Router, RouterBundle, router_rows, seeded_normal
+from ..router import Linear, Router, RouterBundle, grown_rows
 from ..router_parts import masked_routing
 from ..routing import Context, Routing
 from .nucleus import nucleus
@@ -80,8 +80,7 @@ def build(params: DCMoE) -> Callable[[LayerWeights, ModelShape, int], RouterBund
 
     def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:
         kinds = params.kinds(shape)
-        extra_MH = seeded_normal((params.null, shape.hidden), shape.hidden**-0.5, seed, "dcmoe.null")
-        rows_EH = torch.cat([router_rows(weights, shape, seed).float().cpu(), extra_MH])
+        rows_EH = grown_rows(weights, shape, seed, params.null, "dcmoe.null")
         fixed_E = torch.zeros(len(kinds), dtype=torch.bool)
         fixed_E[shape.experts - params.fixed : shape.experts] = True
         zero_E = torch.tensor([kind == "zero" for kind in kinds])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experts import Constants
-from ..router import EPSILON, MLP, Linear, Pipeline, Residual, RouterBundle, Softmax, TopK, router_rows, seeded_normal
+from ..router import EPSILON, MLP, Linear, Pipeline, Residual, RouterBundle, Softmax, TopK, grown_rows, seeded_normal
 from ..routing import Context, Routing
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ def _scorer(params: MoEPlusPlus, weights: LayerWeights, shape: ModelShape, seed:
         inner_DH = seeded_normal((8 * experts, hidden), hidden**-0.5, seed, "moepp.inner")
         scorer = MLP(inner_DH, seeded_normal((experts, 8 * experts), (8 * experts) ** -0.5, seed, "moepp.outer"))
     else:
-        rows_EH = router_rows(weights, shape, seed)
-        extra_EH = seeded_normal((experts - shape.experts, hidden), hidden**-0.5, seed, "moepp.rows")
-        scorer = Linear(torch.cat([rows_EH.float().cpu(), extra_EH]))
+        scorer = Linear(grown_rows(weights, shape, seed, experts - shape.experts, "moepp.rows"))
     if not params.residual:
         return scorer
     return Residual(scorer, seeded_normal((experts, experts), experts**-0.5, seed, "moepp.residual"))

@@ -8,12 +8,12 @@ added to the output of the others. Shared experts are the model's own, with or w
 Our routers score in float32. Where a model scores in less (OLMoE, Mixtral, Qwen3-MoE in bfloat16), its own rule in our
 hands may choose differently near a tie; in float32 logits are equal.
 
-Shape letters: T tokens of a call, B sequences, S tokens of each, H hidden, E expert ids, K slots.
+Shape letters: T tokens of a call, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,10 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backends.bridge import attach, describe, moe_modules
+from ...backends.bridge import attach, moe_modules
 from ...contracts import Backend, MoebenchError, Registry, unknown
-from ...moe.fold import Fold
-from ...moe.layer import LayerWeights
 from ...moe.router import Router, RouterBundle
 from ...moe.router_context import OncePerModel
 from ...moe.routing import Context, Routing
@@ -33,12 +31,9 @@ from ...moe.shapes import ModelShape
 from . import substream
 from .hf_config import READERS
 from .reroute_call import Call, ContextOf, attention_beside
+from .reroute_layer import ReroutedLayer, RouterFactory
 
-RouterFactory = Callable[[LayerWeights, ModelShape, int], RouterBundle]
-"""What ``create()`` of a routing's descriptor returns."""
-
-GATE_NAMES = ("gate", "router")
-"""What transformers calls the router of an MoE block."""
+__all__ = ["Rerouted", "RouterFactory", "model_shape", "reroute"]
 
 
 @contextmanager
@@ -85,14 +80,14 @@ class Rerouted:
         self.model = model
         self.context = context if isinstance(context, Context) else Context()
         self.routings: dict[int, Routing] = {}
-        self.layers: dict[int, _Layer] = {}
+        self.layers: dict[int, ReroutedLayer] = {}
         self._context_of = None if isinstance(context, Context) else context
         self._rng = torch.Generator().manual_seed(substream(seed, "rng"))
         self._call = Call()
         self._plan: dict[int, Routing] = {}
         self._hooks: list[Any] = []
         for index, experts in sorted(moe_modules(model).items()):
-            layer = _Layer(self, index, experts, factory, shape, substream(seed, "router", index))
+            layer = ReroutedLayer(self.model, index, experts, factory, shape, substream(seed, "router", index))
             self.layers[index] = layer
             if layer.bundle.router.scope == "model":
                 factory = _always(layer.bundle)
@@ -108,7 +103,7 @@ class Rerouted:
         inner: nn.Module = getattr(self.model, "base_model", self.model)
         self._hooks = [inner.register_forward_pre_hook(self._look, with_kwargs=True)]
         for index, layer in self.layers.items():
-            layer.enter()
+            layer.enter(partial(self.route, index))
             attention = attention_beside(self.model, layer.experts) if "attn" in layer.bundle.router.needs else None
             if attention is not None:
                 self._hooks.append(attention.register_forward_hook(partial(self._watch, index)))
@@ -166,72 +161,6 @@ def _always(bundle: RouterBundle) -> RouterFactory:
     return lambda weights, shape, seed: bundle
 
 
-class _Layer:
-    """One MoE block: its gate answers with our Routing, and what folded experts give is added to its output."""
-
-    def __init__(
-        self, owner: Rerouted, index: int, experts: Any, factory: RouterFactory, shape: ModelShape, seed: int
-    ) -> None:
-        store, _ = describe(experts)
-        self.owner, self.index, self.experts = owner, index, experts
-        self.gate, self.answers = _gate(owner.model, experts)
-        bias_E = getattr(self.gate, "e_score_correction_bias", None)
-        weights = LayerWeights(
-            experts.gate_up_proj, experts.down_proj, self.gate.weight, bias_E, activation=store.activation
-        )
-        self.bundle = factory(weights, shape, seed)
-        if self.bundle.input_scale != 1.0:
-            raise MoebenchError(
-                "this routing scales the inputs of experts, whose weights reroute leaves; turn that off."
-            )
-        self.bundle.router.to(experts.down_proj.device)
-        self.store = replace(store, kinds=self.bundle.kinds, constants=self.bundle.constants)
-        self.fold = Fold(self.store) if set(self.bundle.kinds) != {"ffn"} else None
-        self._former: Any = None
-        self._hook: Any = None
-        self._folded: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def on_our_backend(self) -> bool:
-        """Whether the experts run on a backend of ours at this moment."""
-        return str(self.experts.config._experts_implementation).startswith("moebench:")
-
-    def enter(self) -> None:
-        self._former = self.gate.__dict__.get("forward")
-        self.gate.forward = self.answer
-        self._hook = self.experts.register_forward_hook(self.add_folded)
-
-    def exit(self) -> None:
-        if self._former is None:
-            del self.gate.forward
-        else:
-            self.gate.forward = self._former
-        self._hook.remove()
-
-    def answer(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return what the block expects of its gate: logits_TE, weights_TK, indices_TK."""
-        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self.owner.route(self.index, x_TH)
-        indices_TK, weights_TK = routing.padded()
-        if self.fold is not None:
-            split = self.fold.split((indices_TK, weights_TK), len(x_TH))
-            indices_TK, weights_TK = split.inputs
-            self._folded = (x_TH, split.other_TP)
-        if not self.on_our_backend and bool((indices_TK == len(self.store.ffn_ids)).any()):
-            raise MoebenchError(
-                f"layer {self.index} has tokens with fewer experts than others, which only our backends run; "
-                "give reroute a backend, such as 'grouped'."
-            )
-        return routing.logits_TE, weights_TK.to(self.answers), indices_TK
-
-    def add_folded(self, module: nn.Module, args: tuple[Any, ...], y_TH: Tensor) -> Tensor:
-        """Return the experts' output with what folded experts give; the very tensor where none are."""
-        if self.fold is None or self._folded is None:
-            return y_TH
-        (x_TH, other_TP), self._folded = self._folded, None
-        return (y_TH + self.fold.contribution(x_TH, other_TP)).to(y_TH.dtype)
-
-
 def model_shape(model: nn.Module) -> ModelShape:
     """Return the sizes and the own selection of a transformers model, or refuse an architecture in one sentence."""
     config: Any = getattr(model, "config", None)
@@ -239,17 +168,3 @@ def model_shape(model: nn.Module) -> ModelShape:
     if name not in READERS:
         raise MoebenchError(unknown("MoE architecture (model_type)", name, READERS))
     return READERS[name](config.to_dict())
-
-
-def _gate(model: nn.Module, experts: Any) -> tuple[Any, torch.dtype]:
-    """Return the gate beside ``experts`` and the dtype of the weights that it answers with, by asking it once."""
-    block = next(module for module in model.modules() if any(child is experts for child in module.children()))
-    down = experts.down_proj
-    for name in GATE_NAMES:
-        gate: Any = getattr(block, name, None)
-        if isinstance(getattr(gate, "weight", None), Tensor):
-            with torch.no_grad():
-                answer = gate(torch.zeros(1, down.shape[1], dtype=down.dtype, device=down.device))
-            if isinstance(answer, tuple) and len(answer) == 3 and not answer[2].is_floating_point():
-                return gate, answer[1].dtype
-    raise MoebenchError(f"{type(block).__name__} has no gate that answers (logits, weights, indices) to take over.")

@@ -206,7 +206,7 @@ def with_nulls(split, true=8, nulls=4, tokens=96):
 
 
 def test_bucket_ignores_how_null_mass_is_split_and_plain_switch_does_not():
-    """R3: 1.0017 both with the bucket; without it the loss falls on identical nulls: 1.0017 and 2.2017."""
+    """R3 (AdaMoE): 1.0017 both with the bucket; without it the loss falls on identical nulls: 1.0017 and 2.2017."""
     spread, single = with_nulls([24, 24, 24, 24]), with_nulls([96, 0, 0, 0])
     nulls = range(8, 12)
     assert float(switch(spread, bucket=nulls)) == pytest.approx(float(switch(single, bucket=nulls)), abs=1e-6)
@@ -445,7 +445,7 @@ def test_chunks_and_neighbours_stay_within_a_segment_and_in_order(segments, leng
 
 
 def test_cls_is_the_expected_union_of_a_chunk():
-    """R9: 0.80 of 40 experts for chunks of 64 tokens, as (1 - 1/40) ** 64 says, and the simulated union is the same."""
+    """R9 (BlockFFN): 0.80 of 40 experts for chunks of 64 tokens, as (1 - 1/40) ** 64 and the simulated union say."""
     generator = torch.Generator().manual_seed(17)
     q_TE = torch.randn(1024, 40, generator=generator).relu()
     q_TE = q_TE / q_TE.sum(1, keepdim=True)

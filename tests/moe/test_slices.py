@@ -54,7 +54,7 @@ def selection(k=3, seed=5, **options):
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from([1, 2, 4, 8, 16, 32]), st.booleans(), st.integers(0, 99))
 def test_all_slices_together_are_the_mlp(slices, gated, seed):
-    """R17: 2e-7 of the norm in float32 (2.7e-7 in the prototype)."""
+    """R17 (UnionOfExperts): 2e-7 of the norm in float32 (2.7e-7 in the prototype)."""
     weights, x_TH = mlp(gated, seed), seeded(T, H, seed=seed + 7)
     y_TH = forward(sliced(weights, slices), x_TH, Routing.dense(torch.ones(T, slices)))
     wanted_TH = dense_forward(weights, x_TH)
@@ -198,7 +198,7 @@ def test_sequences_that_the_gate_cannot_read_are_refused():
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_all_groups_with_equal_scores_are_the_mlp_bit_for_bit(gated):
-    """R17: difference 0."""
+    """R17 (MoHD): difference 0."""
     weights, x_TH = mlp(gated), seeded(T, H, seed=1)
     routing = HiddenGroups(torch.zeros(E, H), k=2, shared=6)(x_TH, Context())
     assert (routing.weight_N == 1).all()

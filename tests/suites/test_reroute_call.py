@@ -26,7 +26,10 @@ PARAMS = {
 
 FEATURES = {"mixer": (BATCH, 5), "advmoe": (BATCH, 3, 8, 8)}
 UNEQUAL = {"moepp", "adamoe", "expert_choice", "blockffn", "remoe", "top_p"}
-"""Routings that give some tokens fewer experts with weights than others."""
+"""Some of the routings that give some tokens fewer experts with weights than others."""
+
+FOREIGN = {"peer", "ultramem", "bam"}
+"""Routings of experts that no transformers model has: rank-1 experts, and attentions."""
 
 
 def build(family="Olmoe", attention="eager", **changes):
@@ -76,7 +79,7 @@ def given(name):
 # --- every routing in a real model -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", REGISTRY.names("routing"))
+@pytest.mark.parametrize("name", sorted({*REGISTRY.names("routing")} - FOREIGN))
 def test_every_routing_works_in_a_real_model_and_leaves_it_as_it_was(name, model):
     """On a backend of ours always; in the model's own execution where every token has as many experts."""
     before, hooks = logits(model), _hooks(model)
@@ -86,13 +89,24 @@ def test_every_routing_works_in_a_real_model_and_leaves_it_as_it_was(name, model
     assert torch.isfinite(ours).all()
     assert sorted(handle.routings) == [0, 1]
     with reroute(model, routing(name), context=given(name)):
-        if name in UNEQUAL:
-            assert numbers.unique().numel() > 1
+        assert name not in UNEQUAL or numbers.unique().numel() > 1
+        if numbers.unique().numel() > 1:
             with pytest.raises(MoebenchError, match=r"tokens with fewer experts than others, .* such as 'grouped'"):
                 logits(model)
         else:
-            assert numbers.unique().numel() == 1
             torch.testing.assert_close(logits(model), ours, rtol=1e-3, atol=1e-4)
+    assert torch.equal(logits(model), before)
+    assert _hooks(model) == hooks
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN))
+def test_experts_that_a_model_does_not_have_are_refused(name, model):
+    before, hooks = logits(model), _hooks(model)
+    with (
+        pytest.raises(MoebenchError, match=r"^layer 0 of this model cannot be routed so: .*axes.structure"),
+        reroute(model, routing(name), "grouped"),
+    ):
+        pass
     assert torch.equal(logits(model), before)
     assert _hooks(model) == hooks
 
