@@ -110,12 +110,21 @@ class TopK:
 
 @dataclass(frozen=True)
 class Switch(TopK):
-    """Switch (arXiv 2101.03961): top-1 of softmax, weight not renormalised."""
+    """Switch (arXiv 2101.03961): top-1 of softmax, weight not renormalised.
+
+    In training what the router reads is multiplied by U(1 - ``jitter``, 1 + ``jitter``): 0.01 in the paper, for a
+    training to set. The paper's capacity counts within the batch, that of transformers within each sequence.
+    """
 
     k: int | None = 1
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
     renormalize: bool | None = False
     scale: float | None = 1.0
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter={self.jitter} must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,7 @@ class MoEPlusPlus:
 
     ``residual`` adds W_g times the scores of the MoE layer before. ``scorer`` is one linear map (the paper's text) or
     the released code's Linear(H, 8E) - tanh - Linear(8E, E). ``tau`` is the balance between FFN and other experts.
+    Capacities follow Eq. 8 with k T where it says T: with T, 45 % of all assignments find no place.
 
     Two options do what the released code does besides: ``released_inputs`` multiplies what every expert reads by ``k``
     (there unless ``moe_feature_no_mul_topk``), and ``unit_logits`` divides the logits of a token by their standard
@@ -309,7 +319,7 @@ DESCRIPTORS = [
         Attentions,
     ),
     Descriptor("routing", "topk", "the model's own top-k, or as given", "moebench.moe.routers.topk:build", TopK),
-    Descriptor("routing", "switch", "Switch top-1", "moebench.moe.routers.topk:build", Switch),
+    Descriptor("routing", "switch", "Switch top-1", "moebench.moe.routers.topk:build_switch", Switch),
     Descriptor("routing", "mixtral", "Mixtral top-2, renormalised", "moebench.moe.routers.topk:build", Mixtral),
     Descriptor("routing", "olmoe", "OLMoE top-8, not renormalised", "moebench.moe.routers.topk:build", Olmoe),
     Descriptor("routing", "qwen3", "Qwen3-MoE top-8", "moebench.moe.routers.topk:build", Qwen3),

@@ -41,6 +41,26 @@ def gumbel_noise(like: Tensor, rng: torch.Generator) -> Tensor:
     return -exponential.log().to(like.device)
 
 
+class Jitter(nn.Module):
+    """z = scorer(x u) in training, u ~ U(1 - ``width``, 1 + ``width``) of its own for each number of x (Switch)."""
+
+    def __init__(self, scorer: nn.Module, width: float) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.width = width
+
+    def forward(self, x_TH: Tensor, ctx: Context) -> Tensor:
+        """Return logits_TE."""
+        if ctx.training:
+            if ctx.rng is None:
+                raise ValueError("a jittered router cannot decide without the Context's 'rng' in training; give it.")
+            x_TH = x_TH.float()
+            noise_TH = torch.rand(x_TH.shape, generator=ctx.rng, device=ctx.rng.device).to(x_TH.device)
+            x_TH = x_TH * (1 + self.width * (2 * noise_TH - 1))
+        logits_TE: Tensor = self.scorer(x_TH, ctx)
+        return logits_TE
+
+
 # --- permutations ----------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ class MixER(OneExpert):
 
     The map is no parameter: after each step it is fitted by least squares to clusters of the context vectors, matched
     to experts by their losses. ``features`` is the size of a context vector, of which ``ctx.features`` [S, D] holds one
-    per segment id.
+    per segment id. The paper draws its first cluster centres at random; here they lie far apart, by no chance.
     """
 
     beyond_text: ClassVar[str] = "features"

@@ -27,7 +27,9 @@ class UnitSoftmax(Softmax):
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Return softmax(z / std(z))."""
         logits_TE = logits_TE.float()
-        return (logits_TE / logits_TE.std(-1, keepdim=True)).softmax(-1)
+        centred_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
+        variance_T1 = centred_TE.square().sum(-1, keepdim=True) / max(logits_TE.shape[1] - 1, 1)
+        return (logits_TE / variance_T1.sqrt()).softmax(-1)
 
 
 class NullTopK(Pipeline):

@@ -56,6 +56,7 @@ SEQUENCE_BOUND = {
     "got_attention": lambda params: True,
     "read_me": lambda params: True,
     "dmoerm": lambda params: True,
+    "robust_qa": lambda params: params.gate == "sequence",
 }
 """The order of tokens matters: draws are dealt in order, a token looks at those before it, a sequence is read, or
 tokens of gate zero fill up what is left."""
@@ -66,6 +67,7 @@ MASK_MATTERS = {
     "got_attention": "padding is not looked at",
     "read_me": "padding is not looked at",
     "dmoerm": "padding does not vote",
+    "robust_qa": "padding is no first token",
     "expert_choice": "padding takes no place",
     "uoe": "padding takes no place",
     "thor": "draws are dealt in order",
@@ -228,7 +230,7 @@ def test_no_tokens(variant):
 
 @every
 def test_sorted_apply_is_dense_apply(variant):
-    """R27: over entries sorted by expert as with the dense matrix, to rounding (5e-7 for 18 routers)."""
+    """R27: over sorted entries as with the matrix: within 4.1e-7 of the largest output (5e-7 for 18 routers)."""
     routing = variant.build().route()
     x_TH = seeded(TOKENS, HIDDEN, seed=1)
     expert_EHH = seeded(routing.num_experts, HIDDEN, HIDDEN, seed=5) / HIDDEN

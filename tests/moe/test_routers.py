@@ -88,7 +88,7 @@ def distinct_logits(draw):
 @relaxed
 @given(distinct_logits(), st.data())
 def test_mixtral_is_softmax_over_the_selected_logits(logits_TE, data):
-    """R1: renormalised top-k of softmax = softmax of the top-k logits; the choice exactly, weights to rounding."""
+    """R1: renormalised top-k of softmax = softmax of the top-k logits; the choice exactly, weights to 1.2e-7."""
     k = data.draw(st.integers(1, logits_TE.shape[1]))
     indices_TK, weights_TK = select(logits_TE, Selection("softmax", k, renormalize=True))
     chosen = logits_TE.topk(k)

@@ -12,6 +12,10 @@ from moebench.moe.recipe import Recipe, Stage, prepare_layer
 from moebench.moe.routing import Context, Routing
 from moebench.moe.shapes import ModelShape
 
+VARIANTS = [
+    ("moepp", MoEPlusPlus(released_inputs=True), {}),
+    ("moepp", MoEPlusPlus(unit_logits=True), {}),
+]
 HIDDEN, EXPERTS, TOKENS = 32, 8, 48
 SHAPE = ModelShape(HIDDEN, 8, EXPERTS, 2, (0, 1), Selection("softmax", 2, True))
 OF = {(descriptor.kind, descriptor.name): descriptor for descriptor in DESCRIPTORS}

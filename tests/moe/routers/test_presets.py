@@ -23,6 +23,7 @@ VARIANTS = [
     ("time_moe", TimeMoE(), {}),
     ("moe_llava", MoELLaVA(), {"experts": 4}),
     ("robust_qa", RobustQA(), {}),
+    ("robust_qa", RobustQA(gate="sequence"), {}),
     ("pr_moe", PRMoE(), {}),
 ]
 SHAPE = ModelShape(32, 8, 16, 2, (0, 1), Selection("sigmoid", 4, True, 2.5))
@@ -57,7 +58,7 @@ def test_the_rule_is_the_systems_and_not_the_models(name, params, changes):
     k, renormalize, shared = RULES[name]
     assert params.selection(SHAPE) == Selection("softmax", k, renormalize)
     assert (params.shared, params.max_k(SHAPE)) == (shared, k)
-    routing = build(name, params, **changes).router(seeded(TOKENS, 32), Context())
+    routing = build(name, params, **changes).router(seeded(TOKENS, 32), Context(segment_T=torch.arange(TOKENS) // 6))
     indices_TK, weights_TK = select(routing.logits_TE, params.selection(SHAPE))
     assert torch.equal(routing.padded()[0], indices_TK)
     assert torch.equal(routing.padded()[1], weights_TK)

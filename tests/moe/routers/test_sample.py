@@ -14,6 +14,7 @@ from moebench.moe.shapes import ModelShape
 VARIANTS = [
     ("advmoe", AdvMoE(), {"experts": 2}),
     ("advmoe", AdvMoE(blocks=1), {}),
+    ("advmoe", AdvMoE(blocks=1, released_mask=True), {}),
 ]
 SHAPE = ModelShape(32, 8, 4, 3, (0, 1, 2), Selection("softmax", 2, True))
 SMALL = AdvMoE(blocks=1)
@@ -38,7 +39,7 @@ def context(images=IMAGES, **changes):
     return Context(features=images, segment_T=SEGMENT_T, **changes)
 
 
-@pytest.mark.parametrize(("params", "changes"), [variant[1:] for variant in VARIANTS])
+@pytest.mark.parametrize(("params", "changes"), [variant[1:] for variant in VARIANTS if not variant[1].released_mask])
 def test_an_image_has_one_expert_with_weight_one(params, changes):
     routing = build(params, **changes).router(seeded(TOKENS, 32), context())
     assert (routing.weight_N == 1).all()
