@@ -216,6 +216,12 @@ class Case:
         return max(1, len(re.findall(r"\d+", str(self.row["layers"] or ""))))
 
     @property
+    def active_params(self) -> float | None:
+        """Parameters that a token uses: those of its experts, of what is always on, and of the router."""
+        values = [metric["value"] for metric in self.metrics if metric["name"] == "active_params_per_token"]
+        return values[0] if values else None
+
+    @property
     def quality(self) -> list[Row]:
         """The metrics of quality that a case without a time was run for."""
         if not self.ok or self.median_ns is not None:

@@ -158,6 +158,7 @@ def cases_table(cases: Sequence[Case]) -> str:
         *((axis, axis, bool(_numeric(axis))) for axis in first),
         ("median", "median", True),
         ("throughput", "layer-tokens/s", True),
+        ("active", "active params/token", True),
         *((axis, axis, bool(_numeric(axis))) for axis in rest),
         ("evidence", "evidence", False),
         ("executed", "executed", False),
@@ -190,7 +191,8 @@ def _case_row(case: Case, first: Sequence[str], rest: Sequence[str]) -> str:
         _cell(STATUSES.index(case.status) if case.status in STATUSES else -1, chip(case.status)),
         *along(first),
         _cell(case.median_ns, median_html(case), "number"),
-        _cell(case.layer_tokens_per_s, _throughput(case), "number"),
+        _cell(case.layer_tokens_per_s, _si(case.layer_tokens_per_s), "number"),
+        _cell(case.active_params, _si(case.active_params), "number"),
         *along(rest),
         _cell(case.row["evidence"], f"<span class=evidence>{text(case.row['evidence'])}</span>"),
         _cell(case.executed, text(case.executed), "path"),
@@ -227,8 +229,7 @@ def median_html(case: Case) -> str:
     return f"{esc(units.time(case.median_ns, unit))}{f'<small>{esc(bounds)}</small>' if bounds else missing}"
 
 
-def _throughput(case: Case) -> str:
-    value = case.layer_tokens_per_s
+def _si(value: float | None) -> str:
     return NOT_MEASURED if value is None else esc(units.si(value))
 
 

@@ -59,17 +59,21 @@ def _groups(cases: Sequence[Case]) -> list[list[Case]]:
 
 
 def _section(cases: Sequence[Case]) -> tuple[str, list[tuple[str, str, str, str]]]:
-    row = cases[0].row
+    row, axes = cases[0].row, cases[0].axes
     layers = f"layer {row['layers']}" if row["layers"] else ""
     tokens = "" if row["tokens"] is None else f"T={row['tokens']}"
-    shared = (cases[0].axes["suite"], row["model"], layers, row["traffic"], tokens, row["dtype"], row["residency"])
+    shared = (axes["suite"], axes["model"], layers, row["traffic"], tokens, row["dtype"], row["residency"])
     title = " · ".join(clean(str(part)) for part in shared if part not in ("", "none", None))
     named = labels([{name: case.axes[name] for name in IN_GROUP} for case in cases], IN_GROUP)
-    return title, [_line(case, f"  {label}") for case, label in zip(cases, named, strict=True)]
+    routings = {case.axes["routing"] for case in cases}
+    return title, [_line(case, f"  {label}", len(routings) > 1) for case, label in zip(cases, named, strict=True)]
 
 
-def _line(case: Case, label: str) -> tuple[str, str, str, str]:
-    return clean(label), clean(case.status), _median(case), clean(_note(case))
+def _line(case: Case, label: str, sized: bool) -> tuple[str, str, str, str]:
+    """Return the columns of a case; ``sized`` tells its active parameters, where routings stand side by side."""
+    size = case.active_params if sized else None
+    note = [] if size is None else [f"{units.si(size)} params active"]
+    return clean(label), clean(case.status), _median(case), clean(", ".join([*note, *_note(case)]))
 
 
 def _median(case: Case) -> str:
@@ -83,13 +87,12 @@ def _median(case: Case) -> str:
     return f"{units.time(case.median_ns, unit)} ± {units.digits(half / unit[0], 2)}"
 
 
-def _note(case: Case) -> str:
+def _note(case: Case) -> list[str]:
     evidence = str(case.row["evidence"])
     parts = [] if evidence == "measured-cpu" else [evidence]
     parts += case.flags
     parts += [str(case.row["reason"])] if case.row["reason"] else []
-    parts += [f"{metric['name']} {units.digits(metric['value'])}" for metric in case.quality]
-    return ", ".join(parts)
+    return parts + [f"{metric['name']} {units.digits(metric['value'])}" for metric in case.quality]
 
 
 def _aligned(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:

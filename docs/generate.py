@@ -193,6 +193,17 @@ SELECT s.backend, s.routing, s.quantization, s.sparsity, s.wall_median_ns / 1e3 
 FROM latest s JOIN metrics q USING (method_key) WHERE q.suite = 'accuracy' AND s.status = 'ok' AND s.protocol = 'timed'
 ```
 
+Time per token at equal active parameters, that of the router beside it (`experiment=routing`); sort by what counts:
+
+```sql
+SELECT l.backend, l.routing, a.value AS active_params_per_token, l.wall_median_ns / l.tokens AS layer_ns_per_token,
+       r.wall_median_ns / r.tokens AS router_ns_per_token
+FROM latest l JOIN metrics a USING (run_id, case_key)
+LEFT JOIN latest r ON r.suite = 'routing' AND r.params->'workload'->>'phase' = 'route' AND r.run_id = l.run_id
+  AND r.method_key = l.method_key AND r.tokens = l.tokens AND r.dtype = l.dtype
+WHERE a.name = 'active_params_per_token' AND l.status = 'ok' ORDER BY layer_ns_per_token
+```
+
 What is not ok, and why:
 
 ```sql

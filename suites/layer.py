@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from ..moe.experts import ExpertStore
 from ..moe.fold import Folded, fold_store
 from ..moe.metrics import load_series, routing_metrics
 from ..moe.oracle import Reference, compare, reference
+from ..moe.routing_metrics.cost import weights_per_token
 from ..moe.sparsity import density
 from .base import cold_copies, touched_share
 from .digest import sha256_of
@@ -135,6 +137,7 @@ class LayerTrial:
         metrics.append(Metric("resident_bytes", float(self.session.resident_bytes()), "byte"))
         metrics.append(Metric("expert_bytes", float(store.nbytes), "byte"))
         metrics.append(Metric("weight_copies", float(self._copies), "1"))
+        metrics.extend(active_parameters(self.subject, self.batches))
         layer = self.case.layers[0]
         series = [replace(load_series(batch.routing, layer), step=0)]
         notes: dict[str, str] = {}
@@ -185,8 +188,7 @@ def layer_cost(subject: Subject, batch: Batch, case: Case) -> Cost:
     distinct, assigned = int((counts > 0).sum()), int(counts.sum())
     per_expert = spec.matrices * spec.hidden * spec.width
     element = batch.x_TH.element_size()
-    shared = subject.layer.shared
-    shared_size = 0 if shared is None else shared.gate_up.numel() + shared.down.numel()
+    shared_size = shared_parameters(subject)
     moved = distinct * expert_bytes(subject, case) + shared_size * element + 2 * batch.x_TH.nbytes
     return Cost(
         flops=2.0 * (assigned * per_expert + case.tokens * shared_size) + attention_flops(batch, spec),
@@ -195,3 +197,24 @@ def layer_cost(subject: Subject, batch: Batch, case: Case) -> Cost:
         assignments=int(batch.routing.counts_E.sum()),
         footprint=float(moved),
     )
+
+
+def shared_parameters(subject: Subject) -> int:
+    """Return the size of the matrices that are always on."""
+    shared = subject.layer.shared
+    return 0 if shared is None else shared.gate_up.numel() + shared.down.numel()
+
+
+def active_parameters(subject: Subject, batches: Sequence[Batch]) -> tuple[Metric, Metric]:
+    """Return ``active_params_per_token``, and ``router_parameters``, which it includes.
+
+    Active are the weights of a token's experts (in the mean over all inputs, by the Routings that run), those that are
+    always on, and the router's. The router is counted as in the sizes of models, though a layer's time is without it.
+    """
+    spec = subject.spec
+    routings = [batch.routing for batch in batches]
+    own = weights_per_token(routings, spec.kinds, spec.hidden, spec.width, spec.gated)
+    router = sum(parameter.numel() for parameter in subject.layer.router.parameters())
+    active = None if own is None else own + shared_parameters(subject) + router
+    tokens = sum(routing.num_tokens for routing in routings)
+    return Metric("active_params_per_token", active, n=tokens), Metric("router_parameters", float(router), n=1)

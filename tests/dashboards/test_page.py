@@ -324,3 +324,12 @@ def test_the_quality_of_a_case_without_a_time_stands_in_its_row(opened):
     row = run.case(suite="accuracy", protocol="once")
     run.metric(row, "perplexity", 17.25, "1")
     assert "<div>perplexity 17.25</div>" in render(open_store(run), None, "store")
+
+
+def test_active_parameters_have_a_column(opened):
+    builder, open_store = opened
+    run = builder()
+    run.metric(run.case(), "active_params_per_token", 794_624.0, "")
+    page = render(open_store(run), None, "store")
+    assert "active params/token" in page
+    assert '<td data-v="794624.0" class=number>794.6 k</td>' in page

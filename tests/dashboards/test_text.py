@@ -47,6 +47,30 @@ def test_quality_is_shown_where_there_is_no_time(opened):
     assert "simulated, perplexity 17.25" in summary_table(open_store(run), run.run_id)
 
 
+def test_active_parameters_stand_beside_times_where_routings_do(opened):
+    builder, open_store = opened
+    run = builder()
+    for routing, tokens in (("topk", 16), ("moepp", 16), ("topk", 32)):
+        row = run.case(routing=routing, tokens=tokens)
+        timed(run, row, 50_000, 49_900.0, 50_050.0)
+        run.metric(row, "active_params_per_token", 794_624.0, "")
+    lines = summary_table(open_store(run), run.run_id).splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("50.00 µs ± 0.10  794.6 k params active")] == [
+        "moepp",
+        "topk",
+    ]
+    assert sum("active" in line for line in lines) == 2
+
+
+def test_a_group_says_which_variant_of_the_model_it_is(opened):
+    builder, open_store = opened
+    run = builder()
+    for size in (256, 512):
+        run.case(params={"model": {"width": size}}, group_key=f"g{size}", case_key=f"c{size}")
+    titles = [line for line in summary_table(open_store(run), run.run_id).splitlines() if line.startswith("throughput")]
+    assert [title.split(" · ")[1] for title in titles] == ["smollm2(width=256)", "smollm2(width=512)"]
+
+
 def test_a_run_without_cases_says_so(opened):
     builder, open_store = opened
     run = builder()

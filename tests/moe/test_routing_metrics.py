@@ -14,7 +14,7 @@ from moebench.moe.routers.moepp import NullTopK
 from moebench.moe.routing import Context, Routing
 from moebench.moe.routing_metrics.agreement import fluctuation, heaviest, hit_share
 from moebench.moe.routing_metrics.chunks import chunk_bytes, chunk_experts, sparsity_metrics
-from moebench.moe.routing_metrics.cost import counted_flops, expert_flops, flops_of_kind
+from moebench.moe.routing_metrics.cost import counted_flops, expert_flops, parameters_of_kind, weights_per_token
 from moebench.moe.routing_metrics.drops import drop_metrics
 from moebench.moe.routing_metrics.labels import label_information
 from moebench.moe.routing_metrics.prefetch import prefetch_metrics
@@ -303,17 +303,27 @@ def test_null_assignments_cost_nothing(gated, per_weight):
     assert values["expert_flops_share"] == pytest.approx(true_share * 3 / 6)
 
 
-def test_flops_of_every_kind():
-    cost = {kind: flops_of_kind(kind, 10, 20, True) for kind in ("ffn", "zero", "copy", "constant", "gather")}
-    assert cost == {"ffn": 1200, "zero": 0, "copy": 0, "constant": 60, "gather": 1200}
-    assert (flops_of_kind("gather", 10, 1, True), flops_of_kind("gather", 10, 1, False)) == (60, 40)
-    assert flops_of_kind("sequence", 10, 20, True) is None
+def test_weights_of_every_kind():
+    cost = {kind: parameters_of_kind(kind, 10, 20, True) for kind in ("ffn", "zero", "copy", "constant", "gather")}
+    assert cost == {"ffn": 600, "zero": 0, "copy": 0, "constant": 30, "gather": 600}
+    assert (parameters_of_kind("gather", 10, 1, True), parameters_of_kind("gather", 10, 1, False)) == (30, 20)
+    assert parameters_of_kind("sequence", 10, 20, True) is None
 
 
 def test_a_kind_of_unknown_cost_matters_only_where_it_is_used():
     kinds = ("ffn", "sequence")
     assert named(expert_flops(gate([1, 0]), kinds, 10, 20, True))["expert_flops_per_token"] == 1200
     assert named(expert_flops(gate([1, 1]), kinds, 10, 20, True))["expert_flops_per_token"] is None
+
+
+def test_weights_per_token_are_the_mean_over_all_tokens_of_all_routings():
+    kinds = ("ffn", "ffn", "constant", "copy")
+    one, three = gate([1, 1, 0, 1]), gate([1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0])
+    assert weights_per_token([one], kinds, 10, 20, True) == 2 * 600
+    assert weights_per_token([three], kinds, 10, 20, False) == (400 + 30) / 3
+    assert weights_per_token([one, three], kinds, 10, 20, True) == (3 * 600 + 30) / 4
+    assert weights_per_token([], kinds, 10, 20, True) is None
+    assert weights_per_token([gate([1, 1])], ("ffn", "sequence"), 10, 20, True) is None
 
 
 def test_a_linear_router_has_two_flops_per_weight_and_token():

@@ -12,9 +12,11 @@ from moebench.bench.config import load
 from moebench.bench.plan import make_plan
 from moebench.contracts import Registry
 from moebench.moe.oracle import reference_gradients
+from moebench.suites import layer
 from moebench.suites.layer import STEPS, LayerTrial
 from moebench.suites.memory import PeakBytes, saved_bytes
 from moebench.suites.quality.block import MoEBlock
+from moebench.suites.subject import make_batch, prepare_subject
 from moebench.suites.training import TrainingTrial
 
 REGISTRY = Registry.load()
@@ -182,6 +184,42 @@ def test_cost_counts_distinct_experts_and_two_flops_per_weight():
     assert cost.distinct_experts == cost.assignments == 2
     assert cost.flops == 2 * 2 * 3 * 64 * 32
     assert cost.bytes == 2 * 3 * 64 * 32 * 4 + 2 * 64 * 4
+
+
+def active_parameters(*settings):
+    """(Active parameters per token, the router's own, the subject, all batches) of a layer of the tiny model."""
+    trial = LayerTrial(only_case("suite=throughput", "model=tiny", "axes.backend=eager", *settings), REGISTRY)
+    metrics = {metric.name: metric.value for metric in trial.facts().metrics}
+    return metrics["active_params_per_token"], metrics["router_parameters"], trial.subject, trial.batches
+
+
+def test_active_parameters_are_those_of_a_tokens_experts_and_of_what_is_always_on():
+    expert, router = 3 * 64 * 32, 8 * 64
+    assert active_parameters("axes.tokens=16")[:2] == (2 * expert + router, router)
+    assert active_parameters("axes.tokens=16", "axes.routing=switch")[0] == expert + router
+    assert active_parameters("axes.tokens=16", "model.shared_width=32")[0] == 3 * expert + router
+
+
+def test_active_parameters_follow_the_routings_that_were_run():
+    active, router, subject, batches = active_parameters("axes.tokens=16", "axes.routing=moepp")
+    size = {"ffn": 3 * 64 * 32, "constant": 3 * 64, "copy": 0, "zero": 0}
+    entries = [e for batch in batches for e in batch.routing.expert_N.tolist()]
+    read = sum(size[subject.spec.kinds[expert]] for expert in entries)
+    assert active == pytest.approx(read / (16 * len(batches)) + router)
+    assert active < 2 * size["ffn"] + router
+
+
+def test_the_schemes_of_experiment_routing_have_equal_active_parameters():
+    """Two experts of width 256 or one of 512, but for the router and the tenth that choices by threshold may be off."""
+    seen = set()
+    for case in cases("experiment=routing"):
+        if case.suite == "throughput" and case.backend.name == "grouped":
+            subject = prepare_subject(case, REGISTRY)
+            batches = [make_batch(case, REGISTRY, subject, step) for step in range(STEPS)]
+            active, router = (metric.value for metric in layer.active_parameters(subject, batches))
+            assert active - router == pytest.approx(2 * 3 * 512 * 256, rel=0.1), case.routing
+            seen.add(case.routing.name)
+    assert len(seen) == 15
 
 
 @pytest.mark.parametrize("backend", ["eager", "grouped"])
