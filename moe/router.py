@@ -297,7 +297,7 @@ def grown_rows(weights: LayerWeights, shape: ModelShape, seed: int, count: int, 
     The new rows are as long as the old ones on average, so that no kind of expert is chosen for its scale alone.
     """
     own_EH = router_rows(weights, shape, seed).float().cpu()
-    size = float(own_EH.square().mean().sqrt())
+    size = float(own_EH.detach().square().mean().sqrt())
     return torch.cat([own_EH, seeded_normal((count, shape.hidden), size, seed, stream)])
 
 
