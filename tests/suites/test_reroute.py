@@ -382,9 +382,3 @@ def test_what_cannot_be_rerouted_is_refused_in_a_sentence():
     model.model.layers[1].mlp.gate = torch.nn.Linear(32, 8)
     with pytest.raises(MoebenchError, match="OlmoeSparseMoeBlock has no gate that answers"), reroute(model, "topk"):
         pass
-
-
-def test_scaled_inputs_of_experts_are_refused():
-    factory = Registry.load().get("routing", "moepp").create({"released_inputs": True})
-    with pytest.raises(MoebenchError, match="whose weights reroute leaves"), reroute(build("Olmoe"), factory, "eager"):
-        pass
