@@ -144,6 +144,13 @@ def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     gate.add_argument(
         "--metric-margin", metavar="NAME=FRACTION", action="append", default=[], help="let a metric move, as bytes=0.02"
     )
+    gate.add_argument(
+        "--item-margin",
+        metavar="NAME=NUMBER",
+        action="append",
+        default=[],
+        help="what the mean of a metric of items may lose, as acc=0.02",
+    )
     gate.add_argument("--devices", metavar="LIST", help="share the cases over these devices, such as 0,1")
     for name in ("junit", "markdown", "json"):
         gate.add_argument(f"--{name}", metavar="FILE", help=f"write the result as {name}")
