@@ -79,7 +79,7 @@ def _judged(values: Sequence[tuple[float | None, float | None]], margin: Margin,
     interval = (paired_difference if binary else paired_block_difference)(a_N, b_N, level)
     verdict, reason = item_verdict(interval, margin, len(values) - len(pairs), bool(pairs) and a_N == b_N)
     p = mcnemar_p(a_N, b_N) if binary and pairs else None
-    if p is not None and a_N != b_N:
+    if p is not None and interval.lo is not None and a_N != b_N:
         lost, won = (sum(x > y for x, y in zip(one, other, strict=True)) for one, other in ((a_N, b_N), (b_N, a_N)))
         reason = "; ".join(filter(None, (reason, f"{lost} items lost and {won} won, McNemar's exact p = {p:.2g}")))
     return {

@@ -26,9 +26,6 @@ from .sides import Side
 
 EVALUATED = ("base", "candidate")
 
-GATED_BY_TIME = frozenset({"error"})
-"""Metrics that ``judge_metrics`` knows and that items tell better: the largest error of rounding in an evaluation."""
-
 
 @dataclass
 class Evaluated:
@@ -127,8 +124,7 @@ class Evaluations:
         base, candidate = (member.members[side] for side in EVALUATED)
         named: dict[str, Any] = {"label": paired.label, "case_key": paired.key, "base_case": paired.base.case_key}
         rows = judge_items(_items(base), _items(candidate), self.config.margins, **named)
-        tolerances = {name: one for name, one in self.config.tolerances.items() if name not in GATED_BY_TIME}
-        rows += judge_metrics(_metrics(base), _metrics(candidate), tolerances, **named)
+        rows += judge_metrics(_metrics(base), _metrics(candidate), self.config.tolerances, **named)
         if not rows:
             reason = "it has neither items nor metrics that are judged; compare its runs with `moebench compare`."
             found.skipped.append(Skipped(paired.label, paired.key, "cannot gate", reason))
