@@ -16,6 +16,7 @@ from moebench.results.statistics import (
     clustered_proportion,
     correlated_median_interval,
     median_interval,
+    paired_block_difference,
     paired_difference,
     paired_effect,
     paired_log_ratio,
@@ -167,3 +168,13 @@ def test_effects_over_process_pairs_whose_turns_are_quiet_or_loud(spread):
 
 def test_turns_without_any_spread_still_have_a_standard_error():
     assert paired_effect([np.full(20, 0.05)] * 4, 0.02).se == pytest.approx(0.01 * math.sqrt(math.pi / 2))
+
+
+def test_paired_blocks_cover_the_difference_of_correlated_items():
+    rng, hits, runs = np.random.default_rng(11), 0, 400
+    for _ in range(runs):
+        noise = rng.normal(size=(2, 68))
+        base, candidate = (np.convolve(one, np.full(5, 0.2), "valid") for one in noise)  # neighbours share four fifths
+        found = paired_block_difference(base, candidate + 0.3)
+        hits += found.lo <= 0.3 <= found.hi
+    assert 0.90 <= hits / runs <= 1.0
