@@ -100,12 +100,13 @@ class BackendTrial:
         divergence = float(output.scores_TC[:, COLUMNS.index("kl")].mean())
         if divergence <= self.bound and not failed:
             return replace(worst, flips=flips)
-        told = [f"the model's predictions diverge by {divergence:.2g} nat, where rounding makes {self.bound:.2g} at most"]
-        told = told if not divergence <= self.bound else []
-        told += [worst.reason] if failed else []
+        told = [worst.reason] if failed else []
+        if not divergence <= self.bound:
+            allowed = f"where rounding makes {self.bound:.2g} at most"
+            told.insert(0, f"the model's predictions diverge by {divergence:.2g} nat, {allowed}")
         guilty = blame(output.calls)
-        reason = "; ".join([*told, *([str(guilty)] if guilty else [])])
-        return Check(False, worst.error, worst.bound, reason, flips)
+        told += [str(guilty)] if guilty is not None else []
+        return Check(False, worst.error, worst.bound, "; ".join(told), flips)
 
     def cost(self, step: int) -> Cost:
         """Return nothing: quality has no time to compare work with."""

@@ -171,10 +171,11 @@ def test_turns_without_any_spread_still_have_a_standard_error():
 
 
 def test_paired_blocks_cover_the_difference_of_correlated_items():
-    rng, hits, runs = np.random.default_rng(11), 0, 400
-    for _ in range(runs):
-        noise = rng.normal(size=(2, 68))
-        base, candidate = (np.convolve(one, np.full(5, 0.2), "valid") for one in noise)  # neighbours share four fifths
-        found = paired_block_difference(base, candidate + 0.3)
-        hits += found.lo <= 0.3 <= found.hi
-    assert 0.90 <= hits / runs <= 1.0
+    rng = np.random.default_rng(11)
+    found = []
+    for _ in range(1000):
+        base, candidate = (np.convolve(rng.standard_normal(65), [1.0, 0.3], "valid") for _ in range(2))
+        found.append(paired_block_difference(base, candidate + 0.3))
+    covered, bounded = coverage(found, 0.3)
+    assert bounded == 1
+    assert covered >= LEAST
