@@ -17,7 +17,7 @@ from .base import Kind, SuiteConfig, expand, select_layers
 
 @dataclass(frozen=True)
 class AccuracySuite:
-    """Suite ``accuracy``; how much text is judged, in windows of what length, are its parameters in the configuration."""
+    """Suite ``accuracy``; how much text is judged, in windows of what length, is said by its parameters."""
 
     def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
         """Yield one case per method and dtype; models without text are refused."""

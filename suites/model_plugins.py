@@ -549,7 +549,11 @@ DESCRIPTORS = [
         requires=("gguf", "transformers"),
     ),
     Descriptor(
-        "model", "hf", "a transformers MoE model, local or fetched from the hub", "moebench.suites.models.hf:build", HuggingFace
+        "model",
+        "hf",
+        "a transformers MoE model, local or fetched from the hub",
+        "moebench.suites.models.hf:build",
+        HuggingFace,
     ),
     *TRAFFIC,
 ]

@@ -73,9 +73,7 @@ def _build(case: Case, registry: Registry) -> Subject:
     return Subject(source, shape, layer, layer_spec(case, shape, registry))
 
 
-def calibration_states(
-    case: Case, registry: Registry, source: ModelSource, index: int, wanted: bool = True
-) -> Tensor:
+def calibration_states(case: Case, registry: Registry, source: ModelSource, index: int, wanted: bool = True) -> Tensor:
     """Return x_TH float32 for calibration: recorded ones where the model has them, gaussian ones otherwise.
 
     Where they are not ``wanted``, since no stage of the recipe looks at them, nothing is recorded for them.

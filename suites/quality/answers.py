@@ -1,6 +1,6 @@
 """Generated answers against right ones: exact match and the F1 of common words, by the rules of SQuAD.
 
-Rajpurkar et al., arXiv 1606.05250: answers are compared in lower case, without punctuation, the articles and superfluous
+Rajpurkar et al., arXiv 1606.05250: answers are compared in lower case, without punctuation, articles and superfluous
 spaces; of several right answers the one that agrees best counts. Imports no torch.
 """
 

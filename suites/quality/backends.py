@@ -4,7 +4,7 @@ Both run the same layers on the same text with the same Routings, those of the r
 near-equal experts hides or makes a difference. The bound on the divergence follows from the dtype; where it is passed,
 the layer and the expert are named whose outputs are off the most. Imported by workers only.
 
-Why the bound is what it is: rounding perturbs a layer's output by about 1.6 u of its size (``moe.oracle``), with u the
+Why the bound is what it is: rounding perturbs a layer's output by about 1.6 u of its size (``moe.oracle``), u the
 unit roundoff, and what n layers do adds up as squares. A perturbation of relative size d moves logits that spread over s
 nats by s d, and the divergence is half the variance of that: s^2 n (1.6 u)^2 / 2, some 30 n u^2 for the s of 5 that
 models have. The model around the layers computes in float32 and rounds anew whatever comes out of them, which is of
@@ -43,7 +43,7 @@ SLACK = 30.0
 
 
 def kl_bound(dtype: torch.dtype, changed: int, layers: int) -> float:
-    """Return the largest mean divergence (nat) that rounding explains: ``changed`` layers in ``dtype`` of ``layers``."""
+    """Return the largest mean divergence (nat) that rounding explains; ``changed`` of ``layers`` are in ``dtype``."""
     own = changed * unit_roundoff(dtype) ** 2
     around = layers * unit_roundoff(torch.float32) ** 2
     return SLACK * SPREAD * (own + around)

@@ -54,8 +54,9 @@ def blame(calls: Sequence[Call]) -> Blame | None:
 def expert_errors(call: Call) -> Tensor:
     """Return the root mean square error of each expert's outputs relative to their size, [E] float64.
 
-    The squared error of a row is the sum of its experts' where these are independent: |y - y'|^2 = sum_e r_e^2 |w f_e|^2
-    is solved for r_e^2 by least squares over the tokens, each divided by its own sum so that all count the same.
+    The squared error of a row is the sum of its experts' where these are independent. So |y - y'|^2 =
+    sum_e r_e^2 |w f_e|^2 is solved for r_e^2 by least squares over the tokens, each divided by its own sum so that all
+    count the same.
     """
     layer = call.block.subject.layer
     exact = reference(layer.store, call.routing, call.x_TH, layer.shared)

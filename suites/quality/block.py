@@ -42,7 +42,7 @@ class MoEBlock(nn.Module):
     ``calls`` is shared by the changed layers of a model: a block finds its predecessor's Routing at its end, for
     routers with a gating residual, and appends its own call. ``dense`` is the layer that it stands in for.
     ``token_ids_T`` are those of the window to come, ``dense_x_TH`` what the layer reads of it in the dense model (None:
-    the same), ``forced`` a Routing to take in place of the router's. A router that draws begins each window at ``seed``.
+    the same), ``forced`` a Routing in the place of the router's. A router that draws begins each window at ``seed``.
     """
 
     def __init__(

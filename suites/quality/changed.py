@@ -41,9 +41,13 @@ class Changed:
         folded = case.execution.folded
         stores = {index: subject.layer.store for index, subject in subjects.items()}
         params = case.backend.params if backend == case.backend.name else {}
-        self.session = registry.get("backend", backend).create(params).load(
-            {index: fold_store(store) if folded else store for index, store in stores.items()},
-            {i: subject.spec.folded() if folded else subject.spec for i, subject in subjects.items()},
+        self.session = (
+            registry.get("backend", backend)
+            .create(params)
+            .load(
+                {index: fold_store(store) if folded else store for index, store in stores.items()},
+                {i: subject.spec.folded() if folded else subject.spec for i, subject in subjects.items()},
+            )
         )
         self.calls: list[Call] = []
         self.blocks: dict[int, MoEBlock] = {}

@@ -35,7 +35,9 @@ def distance_metrics(by_layer: Mapping[int, Sequence[Tensor]], seed: int) -> lis
     mean_TC = torch.stack([torch.cat(list(parts)) for parts in by_layer.values()]).mean(0)
     ones_T = torch.ones(len(mean_TC), dtype=mean_TC.dtype)
     return [
-        metric_of(name, "1", torch.stack([mean_TC[:, place], ones_T], 1), lambda sums: sums[..., 0] / sums[..., 1], seed)
+        metric_of(
+            name, "1", torch.stack([mean_TC[:, place], ones_T], 1), lambda sums: sums[..., 0] / sums[..., 1], seed
+        )
         for place, name in enumerate(FIGURES)
     ]
 

@@ -13,7 +13,6 @@ from ..models import substream
 from ..models.smollm2_jobs import CHARACTERS_PER_TOKEN, token_ids
 from ..text import Text
 
-
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\u2581"
 

@@ -193,5 +193,5 @@ def test_margins_of_items_may_be_given():
     (one,) = judge_items(base, candidate, wide, **NAMES)
     assert (one.verdict, one.margin) == (Verdict.EQUIVALENT, 0.1)
     for wrong in ({"acc": -1.0}, {"words": 0.1}):
-        with pytest.raises(ValueError, match="margin of acc|are not judged"):
+        with pytest.raises(ValueError, match=r"margin of acc|are not judged"):
             accuracy_gate.with_margins(wrong)

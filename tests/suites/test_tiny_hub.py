@@ -55,7 +55,10 @@ def test_the_model_as_it_is_lies_at_distance_zero_from_itself(model):
 
 
 def test_fewer_bits_are_farther():
-    eight, four = (judged("model=tiny-olmoe", f"axes.quantization={name}", "params.quantization.int4.group=32") for name in ("int8", "int4"))
+    eight, four = (
+        judged("model=tiny-olmoe", f"axes.quantization={name}", "params.quantization.int4.group=32")
+        for name in ("int8", "int4")
+    )
     assert 1e-8 < 10 * eight["kl_to_dense"].value < four["kl_to_dense"].value
     assert eight["output_error"].value < four["output_error"].value
     assert eight["router_jaccard"].value >= four["router_jaccard"].value
@@ -141,7 +144,7 @@ def test_names_of_the_hub(path, expected):
 
 def test_a_name_that_was_not_fetched_is_told_how_to_be(capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(MoebenchError, match="models fetch hf model.path=moebench/no-such-model"):
+    with pytest.raises(MoebenchError, match=r"models fetch hf model\.path=moebench/no-such-model"):
         cached_folder("moebench/no-such-model")
     assert main(["models", "fetch", "hf", "model.path=moebench/no-such-model"]) == 2
     assert "could not be downloaded" in capsys.readouterr().err

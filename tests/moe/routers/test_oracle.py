@@ -95,7 +95,9 @@ def test_chance_is_uniform_and_never_draws_an_expert_twice():
     assert share_E.max() < 1.1 / E
 
 
-@pytest.mark.parametrize(("build", "params", "field"), [(build_oracle, Oracle(), "experts"), (build_random, Random(), "rng")])
+@pytest.mark.parametrize(
+    ("build", "params", "field"), [(build_oracle, Oracle(), "experts"), (build_random, Random(), "rng")]
+)
 def test_what_they_need_is_named(build, params, field):
     with pytest.raises(ValueError, match=f"Context's '{field}'"):
         build(params)(experts(), SHAPE, 0).router(seeded(T, H), Context())
