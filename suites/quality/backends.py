@@ -5,7 +5,7 @@ near-equal experts hides or makes a difference. The bound on the divergence foll
 the layer and the expert are named whose outputs are off the most. Imported by workers only.
 
 Why the bound is what it is: rounding perturbs a layer's output by about 1.6 u of its size (``moe.oracle``), u the
-unit roundoff, and what n layers do adds up as squares. A perturbation of relative size d moves logits that spread over s
+unit roundoff, and what n layers do adds up as squares. A perturbation of relative size d moves logits that spread by s
 nats by s d, and the divergence is half the variance of that: s^2 n (1.6 u)^2 / 2, some 30 n u^2 for the s of 5 that
 models have. The model around the layers computes in float32 and rounds anew whatever comes out of them, which is of
 the same kind with the u of float32 and the model's own layers. ``SLACK`` is what the bound leaves above both.

@@ -17,7 +17,7 @@ BINS = 15
 def calibration_error(confidence_T: Tensor, right_T: Tensor, seed: int, bins: int = BINS) -> Metric:
     """Return ``ece`` with its interval: sum over bins of |sum of confidences - number right| / T.
 
-    ``confidence_T`` is the probability of the likeliest token, ``right_T`` 1 where that token came. Bins have one mass
+    ``confidence_T`` is the likeliest token's probability, ``right_T`` 1 where that token came. Bins have equal mass
     (Nguyen & O'Connor, EMNLP 2015; Nixon et al., arXiv 1904.01685): tokens in the order of their confidence, those
     of one confidence in one bin. A resample keeps the bins. Noise within a bin counts as error, so that the figure, and
     more so its interval, lies above 0 for a model that is calibrated: compare figures of as many tokens alone.
