@@ -187,7 +187,7 @@ SELECT s.backend, s.routing, s.quantization, s.sparsity, s.wall_median_ns / 1e3 
 FROM latest s JOIN metrics q USING (method_key) WHERE q.suite = 'accuracy' AND s.status = 'ok' AND s.protocol = 'timed'
 ```
 
-Time per token at equal active parameters, that of the router beside it (`experiment=routing`); sort by what counts:
+Time per token at equal active parameters (`experiment=routing_speed`), and that of the router beside it:
 
 ```sql
 SELECT l.backend, l.routing, a.value AS active_params_per_token, l.wall_median_ns / l.tokens AS layer_ns_per_token,

@@ -149,10 +149,10 @@ def test_active_parameters_follow_the_routings_that_were_run():
     assert active < 2 * size["ffn"] + router
 
 
-def test_the_schemes_of_experiment_routing_have_equal_active_parameters():
+def test_the_schemes_of_experiment_routing_speed_have_equal_active_parameters():
     """Two experts of width 256 or one of 512, but for the router and the tenth that choices by threshold may be off."""
     seen = set()
-    for case in cases("experiment=routing"):
+    for case in cases("experiment=routing_speed"):
         if case.suite == "throughput" and case.backend.name == "grouped":
             subject = prepare_subject(case, REGISTRY)
             batches = [make_batch(case, REGISTRY, subject, step) for step in range(STEPS)]
