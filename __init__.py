@@ -14,10 +14,16 @@ from .version import __version__
 if TYPE_CHECKING:
     from .backends.bridge import attach
     from .bench.compare import Comparison, compare
+    from .suites.models.reroute import reroute
 
-__all__ = ["Comparison", "__version__", "attach", "compare"]
+__all__ = ["Comparison", "__version__", "attach", "compare", "reroute"]
 
-_LAZY = {"attach": ".backends.bridge", "compare": ".bench.compare", "Comparison": ".bench.compare"}
+_LAZY = {
+    "attach": ".backends.bridge",
+    "compare": ".bench.compare",
+    "Comparison": ".bench.compare",
+    "reroute": ".suites.models.reroute",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -50,6 +50,10 @@ KINDS = (*NAMED_AXES, "suite")
 EXPERT_KINDS = ("ffn", "zero", "copy", "constant", "sequence", "gather")
 """What an expert id may stand for; a backend refuses the kinds it does not know."""
 
+OWNERS = ("ffn", "gather", "sequence")
+"""The kinds whose experts own weights in a store: FFNs, FFNs so many and so narrow that their rows are gathered, and
+causal attentions, for which the tokens of one call are one sequence."""
+
 
 class MoebenchError(Exception):
     """A mistake of the user or of the machine, told in one sentence that names the remedy."""
@@ -281,9 +285,11 @@ def load_file(path: str | Path) -> types.ModuleType:
 BUILTIN_PLUGINS = (
     "moebench.moe.plugins",
     "moebench.moe.router_params",
+    "moebench.moe.transforms.params",
     "moebench.backends.plugins",
     "moebench.suites.plugins",
     "moebench.suites.routing_plugins",
+    "moebench.suites.claims_plugins",
     "moebench.suites.traffic_params",
 )
 """Our own plug-ins go through the same door as everybody else's."""
@@ -400,8 +406,9 @@ class Selection:
 class LayerSpec:
     """Everything a backend must know of a layer before it sees a tensor.
 
-    ``kinds`` has one entry per expert id; ``schemes`` one per FFN expert, in the order of their ids. ``tokens`` is how
-    many a call will have at most, None where that is not known.
+    ``kinds`` has one entry per expert id; ``schemes`` one per expert that owns weights, in the order of their ids.
+    ``tokens`` is how many a call will have at most, None where that is not known. ``heads`` is that of experts that are
+    attentions, whose queries are ``width`` wide; 0 for any other layer.
     """
 
     hidden: int
@@ -417,6 +424,7 @@ class LayerSpec:
     backward: bool = False
     max_k: int = 1
     tokens: int | None = None
+    heads: int = 0
 
     @property
     def experts(self) -> int:
@@ -424,9 +432,14 @@ class LayerSpec:
         return len(self.kinds)
 
     @property
+    def matrices(self) -> int:
+        """How many matrices of hidden x width an expert owns: query, key, value, output; or gate, up, down."""
+        return 4 if self.heads else 3 if self.gated else 2
+
+    @property
     def ffn_experts(self) -> int:
         """Number of experts that own weights."""
-        return sum(kind == "ffn" for kind in self.kinds)
+        return sum(kind in OWNERS for kind in self.kinds)
 
     @property
     def scheme(self) -> Scheme | None:
@@ -538,7 +551,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a trial knows besides its times."""
+    """What a trial knows besides its times; ``notes["reason"]`` is kept as the row's reason though all is well."""
 
     metrics: tuple[Metric, ...] = ()
     series: tuple[Series, ...] = ()

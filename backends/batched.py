@@ -1,7 +1,8 @@
 """``batched``: the weights of every (token, slot) pair are gathered and multiplied in one bmm.
 
 This is the way of transformers' ``batched_mm``: no loop over experts and no sorting, but every pair copies its expert's
-weights. The copies are bounded: more pairs than fit go in turns, of at least one pair.
+weights, which is how experts of kind ``gather`` want to be read. The copies are bounded: more pairs than fit go in
+turns, of at least one pair.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ELEMENT_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 def pair_bytes(spec: LayerSpec) -> int:
     """Return the bytes of one expert's weights: what each (token, slot) pair copies."""
-    return (3 if spec.gated else 2) * spec.hidden * spec.width * ELEMENT_SIZE[spec.dtype]
+    return spec.matrices * spec.hidden * spec.width * ELEMENT_SIZE[spec.dtype]
 
 
 class BatchedExecutor(SlotExecutor):
@@ -69,7 +70,7 @@ class Batched:
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take layers of FFN experts, forward only, with calls so small that copying their weights makes sense."""
-        refused = rules.refusal(spec, "batched", tuple(ELEMENT_SIZE)) or self._too_much(spec)
+        refused = rules.refusal(spec, "batched", tuple(ELEMENT_SIZE), ("ffn", "gather")) or self._too_much(spec)
         return refused or rules.execution(spec, ("topk",))
 
     def _too_much(self, spec: LayerSpec) -> Refusal | None:

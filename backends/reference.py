@@ -1,4 +1,8 @@
-"""``reference``: every expert in turn on the tokens that chose it, in float32 or float64; slow and plainly right."""
+"""``reference``: every expert in turn on the tokens that chose it, in float32 or float64; slow and plainly right.
+
+Experts of kind ``gather`` are too many for turns: their rows are gathered, token by token. Experts of kind ``sequence``
+read the tokens of a call as one sequence. Shape letters: T tokens, H hidden, K slots, N assignments.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..contracts import Availability, Execution, LayerSpec, MoebenchError, Refusal
 from . import rules
-from .session import DenseWeights, Session, SlotExecutor, open_session, torch_dtype
+from .session import DenseWeights, Hidden, Session, SlotExecutor, open_session, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +20,10 @@ if TYPE_CHECKING:
 
     from ..moe.experts import ExpertStore
 
-KINDS = ("ffn", "zero", "copy", "constant")
+KINDS = ("ffn", "zero", "copy", "constant", "gather", "sequence")
+
+GATHER_BYTES = 2**24
+"""How many bytes of gathered rows are held at a time."""
 
 
 class ReferenceExecutor(SlotExecutor):
@@ -29,30 +36,39 @@ class ReferenceExecutor(SlotExecutor):
         import torch
         import torch.nn.functional as nnf
 
+        from ..moe.attention_mixture import attend
+        from ..moe.layer import stored_attention
+
+        self.attend, self.attention = attend, stored_attention
         self.linear = nnf.linear
         self.dtype = torch.float64 if spec.dtype == "float64" else torch.float32
         self.weights = DenseWeights(_rounded(store, spec), spec, self.dtype)
-        self.slots = {expert: slot for slot, expert in enumerate(store.ffn_ids)}
+        self.slots = store.slots
+        self.in_turn = [(e, kind) for e, kind in enumerate(store.kinds) if kind not in ("zero", "gather")]
+        self.gathered = _Gathered(store, self.weights, self.hidden) if "gather" in store.kinds else None
         self.constants = _constants(store, torch_dtype(spec.dtype), self.dtype)
 
     def add_slots(self, y_TH: Tensor, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> None:
         """Add w * f_e(x), expert by expert."""
         total_TH = y_TH.new_zeros(y_TH.shape, dtype=self.dtype)
-        per_expert = self.weights.per_expert()
-        for expert, kind in enumerate(self.spec.kinds):
+        for expert, kind in self.in_turn:
             token_N, slot_N = (indices_TK == expert).nonzero(as_tuple=True)
-            if len(token_N) == 0 or kind == "zero":
-                continue
-            x_NH = x_TH[token_N]
-            if kind == "ffn":
-                gate_up, down = per_expert[self.slots[expert]]
-                out_NH = self._ffn(x_NH, gate_up, down)
-            elif kind == "copy":
-                out_NH = x_NH.to(self.dtype)
-            else:
-                out_NH = self._constant(x_NH.to(self.dtype), *self.constants[expert])
-            total_TH.index_add_(0, token_N, out_NH * weights_TK[token_N, slot_N, None].to(self.dtype))
+            if len(token_N):
+                out_NH = self._output(expert, kind, x_TH, token_N)
+                total_TH.index_add_(0, token_N, out_NH * weights_TK[token_N, slot_N, None].to(self.dtype))
+        if self.gathered is not None:
+            self.gathered.add(total_TH, x_TH, indices_TK, weights_TK)
         y_TH += total_TH.to(y_TH.dtype)
+
+    def _output(self, expert: int, kind: str, x_TH: Tensor, token_N: Tensor) -> Tensor:
+        """Return f_e(x) [N, H] of an expert's tokens; an attention also reads the tokens before them."""
+        if kind == "ffn":
+            return self._ffn(x_TH[token_N], *self.weights.per_expert()[self.slots[expert]])
+        if kind == "sequence":
+            weights = self.weights.per_expert()[self.slots[expert]]
+            return self.attend(x_TH.to(self.dtype), self.attention(*weights, self.spec.heads))[token_N]
+        x_NH = x_TH[token_N].to(self.dtype)
+        return x_NH if kind == "copy" else self._constant(x_NH, *self.constants[expert])
 
     def _ffn(self, x_NH: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         x_NH = self.hidden.input(x_NH).to(self.dtype)
@@ -66,6 +82,32 @@ class ReferenceExecutor(SlotExecutor):
     def resident_bytes(self) -> int:
         """Return the bytes of the weights in the computing dtype."""
         return self.weights.nbytes
+
+
+class _Gathered:
+    """The ``gather`` experts of a store: for every slot that holds one, the rows of its weights, some at a time."""
+
+    def __init__(self, store: ExpertStore, weights: DenseWeights, hidden: Hidden) -> None:
+        import torch
+
+        self.weights, self.hidden = weights, hidden
+        self.place_E1 = torch.full((store.num_experts + 1,), -1)
+        for expert, slot in store.slots.items():
+            if store.kinds[expert] == "gather":
+                self.place_E1[expert] = slot
+        self.rows = max(1, GATHER_BYTES * len(store.slots) // max(1, weights.nbytes))
+
+    def add(self, total_TH: Tensor, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> None:
+        """Add w * f_e(x) of every slot that holds a gather expert, in the dtype of ``total_TH``."""
+        x_TH, weights_TK = self.hidden.input(x_TH).to(total_TH.dtype), weights_TK.to(total_TH.dtype)
+        place_TK = self.place_E1[indices_TK]
+        token_N, slot_N = (place_TK >= 0).nonzero(as_tuple=True)
+        for start in range(0, len(token_N), self.rows):
+            part_N, part_K = token_N[start : start + self.rows], slot_N[start : start + self.rows]
+            place_N = place_TK[part_N, part_K]
+            product = (self.weights.gate_up[place_N] * x_TH[part_N, None]).sum(-1)
+            out_NH = (self.weights.down[place_N] * self.hidden(product)[:, None]).sum(-1)
+            total_TH.index_add_(0, part_N, out_NH * weights_TK[part_N, part_K, None])
 
 
 def _rounded(store: ExpertStore, spec: LayerSpec) -> ExpertStore:
@@ -95,7 +137,7 @@ class Reference:
         return Availability(True)
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
-        """Take every layer of ffn, zero, copy and constant experts; a backward only where no weight is converted."""
+        """Take layers of experts of every kind; a backward only where no weight is converted."""
         dtypes = ("float32", "float64", "bfloat16", "float16")
         if spec.backward and spec.dtype in dtypes[2:]:
             return Refusal(f"reference computes in float32, so its backward wants float32 or float64, not {spec.dtype}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..contracts import Execution, LayerSpec, Refusal
+from ..contracts import OWNERS, Execution, LayerSpec, Refusal
 
 ACTIVATIONS = ("silu", "gelu", "relu")
 """The activations of ``moe.experts.ACTIVATIONS``, named here so that the parent need not import torch."""
@@ -26,7 +26,10 @@ def refusal(
     foreign = [kind for kind in dict.fromkeys(spec.kinds) if kind not in kinds]
     reason = ""
     if foreign:
-        reason = f"{backend} runs no '{foreign[0]}' experts; fold them, or use the reference backend"
+        remedy = "use" if foreign[0] in OWNERS else "fold them, or use"
+        reason = f"{backend} runs no '{foreign[0]}' experts; {remedy} the reference backend"
+    elif "sequence" in spec.kinds and (spec.heads < 1 or spec.width % spec.heads):
+        reason = f"attentions of {spec.heads} heads do not divide their {spec.width} channels; give LayerSpec.heads"
     elif spec.dtype not in dtypes:
         reason = f"{backend} computes in {', '.join(dtypes)}, not {spec.dtype}"
     elif spec.activation not in ACTIVATIONS:

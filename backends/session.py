@@ -7,6 +7,7 @@ H hidden, F expert width, E experts, K slots, N assignments.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import ExecutedPath, LayerSpec, MoebenchError
@@ -142,14 +143,16 @@ class DenseWeights:
         self.gate_up, self.down = store.dense(dtype or torch_dtype(spec.dtype))
         if spec.backward and self.gate_up is not store.gate_up:
             raise MoebenchError(f"a backward pass needs dense weights in {spec.dtype}; convert the store first.")
-        self.views = None if spec.backward else self._detached()
+        self.backward = spec.backward
 
-    def _detached(self) -> list[tuple[Tensor, Tensor]]:
+    @cached_property
+    def views(self) -> list[tuple[Tensor, Tensor]]:
+        """The views of every expert, made when they are first asked for: a backend that gathers rows needs none."""
         return list(zip(self.gate_up.detach().unbind(0), self.down.detach().unbind(0), strict=True))
 
     def per_expert(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Return (gate_up [2F, H], down [H, F]) of every FFN expert; with a backward, views that autograd follows."""
-        if self.views is not None:
+        if not self.backward:
             return self.views
         return list(zip(self.gate_up.unbind(0), self.down.unbind(0), strict=True))
 

@@ -58,7 +58,7 @@ def papers(options: argparse.Namespace) -> int:
 def listed(chosen: Sequence[Paper]) -> list[str]:
     """Return one line per claim, and one with what all of them cost."""
     lines = [
-        f"{paper.key:16s} {paper.kind:10s} {len(paper.seeds)} seeds  about {paper.cost_s:4.0f} s  "
+        f"{paper.key:22s} {paper.kind:10s} {len(paper.seeds)} seeds  about {paper.cost_s:4.0f} s  "
         f"{paper.title}: {paper.claim}"
         for paper in chosen
     ]
@@ -166,4 +166,4 @@ def told(result: Result) -> str:
     centre = 1 if paper.rule.unit == "ratio" else 0
     wanted = f"wanted {relation} {centre} {'±' if relation == 'within' else '+'} {paper.rule.margin:g}"
     reason = f" ({judgement.reason})" if judgement.reason else ""
-    return f"{paper.key:16s} {judgement.verdict:13s} {numbers}, {wanted}{reason}"
+    return f"{paper.key:22s} {judgement.verdict:13s} {numbers}, {wanted}{reason}"

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..contracts import Descriptor, MoebenchError, Selection, plain
+from ..contracts import Descriptor, MoebenchError, Registry, Selection, plain
 from ..dashboards import units
 from ..dashboards.data import HOSTS, MINIMA, Case, Run, load_cases, load_runs
 from ..dashboards.query import ask, parse_json
@@ -23,17 +23,17 @@ from ..dashboards.ratios import paired_ratio, turn_minima
 from ..moe.shapes import ModelShape
 from ..results.query import reading
 from ..suites.paper_specs import Paper, load_papers
+from .claims_in_tests import claims_in_tests
 
 INTRO = """\
 Every built-in routing. `needs` are the fields of the Context that a router reads; defaults are set as
-`params.routing.<scheme>.<parameter>=VALUE`. Tested claims are those of the family's tests, by the number that the tests
-give them, and those of [papers.md](papers.md). What deviates from a paper, or from the code that came with it, is below
-the table.
+`params.routing.<scheme>.<parameter>=VALUE`. Tested claims are those that the tests name for this scheme, by the number
+that they give them, and those of [papers.md](papers.md). What deviates from a paper, or from the code that came with
+it, is below the table.
 """
 
 PAPER = re.compile(r"\s*\(([^()]*(?:arXiv \d{4}\.\d{5}|[A-Z][^()]* (?:19|20)\d\d)[^()]*)\)")
 SENTENCE = re.compile(r"\.(?:\s+(?=[A-Z`])|$)")
-CLAIM = re.compile(r"\bR(?:[1-9]|1\d|2[0-8])\b")
 ROW = re.compile(r"^\| `([^`]+)`.* \| ([^|]*) \|$", re.MULTILINE)
 ABOUT = re.compile(r"^Cost: (.*)$", re.MULTILINE)
 
@@ -58,11 +58,11 @@ class Words:
 def routing_page(descriptors: Iterable[Descriptor], costs: Costs, tests: Path) -> str:
     """Return the page of the routings among ``descriptors``; ``tests`` is the folder with the tests."""
     members = [descriptor for descriptor in descriptors if descriptor.kind == "routing"]
-    tested, papers = claims_of_tests(tests), load_papers()
+    tested, papers = claims_in_tests(tests, members), load_papers()
     lines = ["# Routing", "", INTRO, f"Cost: {costs.about}", ""]
     lines += ["| scheme | paper | rule | defaults | needs | tested claims | cost |", "|---|---|---|---|---|---|---|"]
     for member in members:
-        claims = [*tested.get(family(member), ()), *_linked(member.name, papers)]
+        claims = [*tested[member.name], *_linked(member.name, papers)]
         lines.append(_row(member, ", ".join(claims), costs.ratios.get(member.name, "")))
     return "\n".join([*lines, *_deviations(members)]) + "\n"
 
@@ -91,7 +91,7 @@ def words(descriptor: Descriptor) -> Words:
     text = inspect.cleandoc((descriptor.params.__doc__ or "") if descriptor.params else "").replace("``", "`")
     if not text or text.startswith(made):
         return Words("", "", "")
-    text = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
+    text = re.sub(r"(?<!\n)\n(?!\n|- )\s*", " ", text)
     first, _, further = text.partition("\n\n")
     end = SENTENCE.search(first)
     rule, more = (first, "") if end is None else (first[: end.start()], first[end.end() :])
@@ -114,29 +114,26 @@ def needs(descriptor: Descriptor) -> str:
 
     from ..moe.layer import LayerWeights
 
-    shape = ModelShape(64, 32, 16, 2, (0, 1), Selection("softmax", 2, True))
-    weights = LayerWeights(torch.zeros(16, 64, 64), torch.zeros(16, 64, 32))
-    router = descriptor.create()(weights, shape, 0).router
+    shape = _shape_for(descriptor)
+    rows = (3 if shape.heads else 2) * shape.width
+    gate_up, down = torch.zeros(shape.experts, rows, 64), torch.zeros(shape.experts, 64, shape.width)
+    router = descriptor.create()(LayerWeights(gate_up, down, heads=shape.heads), shape, 0).router
     said = [f"`{name}`" for name in sorted(router.needs)]
     said += [] if router.causal else ["looks ahead"]
     said += ["one decision for all layers"] if router.scope == "model" else []
+    structure = getattr(descriptor.params, "structure", None)
+    said += [] if structure is None else [f"structure `{structure}`"]
     return ", ".join(said)
 
 
-def family(descriptor: Descriptor) -> str:
-    """Return the name of the module that holds a routing's parameters."""
-    return "" if descriptor.params is None else descriptor.params.__module__.rpartition(".")[2]
-
-
-def claims_of_tests(tests: Path) -> dict[str, list[str]]:
-    """Return the numbers (R1 to R28) that the tests of a family name, by family."""
-    files = {path.stem.removeprefix("test_"): path for path in sorted((tests / "moe" / "routers").glob("test_*.py"))}
-    files["plugins"] = tests / "moe" / "test_routers.py"
-    return {name: _numbers(path.read_text(encoding="utf-8")) for name, path in files.items() if path.exists()}
-
-
-def _numbers(text: str) -> list[str]:
-    return sorted(set(CLAIM.findall(text)), key=lambda name: int(name[1:]))
+def _shape_for(descriptor: Descriptor) -> ModelShape:
+    """Return the shape of a small layer, after the structure that makes the experts of a routing where it names one."""
+    shape = ModelShape(64, 32, 16, 2, (0, 1), Selection("softmax", 2, True))
+    structure = getattr(descriptor.params, "structure", None)
+    if structure is None:
+        return shape
+    reshaped: ModelShape = Registry.load().get("structure", structure).params_from({}).reshape(shape)
+    return reshaped
 
 
 def _linked(name: str, papers: Iterable[Paper]) -> Iterator[str]:

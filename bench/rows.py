@@ -52,7 +52,9 @@ def measured_rows(
     that failed in one sitting failed: it keeps that status and no samples.
     """
     worst = next((member for member in sittings if not member.alive), sittings[-1])
-    row = case_row(run_id, worst.case, worst.status, worst.reason, flags if worst.alive else ())
+    told = (worst.facts or {}).get("notes", {}).get("reason", "") if worst.alive else ""
+    reason = "; ".join(filter(None, (worst.reason, told)))
+    row = case_row(run_id, worst.case, worst.status, reason, flags if worst.alive else ())
     check = _worst_check(sittings) or Check(True)
     executed = worst.executed or (worst.facts or {}).get("executed")
     row.update(

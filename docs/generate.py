@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moebench.bench.routing_doc import costs_in, costs_of, routing_page
 from moebench.contracts import BUILTIN_PLUGINS, KINDS, Descriptor, plain
 from moebench.results.database import connect_parts
 from moebench.results.schema import KEYS, SCHEMA_VERSION, TABLES
@@ -60,7 +61,7 @@ COLUMN_NOTES = {
     "protocol": "`timed`, or `once` for evaluations, which have no latency",
     "base": "how the weights were stored before us, such as Q4_1",
     "evidence": "what kind of thing the numbers are",
-    "reason": "one sentence wherever the status is not ok",
+    "reason": "one sentence wherever the status is not ok; on an ok row what one must know of it, if anything",
     "flags": "doubts about an ok row",
     "weights": "what the plan said: dense, packed or dequantized",
     "sparse": "what the plan said: none, skip or mask",
@@ -81,9 +82,14 @@ COLUMN_NOTES = {
 }
 
 
+def builtin() -> list[Descriptor]:
+    """Return the descriptors of all built-in plug-ins."""
+    return [d for module in BUILTIN_PLUGINS for d in importlib.import_module(module).DESCRIPTORS]
+
+
 def plugins_page() -> str:
     """Return the page of all built-in plug-ins with their parameters and defaults."""
-    found = [d for module in BUILTIN_PLUGINS for d in importlib.import_module(module).DESCRIPTORS]
+    found = builtin()
     lines = [
         NOTICE,
         "# Plug-ins",
@@ -187,7 +193,7 @@ SELECT s.backend, s.routing, s.quantization, s.sparsity, s.wall_median_ns / 1e3 
 FROM latest s JOIN metrics q USING (method_key) WHERE q.suite = 'accuracy' AND s.status = 'ok' AND s.protocol = 'timed'
 ```
 
-Time per token at equal active parameters (`experiment=routing_speed`), and that of the router beside it:
+Time per token at equal active parameters, that of the router beside it (`experiment=routing_speed`), to be sorted:
 
 ```sql
 SELECT l.backend, l.routing, a.value AS active_params_per_token, l.wall_median_ns / l.tokens AS layer_ns_per_token,
@@ -255,7 +261,14 @@ def _claim(claim: Mapping[str, Any]) -> Iterator[str]:
     yield f"\nRun {claim['run_id']} at commit {(claim['git_sha'] or 'unknown')[:12]} on {where}."
 
 
-PAGES = {"plugins.md": plugins_page, "results.md": results_page}
+def routings_page(store: Path | None = None) -> str:
+    """Return the page of all routings, with the costs measured in ``store``, or those that the page has already."""
+    page = FOLDER / "routing.md"
+    costs = costs_of(store) if store else costs_in(page.read_text() if page.exists() else "")
+    return NOTICE + routing_page(builtin(), costs, FOLDER.parent / "tests")
+
+
+PAGES = {"plugins.md": plugins_page, "results.md": results_page, "routing.md": routings_page}
 
 
 def stale(folder: Path = FOLDER) -> list[str]:
@@ -277,7 +290,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
     parser.add_argument("--claims", type=Path, metavar="STORE", help="write papers.md from the claims of this store")
+    parser.add_argument("--routing", type=Path, metavar="STORE", help="write routing.md with the costs in this store")
     options = parser.parse_args()
+    if options.routing:
+        (FOLDER / "routing.md").write_text(routings_page(options.routing))
+        print("docs/routing.md")
+        return 0
     if options.claims:
         (FOLDER / "papers.md").write_text(papers_page(options.claims))
         print("docs/papers.md")

@@ -1,8 +1,8 @@
 """Sequence experts: whole attentions mixed per token (BAM), and heads that read only their own tokens (UoE's SMHA).
 
 BAM (arXiv 2408.08274): y_t = sum_i softmax(W_a x_t)_i MHA_i(x)_t, soft over all experts, so that no token is dropped;
-every expert has its own keys and values, or all share one pair. An attention reads a sequence, not a list of tokens:
-these experts are no rows of an ExpertStore.
+every expert has its own keys and values, or all share one pair. An attention reads a sequence, not a list of tokens; an
+ExpertStore keeps those with keys and values of their own as experts of kind ``sequence``.
 
 Shape letters: T tokens, H hidden, E experts, A heads, D width of one head, Q = A * D.
 """

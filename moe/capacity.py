@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..contracts import OWNERS
 from .balance.rows import groups
 from .losses import capacities
 from .router import EPSILON, Router, RouterBundle
@@ -57,7 +58,7 @@ class CapacityRule:
         factor = value_at(self.factor, progress)
         if factor <= 0:
             raise ValueError(f"a capacity factor of {factor} leaves no slots; give a positive one.")
-        own = [kind == "ffn" for kind in kinds]
+        own = [kind in OWNERS for kind in kinds]
         of_ffn, of_other = capacities(1, self.k, self.tau, sum(own), len(own) - sum(own), factor)
         per_token_E = torch.tensor([of_ffn if ffn else of_other for ffn in own], dtype=torch.float64)
         slots_GE = tokens_G[:, None] * per_token_E.to(tokens_G.device)
@@ -144,9 +145,9 @@ class Capacity(Router):
         """Return the router's Routing without the entries that find their expert full."""
         return limit(self.router(x_TH, ctx), self.kinds, self.rule, ctx)
 
-    def update(self, routing: Routing) -> None:
-        """Hand the Routing on to the router."""
-        self.router.update(routing)
+    def update(self, routing: Routing, signal: Any = None) -> None:
+        """Hand everything on to the router."""
+        self.router.update(routing, signal)
 
 
 def with_capacity(bundle: RouterBundle, rule: CapacityRule) -> RouterBundle:

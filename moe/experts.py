@@ -1,19 +1,21 @@
 """One layer's experts as a store: dense or quantized per expert, in the layout of transformers 5.
 
-Shape letters: E expert ids, N_F FFN experts, F expert width, H hidden, T tokens.
+Shape letters: E expert ids, N_F experts that own weights, F expert width, Q width of an attention's queries, H hidden,
+T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from ..contracts import Scheme
+from ..contracts import OWNERS, Scheme
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nnf.silu,
@@ -82,9 +84,11 @@ class Sparsity:
 class ExpertStore:
     """The routed experts of one layer.
 
-    ``gate_up`` and ``down`` hold the FFN experts in the order of their ids: one tensor [N_F, 2F, H] / [N_F, F, H]
-    (ungated) and [N_F, H, F], or a sequence of N_F QTensors of shapes [2F, H] and [H, F]. ``kinds`` names every expert
-    id; ids that are not ``ffn`` own no weights here (``constants`` aside).
+    ``gate_up`` and ``down`` hold the experts that own weights (``contracts.OWNERS``) in the order of their ids: one
+    tensor [N_F, 2F, H] / [N_F, F, H] (ungated) and [N_F, H, F], or a sequence of N_F QTensors of shapes [2F, H] and
+    [H, F]. ``kinds`` names every expert id; other kinds own no weights here (``constants`` aside). An expert of kind
+    ``sequence`` is a causal attention of ``heads`` heads: its ``gate_up`` [3Q, H] are the rows of query, key and value,
+    its ``down`` [H, Q] is the output.
     """
 
     gate_up: Tensor | Sequence[QTensor]
@@ -94,21 +98,30 @@ class ExpertStore:
     gated: bool = True
     constants: Constants | None = None
     sparsity: Sparsity | None = None
+    heads: int = 0
 
     def __post_init__(self) -> None:
-        owners = sum(kind == "ffn" for kind in self.kinds)
+        owners = len(self.ffn_ids)
         if len(self.gate_up) != owners or len(self.down) != owners:
-            raise ValueError(f"{len(self.gate_up)} weights for {owners} FFN experts; give one per 'ffn' in kinds.")
+            raise ValueError(
+                f"{len(self.gate_up)} weights for {owners} experts that own some; give one per 'ffn' in kinds, or one "
+                f"per 'gather' or 'sequence'."
+            )
 
     @property
     def num_experts(self) -> int:
         """E: expert ids of every kind."""
         return len(self.kinds)
 
-    @property
+    @cached_property
     def ffn_ids(self) -> tuple[int, ...]:
         """The expert ids that own weights."""
-        return tuple(i for i, kind in enumerate(self.kinds) if kind == "ffn")
+        return tuple(i for i, kind in enumerate(self.kinds) if kind in OWNERS)
+
+    @cached_property
+    def slots(self) -> dict[int, int]:
+        """The place in ``gate_up`` and ``down`` of each expert id that owns weights."""
+        return {expert: slot for slot, expert in enumerate(self.ffn_ids)}
 
     @property
     def quantized(self) -> bool:
@@ -127,7 +140,7 @@ class ExpertStore:
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
-        """How each FFN expert is stored."""
+        """How each expert that owns weights is stored."""
         if isinstance(self.down, Tensor):
             return (Scheme(bits=8.0 * self.down.element_size()),) * len(self.down)
         return tuple(weight.scheme for weight in self.down)

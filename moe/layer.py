@@ -1,20 +1,21 @@
 """One MoE layer as its mathematics: y_t = sum_e G_te f_e(x_t), plus shared experts.
 
 Shape letters: T tokens, E expert ids, F expert width, S width of the shared expert, H hidden, N assignments,
-C constant experts.
+C constant experts, Q width of an attention's queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from ..contracts import MoebenchError
+from ..contracts import EXPERT_KINDS, MoebenchError
+from .attention_mixture import Attention, attend
 from .experts import ACTIVATIONS, Constants, ExpertStore, expert_forward
 from .routing import Context, Routing
 
@@ -36,26 +37,63 @@ def ffn_hidden(x_TH: Tensor, gate_up: Tensor, activation: str, gated: bool = Tru
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """All always-on experts of a layer, fused to one gated FFN of width S.
+    """All always-on experts of a layer, fused to one FFN of width S, and how a layer adds them to its routed experts.
 
-    ``gate_up`` is [2S, H] (gate rows first), ``down`` [H, S]. With ``gate_H`` [H] the output of each token is
-    multiplied by sigmoid(x . gate_H), as in Qwen2-MoE.
+    ``gate_up`` is [2S, H] (gate rows first; [S, H] where ``gated`` is false), ``down`` [H, S]. With ``gate_H`` [H] the
+    output of each token is multiplied by sigmoid(x . gate_H), as in Qwen2-MoE. With ``mix_2H`` [2, H] instead, the
+    routed sum is multiplied by the first and the output by the second of softmax(mix_2H x), as in the residual MoE of
+    DeepSpeed (arXiv 2201.05596), whose linear map has a bias besides.
     """
 
     gate_up: Tensor
     down: Tensor
     gate_H: Tensor | None = None
     activation: str = "silu"
+    mix_2H: Tensor | None = None
+    gated: bool = True
+
+    def __post_init__(self) -> None:
+        if self.gate_H is not None and self.mix_2H is not None:
+            raise ValueError("a shared expert is gated by gate_H or mixed in by mix_2H; give one of them.")
+
+    def to(self, dtype: torch.dtype) -> SharedExpert:
+        """Return the same with its tensors in ``dtype``."""
+        gate_H = None if self.gate_H is None else self.gate_H.to(dtype)
+        mix_2H = None if self.mix_2H is None else self.mix_2H.to(dtype)
+        return replace(self, gate_up=self.gate_up.to(dtype), down=self.down.to(dtype), gate_H=gate_H, mix_2H=mix_2H)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        """Return y_TH in the dtype of ``x_TH``."""
-        hidden_TS = ffn_hidden(x_TH, self.gate_up.to(x_TH.dtype), self.activation)
-        y_TH = nnf.linear(hidden_TS, self.down.to(x_TH.dtype))
-        if self.gate_H is None:
-            return y_TH
-        return y_TH * torch.sigmoid(x_TH @ self.gate_H.to(x_TH.dtype))[:, None]
+        """Return what is added to the routed sum, y_TH in the dtype of ``x_TH``."""
+        return self._output(x_TH, self._factors(x_TH)[1])
 
     __call__ = forward
+
+    def added_to(self, routed_TH: Tensor, x_TH: Tensor) -> Tensor:
+        """Return the layer's output from the sum of its routed experts, in the wider of both dtypes."""
+        routed_T1, own_T1 = self._factors(x_TH)
+        return (routed_TH if routed_T1 is None else routed_TH * routed_T1) + self._output(x_TH, own_T1)
+
+    def add_to_(self, routed_TH: Tensor, x_TH: Tensor) -> None:
+        """Turn the sum of the routed experts into the layer's output, in place and in its dtype."""
+        routed_T1, own_T1 = self._factors(x_TH)
+        if routed_T1 is not None:
+            routed_TH *= routed_T1
+        routed_TH += self._output(x_TH, own_T1)
+
+    def _output(self, x_TH: Tensor, factor_T1: Tensor | None) -> Tensor:
+        hidden_TS = ffn_hidden(x_TH, self.gate_up.to(x_TH.dtype), self.activation, self.gated)
+        y_TH = nnf.linear(hidden_TS, self.down.to(x_TH.dtype))
+        return y_TH if factor_T1 is None else y_TH * factor_T1.to(x_TH.dtype)
+
+    def _factors(self, x_TH: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return what the routed sum and the own output are multiplied by, [T, 1] each; None stands for 1."""
+        if self.mix_2H is not None:
+            wide = torch.promote_types(x_TH.dtype, torch.float32)  # two close logits must not be rounded to one
+            mix_T2 = nnf.linear(x_TH.to(wide), self.mix_2H.to(x_TH.dtype).to(wide)).softmax(-1)
+            return mix_T2[:, :1], mix_T2[:, 1:]
+        if self.gate_H is not None:
+            return None, torch.sigmoid(x_TH @ self.gate_H.to(x_TH.dtype))[:, None]
+        return None, None
 
 
 @dataclass(frozen=True)
@@ -63,7 +101,8 @@ class LayerWeights:
     """What a model source or a structure hands over, in any floating dtype.
 
     ``gate_up`` is [2F, H] for a dense FFN and [E, 2F, H] for experts (gate rows first, then up rows; [E, F, H] where
-    ``gated`` is false); ``down`` is [H, F] or [E, H, F]. ``router_bias_E`` is the selection bias of DeepSeek-V3.
+    ``gated`` is false); ``down`` is [H, F] or [E, H, F]. ``router_bias_E`` is the selection bias of DeepSeek-V3. With
+    ``heads`` experts are attentions: ``gate_up`` [E, 3Q, H] (query, key, value rows) and ``down`` [E, H, Q] (output).
     """
 
     gate_up: Tensor
@@ -73,6 +112,7 @@ class LayerWeights:
     shared: SharedExpert | None = None
     activation: str = "silu"
     gated: bool = True
+    heads: int = 0
 
     @property
     def is_dense(self) -> bool:
@@ -106,19 +146,33 @@ def constant_forward(x_TH: Tensor, constants: Constants, index: int) -> Tensor:
     return mix_T2[:, :1] * x_TH + mix_T2[:, 1:] * constants.value_CH[index].to(x_TH.dtype)
 
 
+def stored_attention(gate_up: Tensor, down: Tensor, heads: int) -> Attention:
+    """Return the attention that a store keeps as ``gate_up`` [3Q, H] and ``down`` [H, Q]."""
+    query_QH, key_QH, value_QH = gate_up.chunk(3)
+    return Attention(query_QH, key_QH, value_QH, down, heads)
+
+
 def expert_output(x_TH: Tensor, store: ExpertStore, expert: int) -> Tensor:
-    """Return f_e(x) [T, H] of any kind of expert id, in the dtype of ``x_TH``."""
+    """Return f_e(x) [T, H] of any kind of expert id, in the dtype of ``x_TH``; for an attention it is one sequence."""
     kind = store.kinds[expert]
-    if kind == "ffn":
-        slot = store.kinds[:expert].count("ffn")
-        return expert_forward(x_TH, *store.weights(slot, x_TH.dtype), store)
+    if kind in ("ffn", "gather"):
+        return expert_forward(x_TH, *store.weights(store.slots[expert], x_TH.dtype), store)
+    if kind == "sequence":
+        return attend(x_TH, stored_attention(*store.weights(store.slots[expert], x_TH.dtype), store.heads))
     if kind == "copy":
         return x_TH
     if kind == "zero":
         return torch.zeros_like(x_TH)
     if kind == "constant" and store.constants is not None:
         return constant_forward(x_TH, store.constants, store.kinds[:expert].count("constant"))
-    raise MoebenchError(f"expert {expert} of kind '{kind}' is unknown here; use kinds ffn, zero, copy or constant.")
+    raise MoebenchError(f"expert {expert} of kind '{kind}' is unknown here; use one of {', '.join(EXPERT_KINDS)}.")
+
+
+def assigned_output(x_TH: Tensor, store: ExpertStore, expert: int, token_N: Tensor) -> Tensor:
+    """Return f_e(x) [N, H] of an expert's tokens; an attention reads all of ``x_TH``, whoever gets its answers."""
+    if store.kinds[expert] == "sequence":
+        return expert_output(x_TH, store, expert)[token_N]
+    return expert_output(x_TH[token_N], store, expert)
 
 
 def route(layer: PreparedLayer, x_TH: Tensor, ctx: Context | None = None) -> Routing:
@@ -139,8 +193,8 @@ def moe_forward(
     sum_dtype = torch.promote_types(x_TH.dtype, torch.float32)
     y_TH = torch.zeros(x_TH.shape, dtype=sum_dtype, device=x_TH.device)
     for expert, token_N, weight_N in assignments(routing):
-        y_NH = expert_output(x_TH[token_N], layer.store, expert).to(sum_dtype)
+        y_NH = assigned_output(x_TH, layer.store, expert, token_N).to(sum_dtype)
         y_TH = y_TH.index_add(0, token_N, y_NH * weight_N.to(sum_dtype)[:, None])
     if layer.shared is not None:
-        y_TH = y_TH + layer.shared(x_TH).to(sum_dtype)
+        y_TH = layer.shared.added_to(y_TH, x_TH)
     return y_TH.to(x_TH.dtype)

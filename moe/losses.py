@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..contracts import OWNERS
 from .routing import Context, Routing
 
 
@@ -52,8 +53,8 @@ def mean_probability(routing: Routing, ctx: Context | None = None) -> Tensor:
 
 
 def eta(kinds: Sequence[str], tau: float) -> Tensor:
-    """Return eta_E float32 of MoE++: 1 for experts that own weights (``ffn``), ``tau`` for the others."""
-    return torch.tensor([1.0 if kind == "ffn" else tau for kind in kinds])
+    """Return eta_E float32 of MoE++: 1 for experts that own weights, ``tau`` for the others."""
+    return torch.tensor([1.0 if kind in OWNERS else tau for kind in kinds])
 
 
 def capacities(tokens: int, k: int, tau: float, ffn: int, others: int, gamma: float = 1.1) -> tuple[float, float]:

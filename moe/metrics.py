@@ -11,20 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..contracts import Metric, Series
+from ..contracts import OWNERS, Metric, Series
 from .routing import Routing
 
 
 def routing_metrics(routing: Routing, kinds: Sequence[str] | None = None) -> list[Metric]:
     """Return the figures of one Routing; those of an empty one are None.
 
-    With ``kinds`` (one per expert id) load is that of the FFN experts alone, and ``ffn_k_mean`` says how many of them
-    a token has: experts without weights cost next to nothing, and a zero expert never has an entry.
+    With ``kinds`` (one per expert id) load is that of the experts that own weights alone, and ``ffn_k_mean`` says how
+    many of them a token has: the others cost next to nothing, and a zero expert never has an entry.
     """
     load_E = routing.counts_E.double()
     metrics = []
     if kinds is not None:
-        load_E = load_E[[kind == "ffn" for kind in kinds]]
+        load_E = load_E[[kind in OWNERS for kind in kinds]]
         metrics.append(_per_token("ffn_k_mean", float(load_E.sum()), routing, "experts"))
     return [*load_metrics(load_E), *metrics, *_token_metrics(routing)]
 

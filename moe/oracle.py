@@ -15,6 +15,7 @@ wrong weight, a lost token or a neighbour's row are far above all of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from ..contracts import Check, MoebenchError
+from ..contracts import EXPERT_KINDS, Check, MoebenchError
 from .experts import ACTIVATIONS, Constants, ExpertStore
 from .routing import Routing
 
@@ -95,13 +96,18 @@ def reference(store: ExpertStore, routing: Routing, x_TH: Tensor, shared: Shared
         )
     with torch.no_grad():
         total = _Sum(torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device))
-        for expert in routing.counts_E.nonzero().flatten().tolist():
-            mine_N = routing.expert_N == expert
+        for expert, mine_N in _entries(routing):
             _add_expert(total, store, expert, x_TH, routing.token_N[mine_N], routing.weight_N[mine_N])
         if shared is not None:
-            total.add(torch.arange(len(x_TH), device=x_TH.device), _shared(shared, x_TH))
+            _add_shared(total, shared, x_TH)
     scale_T = torch.maximum(total.squares_T.sqrt(), total.y_TH.norm(dim=1))
     return Reference(total.y_TH, total.flips_T.sqrt(), total.near, scale_T)
+
+
+def _entries(routing: Routing) -> Iterator[tuple[int, Tensor]]:
+    """Yield each expert that has entries, with their places; sorted once, since there may be a million experts."""
+    places = torch.split_with_sizes(routing.expert_N.argsort(stable=True), routing.counts_E.tolist())
+    yield from ((expert, mine_N) for expert, mine_N in enumerate(places) if len(mine_N))
 
 
 class _Sum:
@@ -118,22 +124,30 @@ class _Sum:
         self.y_TH.index_add_(0, token_N, term_NH)
         self.squares_T.index_add_(0, token_N, term_NH.square().sum(1))
 
+    def scale(self, factor_T1: Tensor) -> None:
+        """Multiply each row, and with it what is known of its terms."""
+        self.y_TH *= factor_T1
+        self.squares_T *= factor_T1.square().squeeze(1)
+        self.flips_T *= factor_T1.square().squeeze(1)
+
 
 def _add_expert(total: _Sum, store: ExpertStore, expert: int, x_TH: Tensor, token_N: Tensor, weight_N: Tensor) -> None:
     kind = store.kinds[expert]
     x_NH, weight_N1 = x_TH[token_N], weight_N.double()[:, None]
-    if kind == "ffn":
-        term_NH, flips_N, near = _ffn(store, store.ffn_ids.index(expert), x_NH)
+    if kind in ("ffn", "gather"):
+        term_NH, flips_N, near = _ffn(store, store.slots[expert], x_NH)
         total.add(token_N, weight_N1 * term_NH)
         total.flips_T.index_add_(0, token_N, weight_N.double().square() * flips_N)
         total.near += near
+    elif kind == "sequence":
+        total.add(token_N, weight_N1 * _attention(store, store.slots[expert], x_TH)[token_N])
     elif kind == "copy":
         total.add(token_N, weight_N1 * x_NH.double())
     elif kind == "constant":
         number = sum(other == "constant" for other in store.kinds[:expert])
         total.add(token_N, weight_N1 * constant_expert(x_NH, store.constants, number))
     elif kind != "zero":
-        raise MoebenchError(f"the oracle knows no '{kind}' experts; it checks ffn, zero, copy and constant ones.")
+        raise MoebenchError(f"the oracle knows no '{kind}' experts; use one of {', '.join(EXPERT_KINDS)}.")
 
 
 def constant_expert(x_NH: Tensor, constants: Constants | None, number: int) -> Tensor:
@@ -160,6 +174,15 @@ def _ffn(store: ExpertStore, slot: int, x_NH: Tensor) -> tuple[Tensor, Tensor, i
         flips_N = (near_NF * hidden_NF.square()) @ down.square().sum(0)
         hidden_NF = store.sparsity.apply("hidden", hidden_NF)
     return nnf.linear(hidden_NF, down), flips_N, near
+
+
+def _attention(store: ExpertStore, slot: int, x_TH: Tensor) -> Tensor:
+    """Return what a causal attention says to every token of the one sequence [T, H], by torch's own attention."""
+    gate_up, down = exact_weights(store, slot, x_TH.dtype)
+    shape = (len(x_TH), 3, store.heads, down.shape[1] // store.heads)
+    query_ATD, key_ATD, value_ATD = nnf.linear(x_TH.double(), gate_up).view(shape).permute(1, 2, 0, 3)
+    said_ATD = nnf.scaled_dot_product_attention(query_ATD, key_ATD, value_ATD, is_causal=True)
+    return nnf.linear(said_ATD.transpose(0, 1).flatten(1), down)
 
 
 def _activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
@@ -197,12 +220,18 @@ def _near_threshold(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype
     return (score_NF - threshold).abs() <= 4 * u * threshold + moved_NF + dot_error * typical_N1
 
 
-def _shared(shared: SharedExpert, x_TH: Tensor) -> Tensor:
+def _add_shared(total: _Sum, shared: SharedExpert, x_TH: Tensor) -> None:
+    """Add what is always on; with a mix the routed sum takes its part of the weight first."""
     gate_up, down = (weight.to(x_TH.dtype).double() for weight in (shared.gate_up, shared.down))
-    y_TH = nnf.linear(_activate(nnf.linear(x_TH.double(), gate_up), shared.activation, True), down)
+    term_TH = nnf.linear(_activate(nnf.linear(x_TH.double(), gate_up), shared.activation, shared.gated), down)
     if shared.gate_H is not None:
-        y_TH = y_TH * torch.sigmoid(x_TH.double() @ shared.gate_H.to(x_TH.dtype).double())[:, None]
-    return y_TH
+        term_TH *= torch.sigmoid(x_TH.double() @ shared.gate_H.to(x_TH.dtype).double())[:, None]
+    if shared.mix_2H is not None:
+        logits_T2 = x_TH.double() @ shared.mix_2H.to(x_TH.dtype).double().T
+        share_T1 = torch.sigmoid(logits_T2[:, :1] - logits_T2[:, 1:])
+        total.scale(share_T1)
+        term_TH *= 1 - share_T1
+    total.add(torch.arange(len(x_TH), device=x_TH.device), term_TH)
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
@@ -253,15 +282,14 @@ def reference_gradients(store: ExpertStore, routing: Routing, x_TH: Tensor, grad
         raise MoebenchError("gradients are checked for dense experts without sparsity; drop both from the case.")
     dtype = x_TH.dtype
     leaves = [t.detach().to(dtype).double().requires_grad_() for t in (x_TH, store.gate_up, store.down)]
-    x, gate_up, down = leaves
+    x, experts = leaves[0], list(zip(leaves[1].unbind(), leaves[2].unbind(), strict=True))
     y_TH = torch.zeros_like(x)
-    for expert in routing.counts_E.nonzero().flatten().tolist():
-        mine_N = routing.expert_N == expert
+    for expert, mine_N in _entries(routing):
         token_N, kind = routing.token_N[mine_N], store.kinds[expert]
-        if kind == "ffn":
-            slot = store.ffn_ids.index(expert)
-            hidden = _activate(nnf.linear(x[token_N], gate_up[slot]), store.activation, store.gated)
-            term_NH = nnf.linear(hidden, down[slot])
+        if kind in ("ffn", "gather"):
+            gate_up, down = experts[store.slots[expert]]
+            hidden = _activate(nnf.linear(x[token_N], gate_up), store.activation, store.gated)
+            term_NH = nnf.linear(hidden, down)
         elif kind in ("zero", "copy"):
             term_NH = x[token_N] * float(kind == "copy")
         else:

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 from ..contracts import Descriptor, Scheme, Selection, SparsitySpec
 from .shapes import ModelShape
+from .structure_params import Attentions, Neurons
 
 # --- structure -------------------------------------------------------------------------------------------------------
 
@@ -109,17 +110,26 @@ class TopK:
 
 @dataclass(frozen=True)
 class Switch(TopK):
-    """Switch: top-1 of softmax, weight not renormalised (Fedus et al. 2021)."""
+    """Switch (arXiv 2101.03961): top-1 of softmax, weight not renormalised.
+
+    In training what the router reads is multiplied by U(1 - ``jitter``, 1 + ``jitter``): 0.01 in the paper, for a
+    training to set. The paper's capacity counts within the batch, that of transformers within each sequence.
+    """
 
     k: int | None = 1
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
     renormalize: bool | None = False
     scale: float | None = 1.0
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter={self.jitter} must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
 class Mixtral(TopK):
-    """Mixtral: top-2 of softmax, renormalised over the selected (= softmax of the selected logits)."""
+    """Mixtral (arXiv 2401.04088): top-2 of softmax, renormalised (= softmax of the selected logits)."""
 
     k: int | None = 2
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
@@ -129,7 +139,7 @@ class Mixtral(TopK):
 
 @dataclass(frozen=True)
 class Olmoe(TopK):
-    """OLMoE: top-8 of softmax, not renormalised."""
+    """OLMoE (arXiv 2409.02060): top-8 of softmax, not renormalised."""
 
     k: int | None = 8
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
@@ -139,7 +149,10 @@ class Olmoe(TopK):
 
 @dataclass(frozen=True)
 class Qwen3(TopK):
-    """Qwen3-MoE: top-8 of softmax; released checkpoints renormalise, the configuration's default does not."""
+    """Qwen3-MoE (arXiv 2505.09388): top-8 of softmax, renormalised.
+
+    Released checkpoints renormalise, the default of transformers' configuration does not.
+    """
 
     k: int | None = 8
     score: Literal["softmax", "sigmoid", "one"] | None = "softmax"
@@ -149,7 +162,7 @@ class Qwen3(TopK):
 
 @dataclass(frozen=True)
 class DeepSeekV3:
-    """DeepSeek-V3: sigmoid scores, group-limited top-k of score + bias, weights renormalised and scaled.
+    """DeepSeek-V3 (arXiv 2412.19437): sigmoid scores, top-k of score + bias in the best groups, renormalised, scaled.
 
     A group's score is the sum of its two best. ``update_rate`` is the step of the bias after each batch (aux-free
     balancing); the bias never enters the weights.
@@ -187,6 +200,11 @@ class MoEPlusPlus:
 
     ``residual`` adds W_g times the scores of the MoE layer before. ``scorer`` is one linear map (the paper's text) or
     the released code's Linear(H, 8E) - tanh - Linear(8E, E). ``tau`` is the balance between FFN and other experts.
+    Capacities follow Eq. 8 with k T where it says T: with T, 45 % of all assignments find no place.
+
+    Two options do what the released code does besides: ``released_inputs`` multiplies what every expert reads by ``k``
+    (there unless ``moe_feature_no_mul_topk``), and ``unit_logits`` divides the logits of a token by their standard
+    deviation before the softmax; the residual carries them as they were.
     """
 
     pipeline: ClassVar[bool] = True
@@ -199,6 +217,8 @@ class MoEPlusPlus:
     scorer: Literal["linear", "mlp"] = "linear"
     tau: float = 0.75
     scale: float = 1.0
+    released_inputs: bool = False
+    unit_logits: bool = False
 
     def selection(self, shape: ModelShape) -> Selection | None:
         """Return None: the gating residual keeps the router outside a fused kernel."""
@@ -288,8 +308,18 @@ class Teal:
 DESCRIPTORS = [
     Descriptor("structure", "none", "the model's own experts", "moebench.moe.structure:keep", Keep),
     Descriptor("structure", "split", "dense FFN cut into experts by channel", "moebench.moe.structure:split", Split),
+    Descriptor(
+        "structure", "neurons", "every channel an expert of width 1", "moebench.moe.expert_structures:neurons", Neurons
+    ),
+    Descriptor(
+        "structure",
+        "attention",
+        "attentions in the place of the FFNs",
+        "moebench.moe.expert_structures:attentions",
+        Attentions,
+    ),
     Descriptor("routing", "topk", "the model's own top-k, or as given", "moebench.moe.routers.topk:build", TopK),
-    Descriptor("routing", "switch", "Switch top-1", "moebench.moe.routers.topk:build", Switch),
+    Descriptor("routing", "switch", "Switch top-1", "moebench.moe.routers.topk:build_switch", Switch),
     Descriptor("routing", "mixtral", "Mixtral top-2, renormalised", "moebench.moe.routers.topk:build", Mixtral),
     Descriptor("routing", "olmoe", "OLMoE top-8, not renormalised", "moebench.moe.routers.topk:build", Olmoe),
     Descriptor("routing", "qwen3", "Qwen3-MoE top-8", "moebench.moe.routers.topk:build", Qwen3),
@@ -306,6 +336,7 @@ DESCRIPTORS = [
         "MoE++ zero, copy and constant experts",
         "moebench.moe.routers.moepp:build",
         MoEPlusPlus,
+        version="2",  # rows beside a model's own have their size
         aliases=("moe++",),
     ),
     Descriptor("quantization", "none", "weights in the case's dtype", "moebench.moe.quantization:keep", NoQuantization),

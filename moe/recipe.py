@@ -18,6 +18,10 @@ from .quantization import stack, unstack
 from .router import Router
 from .routing import Context
 from .shapes import ModelShape
+from .stand_ins import StandIns, alone
+
+SHARED_TENSORS = ("gate_up", "down", "gate_H", "mix_2H")
+"""The tensors of a SharedExpert; the last two may be None."""
 
 
 class Stage(NamedTuple):
@@ -89,20 +93,29 @@ def prepare_layer(
         parent = "" if cache is None else root_key(weights, shape, calibration_TH, seed, identity)
         weights, parent = _structured(recipe.structure, weights, calibration_TH, seed, parent, cache)
         weights = rounded(weights, dtype)
-        bundle = recipe.routing.create()(weights, shape, seed)
+        layer = int(identity.get("layer", 0))
+        bundle = recipe.routing.create()(weights, shape, router_seed(seed, layer))
         store = ExpertStore(
-            weights.gate_up,
+            weights.gate_up if bundle.input_scale == 1.0 else weights.gate_up * bundle.input_scale,
             weights.down,
             bundle.kinds,
             weights.activation,
             weights.gated,
             None if bundle.constants is None else _constants(bundle.constants, dtype),
+            heads=weights.heads,
         )
         store, parent = _quantized(recipe.quantization, store, {"parent": parent, "dtype": str(dtype)}, cache)
         x_TH = calibration_TH.to(dtype).float()
-        ctx = Context(layer=int(identity.get("layer", 0)), experts=store)
+        fields = StandIns(len(x_TH), store.num_experts, recipe.routing.params, seed)
+        ctx = alone(fields, bundle.router, layer, store)
         store = _sparsified(recipe, store, bundle.router, x_TH, ctx, parent, cache)
-    return PreparedLayer(store, bundle.router, weights.shared)
+    scheme = None if bundle.shared is None else bundle.shared.to(dtype)
+    return PreparedLayer(store, bundle.router, weights.shared or scheme)
+
+
+def router_seed(seed: int, layer: int) -> int:
+    """Return the seed of one layer's router, so that seeded routers of two layers of a model differ."""
+    return int(make_key([seed, "router", layer])[:15], 16)
 
 
 def root_key(
@@ -122,10 +135,7 @@ def root_key(
 
 def rounded(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     """Return the weights of the experts, shared ones included, in ``dtype``; the router keeps its own."""
-    shared = weights.shared
-    if shared is not None:
-        gate_H = None if shared.gate_H is None else shared.gate_H.to(dtype)
-        shared = replace(shared, gate_up=shared.gate_up.to(dtype), down=shared.down.to(dtype), gate_H=gate_H)
+    shared = None if weights.shared is None else weights.shared.to(dtype)
     return replace(weights, gate_up=weights.gate_up.to(dtype), down=weights.down.to(dtype), shared=shared)
 
 
@@ -189,10 +199,10 @@ def _sparsified(
 def weights_artefact(weights: LayerWeights) -> Artefact:
     """Return all tensors of ``weights`` by name, and what else it says."""
     named = {name: getattr(weights, name) for name in ("gate_up", "down", "router_EH", "router_bias_E")}
-    meta: dict[str, Any] = {"activation": weights.activation, "gated": weights.gated}
+    meta: dict[str, Any] = {"activation": weights.activation, "gated": weights.gated, "heads": weights.heads}
     if weights.shared is not None:
-        named |= {f"shared.{name}": getattr(weights.shared, name) for name in ("gate_up", "down", "gate_H")}
-        meta["shared_activation"] = weights.shared.activation
+        named |= {f"shared.{name}": getattr(weights.shared, name) for name in SHARED_TENSORS}
+        meta["shared"] = {"activation": weights.shared.activation, "gated": weights.shared.gated}
     return Artefact({name: tensor for name, tensor in named.items() if tensor is not None}, meta)
 
 
@@ -200,10 +210,10 @@ def weights_of(artefact: Artefact) -> LayerWeights:
     """Return the LayerWeights of ``weights_artefact``."""
     values: dict[str, Any] = {name: t for name, t in artefact.tensors.items() if not name.startswith("shared.")}
     values |= artefact.meta
-    activation = values.pop("shared_activation", None)
-    if activation is not None:
-        parts = {name.removeprefix("shared."): t for name, t in artefact.tensors.items() if name.startswith("shared.")}
-        values["shared"] = SharedExpert(parts["gate_up"], parts["down"], parts.get("gate_H"), activation)
+    shared = values.pop("shared", None)
+    if shared is not None:
+        parts: dict[str, Any] = {name: artefact.tensors.get(f"shared.{name}") for name in SHARED_TENSORS}
+        values["shared"] = SharedExpert(**parts, **shared)
     return LayerWeights(**values)
 
 

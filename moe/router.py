@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as nnf
@@ -18,7 +18,7 @@ from .experts import Constants
 from .routing import Context, Routing
 
 if TYPE_CHECKING:
-    from .layer import LayerWeights
+    from .layer import LayerWeights, SharedExpert
     from .shapes import ModelShape
 
 EPSILON = 1e-20
@@ -40,17 +40,26 @@ class Router(nn.Module):
         """Return the Routing of ``x_TH``."""
         raise NotImplementedError
 
-    def update(self, routing: Routing) -> None:
-        """Change state that lies outside autograd after a training step; most routers have none."""
+    def update(self, routing: Routing, signal: Any = None) -> None:
+        """Change state that lies outside autograd after a training step; most routers have none.
+
+        ``signal`` is what a router learns from beyond its own Routing, such as MixER's losses per environment.
+        """
 
 
 @dataclass(frozen=True)
 class RouterBundle:
-    """What a routing factory hands over: the router, the kind of every expert id, and the constant experts."""
+    """What a routing factory hands over: the router, the kind of every expert id, and the constant experts.
+
+    ``shared`` is what the scheme keeps always on, for a layer that has no shared expert of its own. FFN experts read
+    ``input_scale`` times their input, which ``prepare_layer`` makes part of their weights.
+    """
 
     router: Router
     kinds: tuple[str, ...]
     constants: Constants | None = None
+    shared: SharedExpert | None = None
+    input_scale: float = 1.0
 
 
 # --- scorers: (x_TH, ctx) -> logits_TE -------------------------------------------------------------------------------
@@ -280,6 +289,16 @@ def router_rows(weights: LayerWeights, shape: ModelShape, seed: int) -> Tensor:
     if tuple(weights.router_EH.shape) != wanted:
         raise ValueError(f"the router is {tuple(weights.router_EH.shape)} where the layer's shape says {wanted}.")
     return weights.router_EH
+
+
+def grown_rows(weights: LayerWeights, shape: ModelShape, seed: int, count: int, stream: str) -> Tensor:
+    """Return rows [E + count, H] float32: the layer's own (``router_rows``), then seeded ones for experts beside them.
+
+    The new rows are as long as the old ones on average, so that no kind of expert is chosen for its scale alone.
+    """
+    own_EH = router_rows(weights, shape, seed).float().cpu()
+    size = float(own_EH.detach().square().mean().sqrt())
+    return torch.cat([own_EH, seeded_normal((count, shape.hidden), size, seed, stream)])
 
 
 def selection_bias(weights: LayerWeights, shape: ModelShape) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,26 @@ def gumbel_noise(like: Tensor, rng: torch.Generator) -> Tensor:
     """Return Gumbel(0, 1) noise, float32, in the shape and on the device of ``like``."""
     exponential = torch.empty(like.shape, device=rng.device).exponential_(generator=rng)
     return -exponential.log().to(like.device)
+
+
+class Jitter(nn.Module):
+    """z = scorer(x u) in training, u ~ U(1 - ``width``, 1 + ``width``) of its own for each number of x (Switch)."""
+
+    def __init__(self, scorer: nn.Module, width: float) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.width = width
+
+    def forward(self, x_TH: Tensor, ctx: Context) -> Tensor:
+        """Return logits_TE."""
+        if ctx.training:
+            if ctx.rng is None:
+                raise ValueError("a jittered router cannot decide without the Context's 'rng' in training; give it.")
+            x_TH = x_TH.float()
+            noise_TH = torch.rand(x_TH.shape, generator=ctx.rng, device=ctx.rng.device).to(x_TH.device)
+            x_TH = x_TH * (1 + self.width * (2 * noise_TH - 1))
+        logits_TE: Tensor = self.scorer(x_TH, ctx)
+        return logits_TE
 
 
 # --- permutations ----------------------------------------------------------------------------------------------------
@@ -177,7 +198,7 @@ class Permuted(Router):
         logits_TE = None if routing.logits_TE is None else routing.logits_TE[:, order_E.argsort()]
         return replace(routing, expert_N=order_E[routing.expert_N], logits_TE=logits_TE, probs_TE=probs_TE)
 
-    def update(self, routing: Routing) -> None:
+    def update(self, routing: Routing, signal: Any = None) -> None:
         """Update the router, and round the permutation."""
-        self.router.update(routing)
+        self.router.update(routing, signal)
         self.permutation.round()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -152,7 +152,8 @@ class Context:
     Shapes: ``segment_T`` int64 (sequence ids; order is position), ``valid_T`` bool, ``token_ids_T`` int64, ``task``
     and ``modality_T`` int64, ``features`` free, ``attn`` [B, heads, S, S]. ``prev`` is the Routing of the MoE layer
     before; ``experts`` the ExpertStore; ``plan`` the Routings of a model-scope router by layer; ``ranks`` overrides
-    which ranks of the scores a decoder takes.
+    which experts a decoder takes: those at these ranks of the scores, the best that hold a share of the probability
+    (a number), or one by chance.
     """
 
     layer: int = 0
@@ -168,5 +169,5 @@ class Context:
     prev: Routing | None = None
     attn: Tensor | None = None
     experts: Any = None
-    ranks: tuple[int, ...] | None = None
+    ranks: tuple[int, ...] | float | Literal["random"] | None = None
     plan: dict[int, Routing] | None = None

@@ -13,7 +13,8 @@ class ModelShape:
     """Sizes of a model: ``experts`` 0 means that its FFNs are dense and ``width`` is the width of the whole FFN.
 
     ``moe_layers`` are the decoder indices that hold experts (for a dense model: those that a split may replace).
-    ``shared_width`` is the width of all shared experts together. ``selection`` is the model's own top-k.
+    ``shared_width`` is the width of all shared experts together. ``selection`` is the model's own top-k. ``heads`` is
+    that of experts that are attentions, 0 where experts are FFNs.
     """
 
     hidden: int
@@ -25,6 +26,12 @@ class ModelShape:
     shared_width: int = 0
     activation: str = "silu"
     gated: bool = True
+    heads: int = 0
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices of hidden x width an expert owns."""
+        return 4 if self.heads else 3 if self.gated else 2
 
     @property
     def top_k(self) -> int:
@@ -33,8 +40,7 @@ class ModelShape:
 
     def expert_bytes(self, element_size: int) -> int:
         """Bytes of the routed experts' weights of one layer, dense, at ``element_size`` bytes per weight."""
-        matrices = 3 if self.gated else 2
-        return self.experts * matrices * self.hidden * self.width * element_size
+        return self.experts * self.matrices * self.hidden * self.width * element_size
 
     def with_(self, **changes: Any) -> ModelShape:
         """Return the shape with some sizes replaced."""

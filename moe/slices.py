@@ -2,7 +2,7 @@
 
 A slice owns C = F / E channels of an MLP; all slices with weight 1 are the MLP, exactly. UoE (arXiv 2503.02495) weights
 what a slice puts out, so its slices are plain FFN experts for any backend. MoHD (arXiv 2412.05644) weights what enters
-the activation, which no FFN expert does: ``mohd_forward`` runs it.
+the activation: in a gated MLP, or with relu, that is a weight on the output too; ``mohd_forward`` runs every other MLP.
 
 Shape letters: T tokens, H hidden, F channels of the whole MLP, E slices, C channels of one slice, N assignments,
 Q sequences, S tokens of one sequence, G = 2 matrices (gate, up) of a gated MLP or 1.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .experts import ACTIVATIONS
 from .layer import LayerWeights, assignments
-from .router import Router
+from .router import Linear, Router
 from .routing import Context, Routing
 
 
@@ -73,31 +73,30 @@ class DataSelection(Router):
         super().__init__()
         if not 0 < k <= len(gate_EH) or not 0 < keep <= 1:
             raise ValueError(f"k={k} must lie between 1 and the {len(gate_EH)} slices, and keep={keep} in (0, 1].")
-        self.gate_EH = nn.Parameter(gate_EH.detach().float().clone())
+        self.scorer = Linear(gate_EH)
         self.k, self.keep, self.weighted = k, keep, weighted
         self.batch_norm_epsilon, self.capacity = batch_norm_epsilon, capacity
 
     def forward(self, x_TH: Tensor, ctx: Context) -> Routing:
         """Return the Routing of ``x_TH``."""
-        logits_TE = nnf.linear(x_TH.float(), self.gate_EH)
+        logits_TE: Tensor = self.scorer(x_TH, ctx)
         probs_TE = logits_TE.softmax(-1)
         chosen_TE = torch.zeros_like(probs_TE).scatter(1, probs_TE.topk(self.k, dim=-1).indices, 1.0)
         gate_TE = probs_TE * chosen_TE
-        groups = list(sequences(len(x_TH), ctx, x_TH.device))
         if self.batch_norm_epsilon is not None:
-            gate_TE = self._over_batch(gate_TE, groups, self.batch_norm_epsilon)
+            gate_TE = self._over_batch(_without_padding(gate_TE, ctx), ctx, self.batch_norm_epsilon)
         kept_TE = torch.zeros_like(gate_TE, dtype=torch.bool)
-        for token_S in groups:
+        for token_S in sequences(len(x_TH), ctx, x_TH.device):
             room = int(self.keep * len(token_S))
             taken_CE = gate_TE[token_S].topk(room, dim=0).indices
             kept_TE[token_S] = torch.zeros_like(kept_TE[token_S]).scatter(0, taken_CE, True)
         if self.weighted:
-            return Routing.dense(gate_TE * kept_TE, logits_TE, probs_TE)
+            return Routing.dense(gate_TE.masked_fill(~kept_TE, 0.0), logits_TE, probs_TE)
         return Routing.dense(kept_TE.to(gate_TE.dtype), logits_TE, probs_TE)
 
-    def _over_batch(self, gate_TE: Tensor, groups: list[Tensor], epsilon: float) -> Tensor:
+    def _over_batch(self, gate_TE: Tensor, ctx: Context, epsilon: float) -> Tensor:
         """Return the gate divided by its sum over the sequences, position by position."""
-        rows_QS = _equal_length(groups)
+        rows_QS = _equal_length(gate_TE, ctx)
         total_SE = gate_TE[rows_QS].sum(0) + epsilon
         shares_QSE = gate_TE[rows_QS] / total_SE * int(self.capacity * len(rows_QS))
         return torch.zeros_like(gate_TE).index_copy(0, rows_QS.flatten(), shares_QSE.flatten(0, 1))
@@ -106,7 +105,8 @@ class DataSelection(Router):
 class ExpertSelection(Router):
     """UoME_ES: a gate reads a whole sequence, flattened, and sends all its tokens to the same ``k`` slices.
 
-    ``gate_EX`` has X = S * H columns, so every sequence must have S tokens. Weights are softmax over all slices, or 1
+    ``gate_EX`` has X = S * H columns, so every sequence must have S tokens; those that are padding are read as zeros
+    and get no slices. Weights are softmax over all slices, or 1
     with ``weighted=False`` (released).
     """
 
@@ -122,30 +122,41 @@ class ExpertSelection(Router):
 
     def forward(self, x_TH: Tensor, ctx: Context) -> Routing:
         """Return the Routing of ``x_TH``; the tokens of a sequence share one row."""
-        rows_QS = _equal_length(list(sequences(len(x_TH), ctx, x_TH.device)))
+        if len(x_TH) == 0:
+            nothing_TE = self.gate_EX.new_zeros(0, len(self.gate_EX))
+            return Routing.dense(nothing_TE, nothing_TE, nothing_TE)
+        rows_QS = _equal_length(x_TH, ctx)
         if rows_QS.shape[1] * x_TH.shape[1] != self.gate_EX.shape[1]:
             wanted = self.gate_EX.shape[1] / x_TH.shape[1]
             raise ValueError(f"the gate reads sequences of {wanted:g} tokens, not {rows_QS.shape[1]}; cut or pad them.")
-        logits_QE = nnf.linear(x_TH[rows_QS].flatten(1).float(), self.gate_EX)
+        logits_QE = nnf.linear(_without_padding(x_TH, ctx)[rows_QS].flatten(1).float(), self.gate_EX)
         probs_QE = logits_QE.softmax(-1)
         chosen_QE = torch.zeros_like(probs_QE).scatter(1, probs_QE.topk(self.k, dim=-1).indices, 1.0)
         gate_QE = probs_QE * chosen_QE if self.weighted else chosen_QE
-        spread = (self._over_tokens(value_QE, rows_QS, len(x_TH)) for value_QE in (gate_QE, logits_QE, probs_QE))
-        return Routing.dense(*spread)
+        gate_TE, logits_TE, probs_TE = (
+            self._over_tokens(value_QE, rows_QS, len(x_TH)) for value_QE in (gate_QE, logits_QE, probs_QE)
+        )
+        return Routing.dense(_without_padding(gate_TE, ctx), logits_TE, probs_TE)
 
     @staticmethod
     def _over_tokens(value_QE: Tensor, rows_QS: Tensor, tokens: int) -> Tensor:
-        """Return the row of each token's sequence, [T, E]; zeros for padding."""
+        """Return the row of each token's sequence, [T, E]."""
         token = rows_QS.flatten()
         spread = value_QE.repeat_interleave(rows_QS.shape[1], dim=0)
         return value_QE.new_zeros(tokens, value_QE.shape[1]).index_copy(0, token, spread)
 
 
-def _equal_length(groups: list[Tensor]) -> Tensor:
-    """Return rows_QS of sequences that must all be of one length."""
+def _equal_length(value_TX: Tensor, ctx: Context) -> Tensor:
+    """Return rows_QS of the sequences, padding included, which must all be of one length."""
+    groups = list(sequences(len(value_TX), replace(ctx, valid_T=None), value_TX.device))
     if len({len(token_S) for token_S in groups}) > 1:
         raise ValueError("this gate reads sequences of one length; pad or cut them to the same number of tokens.")
-    return torch.stack(groups)
+    return torch.stack(groups) if groups else torch.zeros(0, 0, dtype=torch.int64, device=value_TX.device)
+
+
+def _without_padding(value_TX: Tensor, ctx: Context) -> Tensor:
+    """Return the values with zeros at tokens that are padding."""
+    return value_TX if ctx.valid_T is None else value_TX.masked_fill(~ctx.valid_T[:, None], 0.0)
 
 
 # --- MoHD ------------------------------------------------------------------------------------------------------------
@@ -163,21 +174,22 @@ class HiddenGroups(Router):
         super().__init__()
         if shared < 0 or k < 0 or not 0 < shared + k <= len(gate_EH):
             raise ValueError(f"shared={shared} and k={k} must name between 1 and {len(gate_EH)} groups together.")
-        self.gate_EH = nn.Parameter(gate_EH.detach().float().clone())
+        self.scorer = Linear(gate_EH)
         self.k, self.shared = k, shared
 
     def forward(self, x_TH: Tensor, ctx: Context) -> Routing:
         """Return the Routing of ``x_TH`` over the groups, the shared ones first."""
-        logits_TE = nnf.linear(x_TH.float(), self.gate_EH)
+        logits_TE: Tensor = self.scorer(x_TH, ctx)
         probs_TE = logits_TE.softmax(-1)
         always_TS = torch.arange(self.shared, device=x_TH.device).expand(len(x_TH), -1)
         chosen_TK = probs_TE[:, self.shared :].topk(self.k, dim=-1).indices + self.shared
         indices_TA = torch.cat([always_TS, chosen_TK], dim=1)
         active_TA = probs_TE.gather(1, indices_TA)
-        weights_TA = active_TA * (len(self.gate_EH) * active_TA.sum(-1, keepdim=True))
+        groups = logits_TE.shape[1]
+        weights_TA = active_TA * (groups * active_TA.sum(-1, keepdim=True))
         if ctx.valid_T is not None:
-            indices_TA = indices_TA.masked_fill(~ctx.valid_T[:, None], len(self.gate_EH))
-        return Routing.topk(indices_TA, weights_TA, len(self.gate_EH), logits_TE, probs_TE)
+            indices_TA = indices_TA.masked_fill(~ctx.valid_T[:, None], groups)
+        return Routing.topk(indices_TA, weights_TA, groups, logits_TE, probs_TE)
 
 
 def mohd_forward(x_TH: Tensor, slices: LayerWeights, routing: Routing, fusion_ECC: Tensor | None = None) -> Tensor:

@@ -54,15 +54,14 @@ def site_activations(store: ExpertStore, routing: Routing, x_TH: Tensor, site: s
     """Yield the activations [n, width] at ``site`` of every FFN expert with tokens, before that site is sparsified."""
     x_TH = x_TH.float()
     sparsity = store.sparsity or Sparsity({})
-    slots = {expert: slot for slot, expert in enumerate(store.ffn_ids)}
     for expert, token_N, _ in assignments(routing):
-        if expert not in slots:
+        if store.kinds[expert] not in ("ffn", "gather"):
             continue
         x_NH = x_TH[token_N]
         if site == "input":
             yield x_NH
         else:
-            gate_up, _ = store.weights(slots[expert])
+            gate_up, _ = store.weights(store.slots[expert])
             yield ffn_hidden(sparsity.apply("input", x_NH), gate_up, store.activation, store.gated)
 
 

@@ -26,11 +26,7 @@ class AccuracySuite:
             axes = {**config.axes, **self._fixed(config, registry, model.recorded), "model": [choice]}
             kind = Kind("once", per_layer=False, workload={"window": config.suite_params.window})
             for planned in expand(replace(config, axes=axes, layers=layers), registry, kind):
-                if model.recorded:
-                    yield planned
-                else:
-                    reason = f"model '{choice}' has no text to be judged on; use model=smollm2."
-                    yield replace(planned, refusal=reason)
+                yield replace(planned, refusal=planned.refusal or _refusal(planned.case, model, registry))
 
     def _fixed(self, config: SuiteConfig, registry: Registry, recorded: bool) -> dict[str, Any]:
         """Return the axes that do not multiply quality."""
@@ -50,6 +46,21 @@ class AccuracySuite:
         from .quality.trial import AccuracyTrial
 
         return AccuracyTrial(case, registry)
+
+
+def _refusal(case: Case, model: Any, registry: Registry) -> str | None:
+    """Return why this method cannot be judged on text, or None."""
+    if not model.recorded:
+        return f"model '{case.model}' has no text to be judged on; use model=smollm2."
+    params = registry.params("routing", case.routing)
+    if not getattr(params, "causal", True):
+        return f"routing '{case.routing}' looks at later tokens, which a language model must not; use suite=routing."
+    absent = getattr(params, "beyond_text", None)
+    if absent is not None:
+        return (
+            f"routing '{case.routing}' needs the Context's '{absent}', which a text does not give; use suite=routing."
+        )
+    return None
 
 
 def create(params: Any) -> AccuracySuite:

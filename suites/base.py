@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ..contracts import (
     NAMED_AXES,
+    OWNERS,
     Availability,
     Case,
     Choice,
@@ -198,7 +199,8 @@ class _Planner:
         except ValueError as error:
             return Planned(case, f"{error}.")
         stored = size * min(1.0, spec.schemes[0].bits / (8.0 * ELEMENT_SIZE[case.dtype])) if spec.schemes else size
-        refusal = self._traffic_refusal(case, model, spec) or self._cold_refusal(case, spec, stored)
+        refusal = attention_refusal(case, spec) or self._traffic_refusal(case, model, spec)
+        refusal = refusal or self._cold_refusal(case, spec, stored)
         if refusal:
             return Planned(case, refusal)
         if case.residency == "cold":
@@ -219,6 +221,7 @@ class _Planner:
             return f"traffic '{case.traffic}' forces top-k, which this case leaves to the router; use another traffic."
         try:
             traffic.check(spec.experts, spec.max_k)
+            traffic.check_place(case.tokens, case.layers[0])
         except ValueError as error:
             return f"traffic '{case.traffic}': {error}"
         return None
@@ -262,6 +265,16 @@ class _Planner:
         return answer, available.evidence[0]
 
 
+def attention_refusal(case: Case, spec: LayerSpec) -> str | None:
+    """Return why a structure's attentions cannot be run as the experts that the routing takes them for, or None."""
+    if not spec.heads or set(spec.kinds) == {"sequence"}:
+        return None
+    return (
+        f"structure '{case.structure}' makes attentions and routing '{case.routing}' wants FFN experts; use "
+        f"axes.routing=bam, or another structure."
+    )
+
+
 def threads_refusal(threads: int) -> str | None:
     """Return why so many threads cannot each have a core of their own here, or None."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -292,9 +305,8 @@ def cold_copies(cache_bytes: float, layer_bytes: float, share: float) -> int:
 
 def memory_refusal(shape: ModelShape, dtype: str, needed: float, limit: float) -> str:
     """Return the sentence with the arithmetic of a layer that does not fit."""
-    matrices = 3 if shape.gated else 2
     return (
-        f"does not fit: {shape.experts} experts x {matrices} x {shape.hidden} x {shape.width} x "
+        f"does not fit: {shape.experts} experts x {shape.matrices} x {shape.hidden} x {shape.width} x "
         f"{ELEMENT_SIZE[dtype]} bytes x 3 (weights, the backend's form, working space) = {needed / 2**30:.1f} GiB, "
         f"and {limit / 2**30:.1f} GiB may be used; choose a smaller model or dtype."
     )
@@ -329,6 +341,8 @@ def layer_spec(case: Case, shape: ModelShape, registry: Registry) -> LayerSpec:
     for channels in (shape.hidden, shape.width):
         if scheme.group and channels % scheme.group:
             raise ValueError(f"groups of {scheme.group} do not divide the {channels} channels of the experts")
+    if "sequence" in kinds and sparsity is not None:
+        raise ValueError("attentions have no activations to leave out; use axes.sparsity=none")
     if case.pass_ == "forward_backward":
         _check_training(case, kinds, scheme, sparsity)
     return LayerSpec(
@@ -338,13 +352,14 @@ def layer_spec(case: Case, shape: ModelShape, registry: Registry) -> LayerSpec:
         dtype=case.dtype,
         activation=shape.activation,
         gated=shape.gated,
-        schemes=(scheme,) * sum(kind == "ffn" for kind in kinds),
+        schemes=(scheme,) * sum(kind in OWNERS for kind in kinds),
         sparsity=sparsity,
         boundary=case.boundary,
         selection=selection,
         backward=case.pass_ == "forward_backward",
         max_k=routing.max_k(shape),
         tokens=case.tokens,
+        heads=shape.heads,
     )
 
 
@@ -354,10 +369,11 @@ def _check_training(case: Case, kinds: Sequence[str], scheme: Scheme, sparsity: 
         raise ValueError("quantized weights have no gradient; use pass=forward or quantization=none")
     if sparsity is not None:
         raise ValueError("gradients are not checked through sparsity; use axes.pass=forward or axes.sparsity=none")
-    if "constant" in kinds:
-        raise ValueError(
-            "gradients are not checked through constant experts; use axes.pass=forward or a routing without them"
-        )
+    for kind in ("constant", "sequence"):
+        if kind in kinds:
+            raise ValueError(
+                f"gradients are not checked through {kind} experts; use axes.pass=forward or a routing without them"
+            )
     if case.residency == "cold":
         raise ValueError("a training step has one copy of its weights; use axes.residency=warm")
 

@@ -1,7 +1,7 @@
 """Self-contrast decoding of an MoE model, SCMoE (arXiv 2405.14507): what a weaker routing would say is held against it.
 
-Each step runs the model twice, with its own routing (strong) and with experts of other ranks (weak), each with a cache
-of its own, and scores the tokens V that the strong pass finds at least alpha times as likely as its favourite:
+Each step runs the model twice, with its own routing (strong) and with other experts (weak), each with a cache of its
+own, and scores the tokens V that the strong pass finds at least alpha times as likely as its favourite:
 z = (1 + beta) z_strong / T_strong - beta z_weak / T_weak. beta = 0, weak = strong, or alpha = 1 is plain decoding.
 
 Shape letters: B sequences, S tokens so far, V vocabulary, T tokens of a call, H hidden, E experts, K ranks.
@@ -12,63 +12,83 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..contracts import Backend, MoebenchError, Registry
 from ..moe.layer import LayerWeights
-from ..moe.router import Pipeline, Router, RouterBundle
+from ..moe.router import EPSILON, Pipeline, Router, RouterBundle
+from ..moe.router_context import needed
+from ..moe.router_parts import masked_routing
+from ..moe.routers.nucleus import nucleus
 from ..moe.routing import Context, Routing
 from ..moe.shapes import ModelShape
 from .models.reroute import Rerouted, RouterFactory, reroute
+
+Taken = tuple[int, ...] | float | Literal["random"]
+"""Which experts a pass takes: see ``SelfContrast``."""
 
 
 @dataclass(frozen=True)
 class SelfContrast:
     """Parameters of SCMoE.
 
-    ``weak`` are the ranks of the experts of the weak pass, 0 the best: the default is that of the authors' example,
-    which reads "rank-3 routing"; (0,) is top-1. ``strong`` are those of the strong pass, None the model's own rule.
+    ``weak`` are the experts of the weak pass: ranks, 0 the best ((0,) is top-1, and the default is that of the authors'
+    example, which reads "rank-3 routing"); ``"random"``, one by chance for each token and layer; or a number, as many
+    of the best as hold this share of the probability (dynamic routing, 0.6 in the paper). ``strong`` are those of the
+    strong pass, None the model's own rule. A pass draws by chance from ``seed``; both draw the same.
     The released code never emits the end-of-sequence token unless asked to (``early_stop``): ``never_end``, which here
     leaves it out before looking for likely tokens, so that one remains.
     """
 
-    weak: tuple[int, ...] = (2,)
-    strong: tuple[int, ...] | None = None
+    weak: Taken = (2,)
+    strong: Taken | None = None
     beta: float = 0.5
     alpha: float = 0.1
     strong_temperature: float = 1.0
     weak_temperature: float = 1.0
     sample: bool = False
     never_end: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1 or self.beta < 0:
             raise ValueError(f"alpha={self.alpha} must lie in [0, 1], and beta={self.beta} must not be negative.")
         if min(self.strong_temperature, self.weak_temperature) <= 0:
             raise ValueError("temperatures must be positive.")
+        for taken in (self.weak, self.strong):
+            if isinstance(taken, str) and taken != "random":
+                raise ValueError(
+                    f"'{taken}' names no experts; give ranks such as (2,), 'random', or a share such as 0.6."
+                )
+            if isinstance(taken, (int, float)) and not 0 < taken <= 1:
+                raise ValueError(f"a share of {taken} must lie in (0, 1]; a rank is written (2,).")
 
 
 @dataclass(frozen=True)
 class Decoded:
     """The sequences, prompt included, [B, S] int64, and what each pass had at the last step.
 
-    ``changed_B`` counts the steps at which a sequence's token is not the strong pass' favourite; ``weak_experts`` is
-    the most experts that a token had in any layer of the last weak pass.
+    ``changed_B`` counts the steps at which a sequence's token is not the strong pass' favourite. For each pass there
+    are the most experts that a token had in any layer of any step, and the bytes of the distinct experts of all layers
+    at each step, of which the first computes the prompt.
     """
 
     ids_BS: Tensor
     changed_B: Tensor
+    strong_experts: int
     weak_experts: int
+    strong_bytes: tuple[int, ...]
+    weak_bytes: tuple[int, ...]
 
 
 # --- the rank override -----------------------------------------------------------------------------------------------
 
 
 class Ranked(Router):
-    """A pipeline that takes the ranks in ``ctx.ranks`` instead of the best k, where a decoder gives some.
+    """A pipeline that takes the experts in ``ctx.ranks`` instead of the best k, where a decoder gives some.
 
     Weights follow the model's own rule over the experts taken: one expert, renormalised, has weight 1.
     """
@@ -78,22 +98,33 @@ class Ranked(Router):
         if pipeline.selector.groups is not None and pipeline.selector.groups[0] != pipeline.selector.groups[1]:
             raise ValueError("ranks are over all experts, and this model keeps a few groups; use one without groups.")
         self.pipeline = pipeline
-        self.needs = pipeline.needs | {"ranks"}
+        self.needs = pipeline.needs | {"ranks", "rng"}
         self.causal = pipeline.causal
 
     def forward(self, x_TH: Tensor, ctx: Context) -> Routing:
-        """Return the pipeline's own Routing, or that of the ranks in ``ctx``."""
+        """Return the pipeline's own Routing, or that of the experts in ``ctx.ranks``."""
         if ctx.ranks is None:
             own: Routing = self.pipeline(x_TH, ctx)
             return own
         logits_TE = self.pipeline.scorer(x_TH, ctx)
         weigh = self.pipeline.weighter
         scores_TE = weigh.scores(logits_TE)
-        indices_TK = at_ranks(scores_TE, ctx.ranks, self.pipeline.selector.bias_E)
-        routing = Routing.topk(
-            indices_TK, weigh(scores_TE, indices_TK), logits_TE.shape[1], logits_TE, weigh.probabilities(scores_TE)
-        )
-        return routing if ctx.valid_T is None else routing.keep(ctx.valid_T[routing.token_N])
+        probs_TE = weigh.probabilities(scores_TE)
+        keep_TE = self._kept(scores_TE, probs_TE, ctx)
+        gate_TE = weigh.unscaled(scores_TE) * keep_TE
+        if weigh.renormalize:
+            gate_TE = gate_TE / (gate_TE.sum(-1, keepdim=True) + EPSILON)
+        return masked_routing(gate_TE * weigh.scale, keep_TE, ctx, logits_TE, probs_TE)
+
+    def _kept(self, scores_TE: Tensor, probs_TE: Tensor, ctx: Context) -> Tensor:
+        """Return keep_TE bool, true for the experts that ``ctx.ranks`` names."""
+        if isinstance(ctx.ranks, float | int):
+            return nucleus(probs_TE / probs_TE.sum(-1, keepdim=True), ctx.ranks)
+        if ctx.ranks == "random":
+            indices_TK = by_chance(scores_TE, needed(ctx, "rng"))
+        else:
+            indices_TK = at_ranks(scores_TE, ctx.ranks or (), self.pipeline.selector.bias_E)
+        return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, indices_TK, True)
 
 
 def at_ranks(scores_TE: Tensor, ranks: tuple[int, ...], bias_E: Tensor | None = None) -> Tensor:
@@ -102,6 +133,12 @@ def at_ranks(scores_TE: Tensor, ranks: tuple[int, ...], bias_E: Tensor | None = 
         raise ValueError(f"ranks={ranks} must be distinct and lie below {scores_TE.shape[1]}, the number of experts.")
     ranked_TE = scores_TE if bias_E is None else scores_TE + bias_E
     return ranked_TE.argsort(dim=-1, descending=True, stable=True)[:, list(ranks)]
+
+
+def by_chance(scores_TE: Tensor, rng: torch.Generator) -> Tensor:
+    """Return indices_T1 int64: one of all experts for each token, every one as likely as another."""
+    size = (len(scores_TE), 1)
+    return torch.randint(scores_TE.shape[1], size, generator=rng, device=rng.device).to(scores_TE.device)
 
 
 def ranked() -> RouterFactory:
@@ -150,7 +187,7 @@ def decode(
     changed_B = ids_BS.new_zeros(len(ids_BS))
     ended_B = torch.zeros_like(changed_B, dtype=torch.bool)
     with reroute(model, ranked() if factory is None else factory, backend) as routers:
-        strong, weak = _Pass(routers, params.strong), _Pass(routers, params.weak)
+        strong, weak = (_Pass(routers, taken, params.seed) for taken in (params.strong, params.weak))
         for _ in range(new_tokens):
             strong_BV, weak_BV = strong.next_logits(ids_BS), weak.next_logits(ids_BS)
             if params.never_end and end is not None:
@@ -163,29 +200,41 @@ def decode(
             ids_BS = torch.cat([ids_BS, token_B[:, None]], dim=1)
             if bool(ended_B.all()):
                 break
-        return Decoded(ids_BS, changed_B, weak.most_experts)
+        return Decoded(
+            ids_BS, changed_B, strong.most_experts, weak.most_experts, tuple(strong.bytes), tuple(weak.bytes)
+        )
 
 
 class _Pass:
-    """One of the two passes, with the cache of its own that its routing requires."""
+    """One of the two passes, with the cache of its own that its routing requires, and chance of its own."""
 
-    def __init__(self, routers: Rerouted, ranks: tuple[int, ...] | None) -> None:
+    def __init__(self, routers: Rerouted, taken: Taken | None, seed: int) -> None:
         from transformers import DynamicCache
 
-        self.routers, self.ranks = routers, ranks
+        self.routers, self.taken = routers, taken
+        self.rng = torch.Generator().manual_seed(seed)
         self.cache = DynamicCache(config=routers.model.config)
         self.seen = 0
         self.most_experts = 0
+        self.bytes: list[int] = []
 
     def next_logits(self, ids_BS: Tensor) -> Tensor:
         """Return logits_BV of the token that follows, float32; only tokens not yet in the cache are computed."""
         model: Any = self.routers.model
-        self.routers.context = replace(self.routers.context, ranks=self.ranks)
+        self.routers.context = replace(self.routers.context, ranks=self.taken, rng=self.rng)
         output = model(ids_BS[:, self.seen :], use_cache=True, **{_cache_name(model): self.cache})
         self.seen = ids_BS.shape[1]
-        self.most_experts = max(int(routing.k_T.max()) for routing in self.routers.routings.values())
+        self._count()
         logits_BV: Tensor = output.logits[:, -1].float()
         return logits_BV
+
+    def _count(self) -> None:
+        """Count experts per token, and the bytes of the distinct experts, of the call that has just ended."""
+        self.bytes.append(0)
+        for index, routing in self.routers.routings.items():
+            store = self.routers.layers[index].store
+            self.most_experts = max(self.most_experts, int(routing.k_T.max()))
+            self.bytes[-1] += int((routing.counts_E > 0).sum()) * (store.nbytes // len(store.ffn_ids))
 
 
 def _cache_name(model: Any) -> str:

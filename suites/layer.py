@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..contracts import Case, Check, Cost, Facts, Metric, Registry, Series, make_key
+from ..contracts import Case, Check, Cost, Facts, LayerSpec, Metric, Registry, Series, make_key
 from ..moe.experts import ExpertStore
 from ..moe.fold import Folded, fold_store
 from ..moe.metrics import load_series, routing_metrics
@@ -26,6 +26,7 @@ from ..moe.sparsity import density
 from .base import cold_copies, touched_share
 from .digest import sha256_of
 from .subject import DTYPES, Batch, Subject, make_batch, prepare_subject
+from .traffic_kinds import exact_share, told
 
 STEPS = 3
 VARIANTS = 2
@@ -107,7 +108,7 @@ class LayerTrial:
         with torch.no_grad():
             next(self.executors)(x_TH, *self.inputs[place], out_TH=out_TH)
             if self.subject.layer.shared is not None:
-                out_TH += self.subject.layer.shared(x_TH)
+                self.subject.layer.shared.add_to_(out_TH, x_TH)
         return out_TH
 
     def verify(self, step: int, output: Tensor) -> Check:
@@ -129,7 +130,7 @@ class LayerTrial:
         return replace(cost, footprint=self._copies * used * expert_bytes(self.subject, self.case))
 
     def facts(self) -> Facts:
-        """Return routing metrics, the load per expert, densities and what really ran."""
+        """Return routing metrics, the load per expert, densities, what really ran and what a replay did."""
         batch = self.batches[0]
         store = self.subject.layer.store
         metrics = [*routing_metrics(batch.routing, self.subject.spec.kinds), *density(store, batch.routing, batch.x_TH)]
@@ -139,17 +140,17 @@ class LayerTrial:
         metrics.extend(active_parameters(self.subject, self.batches))
         layer = self.case.layers[0]
         series = [replace(load_series(batch.routing, layer), step=0)]
-        requested = self._requested()
-        if requested is not None:
-            series.append(Series("requested_share", requested, "1", layer, 0))
-        return Facts(tuple(metrics), tuple(series), executed=self.session.executed())
-
-    def _requested(self) -> tuple[float, ...] | None:
+        notes: dict[str, str] = {}
         traffic = self.registry.get("traffic", self.case.traffic.name).create(self.case.traffic.params)
-        if not traffic.forced:
-            return None
-        shares: tuple[float, ...] = traffic.requested(self.subject.spec.experts, self.subject.spec.max_k)
-        return shares
+        if traffic.forced:
+            experts, k = self.subject.spec.experts, self.subject.spec.max_k
+            series.append(Series("requested_share", traffic.requested(experts, k, layer=layer), "1", layer, 0))
+            if hasattr(traffic, "audit"):
+                steps = range(STEPS * VARIANTS)
+                audits = [traffic.audit(self.case.tokens, experts, k, step, layer) for step in steps]
+                metrics.append(exact_share(audits))
+                notes["reason"] = told(audits)
+        return Facts(tuple(metrics), tuple(series), executed=self.session.executed(), notes=notes)
 
     def close(self) -> None:
         """Free the backend's session."""
@@ -162,25 +163,35 @@ def _exchanged(buffer: Tensor, new: Tensor) -> Tensor:
 
 
 def expert_bytes(subject: Subject, case: Case) -> float:
-    """Return the bytes of one FFN expert as the case's backend reads it."""
+    """Return the bytes of one expert that owns weights, as the case's backend reads it."""
     store, spec = subject.layer.store, subject.spec
     if case.execution.weights == "packed":
         return store.nbytes / max(1, len(store.ffn_ids))
-    return float((3 if spec.gated else 2) * spec.hidden * spec.width * DTYPES[case.dtype].itemsize)
+    return float(spec.matrices * spec.hidden * spec.width * DTYPES[case.dtype].itemsize)
+
+
+def attention_flops(batch: Batch, spec: LayerSpec) -> float:
+    """Return the flops of scores and of values mixed by them, of causal attentions over one sequence; 0 without any."""
+    if not spec.heads:
+        return 0.0
+    return 4.0 * spec.width * float((batch.routing.token_N + 1).sum())
 
 
 def layer_cost(subject: Subject, batch: Batch, case: Case) -> Cost:
-    """Return the least work of a layer: 2 flops per weight and assignment; each touched expert's bytes once."""
+    """Return the least work of a layer: 2 flops per weight and assignment; each touched expert's bytes once.
+
+    An attention also meets the tokens up to each of its own, with a product for the score and one for the value.
+    """
     store, spec = subject.layer.store, subject.spec
     ffn_ids = list(store.ffn_ids)
     counts = batch.routing.counts_E[ffn_ids]
     distinct, assigned = int((counts > 0).sum()), int(counts.sum())
-    per_expert = (3 if spec.gated else 2) * spec.hidden * spec.width
+    per_expert = spec.matrices * spec.hidden * spec.width
     element = batch.x_TH.element_size()
     shared_size = shared_parameters(subject)
     moved = distinct * expert_bytes(subject, case) + shared_size * element + 2 * batch.x_TH.nbytes
     return Cost(
-        flops=2.0 * (assigned * per_expert + case.tokens * shared_size),
+        flops=2.0 * (assigned * per_expert + case.tokens * shared_size) + attention_flops(batch, spec),
         bytes=float(moved),
         distinct_experts=distinct,
         assignments=int(batch.routing.counts_E.sum()),

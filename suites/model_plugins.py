@@ -5,7 +5,7 @@ A model's parameters tell the planner what it needs before anything is loaded: `
 ``recorded`` (whether real hidden states exist).
 
 A traffic's parameters say whether routing is ``forced``, whether it needs ``recorded`` hidden states, and ``check``
-that a layer can take it (ValueError with one sentence).
+that a layer can take it (ValueError with one sentence); a forced one has ``popularity`` and ``check_place``, too.
 """
 
 from __future__ import annotations
@@ -389,6 +389,9 @@ class Forced:
         alive = sum(share > 0 for share in self.popularity(experts, 0))
         if not 0 < k <= alive:
             raise ValueError(f"k={k} must lie between 1 and the {alive} experts that this traffic uses.")
+
+    def check_place(self, tokens: int, layer: int) -> None:
+        """Raise ValueError where the traffic has nothing for a case of so many tokens in this layer."""
 
 
 @dataclass(frozen=True)

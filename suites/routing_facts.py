@@ -28,7 +28,7 @@ from ..moe.routing_metrics.tokens import gradient_share, k_histogram, weight_met
 from .layer import expert_bytes
 from .models import substream
 from .routing_inputs import Question, make_question, question_of
-from .subject import DTYPES, Subject, prepare_subject
+from .subject import Subject, prepare_subject
 
 WEIGHTLESS = ("zero", "copy", "constant")
 
@@ -97,15 +97,10 @@ def owned_part(routing: Routing, kinds: tuple[str, ...]) -> Routing:
 
 
 def _sparsity(decided: Decided) -> Iterator[Metric]:
-    """Yield TLS, CLS and the bytes of a chunk, where experts of one size own the weights."""
+    """Yield TLS, CLS and the bytes of a chunk: the experts of a layer that own weights are of one size."""
     ctx = Context(segment_T=decided.question.segment_T)
     yield from sparsity_metrics(decided.owned, ctx=ctx)
-    owners = set(decided.kinds) - set(WEIGHTLESS)
-    if owners == {"ffn"}:
-        yield from chunk_bytes(decided.owned, expert_bytes(decided.subject, decided.case), ctx=ctx)
-    elif owners == {"gather"}:
-        size = 2.0 * decided.subject.spec.hidden * DTYPES[decided.case.dtype].itemsize
-        yield from chunk_bytes(decided.owned, size, ctx=ctx)
+    yield from chunk_bytes(decided.owned, expert_bytes(decided.subject, decided.case), ctx=ctx)
 
 
 def _drops(decided: Decided) -> tuple[list[Metric], Series]:

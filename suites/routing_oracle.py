@@ -68,7 +68,7 @@ def selected(logits_TE: Tensor, selection: Selection, bias_E: Tensor | None) -> 
 
 def _within_groups(rank_TE: Tensor, groups: int, kept: int) -> tuple[Tensor, Tensor]:
     """Return the ranks with -inf outside the kept groups, and how far the choice of groups lies from another."""
-    rank_TGM = rank_TE.unflatten(1, (groups, -1))
+    rank_TGM = rank_TE.reshape(len(rank_TE), groups, -1)
     worth_TG = rank_TGM.sort(dim=2, descending=True).values[:, :, :2].sum(2)
     best_TG = worth_TG.sort(dim=1, descending=True).values
     least_T1 = best_TG[:, kept - 1 : kept]

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..contracts import Case, LayerSpec, Registry, make_key
 from ..moe.layer import PreparedLayer
 from ..moe.recipe import Recipe, prepare_layer
-from ..moe.routing import Context, Routing
+from ..moe.routing import Routing
 from ..moe.shapes import ModelShape
+from ..moe.stand_ins import StandIns, alone
 from .base import layer_spec
 from .models import ModelSource, cache_dir, substream
 
@@ -87,10 +88,12 @@ def make_batch(case: Case, registry: Registry, subject: Subject, step: int) -> B
     index = case.layers[0]
     x_TH = traffic.hidden(subject.source, index, case.tokens, step, case.seed).to(DTYPES[case.dtype])
     if traffic.forced:
-        routing = traffic.routing(case.tokens, subject.spec.experts, subject.spec.max_k, step, case.seed)
+        routing = traffic.routing(case.tokens, subject.spec.experts, subject.spec.max_k, step, case.seed, layer=index)
     else:
         with torch.no_grad():
-            routing = subject.layer.router(x_TH, Context(layer=index, experts=subject.layer.store))
+            layer, params = subject.layer, registry.params("routing", case.routing)
+            fields = StandIns(case.tokens, subject.spec.experts, params, substream(case.seed, "routing", step))
+            routing = layer.router(x_TH, alone(fields, layer.router, index, layer.store))
     return Batch(x_TH, routing, boundary_inputs(case.boundary, routing, subject.spec, selection_bias(subject)))
 
 

@@ -1,8 +1,20 @@
 """Routing traces: who went where, recorded elsewhere. Imports no torch.
 
 A trace has one row per assignment: ``step``, ``layer``, ``token`` and ``expert`` are whole numbers from 0, ``weight``
-is finite. It is Parquet (``.parquet``) or JSON lines (``.jsonl``, ``.ndjson``); other columns are left alone. Tokens of
-a step that have no assignment in any layer, and come after all that have, are not known to a trace.
+is finite. It is Parquet (``.parquet``) or JSON lines (``.jsonl``, ``.ndjson``). A column ``tokens``, which may be left
+out, says how many tokens the row's step has; without it a step ends with its last token that has an expert somewhere.
+Other columns are left alone.
+
+A model is recorded by collecting what its layers did (``suites.models.reroute``), whichever routing they had:
+
+    places = []
+    with reroute(model, "topk") as routers:
+        for step, input_ids in enumerate(texts):
+            model(input_ids)
+            places += [(step, layer, routing) for layer, routing in routers.routings.items()]
+    sha256 = save_trace("trace.parquet", columns_of(places))
+
+It is replayed by ``axes.traffic=replay`` with ``params.traffic.replay.path`` and ``params.traffic.replay.sha256``.
 """
 
 from __future__ import annotations
@@ -10,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,10 +35,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
+    from ..moe.routing import Routing
+
     Whole = NDArray[np.int64]
 
 INDICES = ("step", "layer", "token", "expert")
 COLUMNS = (*INDICES, "weight")
+TOKENS = "tokens"
 SUFFIXES = (".parquet", ".jsonl", ".ndjson")
 
 LARGEST = 2**31 - 1
@@ -97,11 +113,12 @@ def sha256_of_file(path: str) -> str:
 
 
 def save_trace(path: str, columns: dict[str, Any]) -> str:
-    """Write the five columns (sequences of one length) as a trace and return the sha256 of the file."""
+    """Write the columns (sequences of one length; ``tokens`` if given) as a trace and return the file's sha256."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table({name: columns[name] for name in COLUMNS}).cast(_schema())
+    names = [*COLUMNS, TOKENS] if TOKENS in columns else COLUMNS
+    table = pa.table({name: pa.array(columns[name], _type(name)) for name in names})
     if Path(path).suffix == ".parquet":
         pq.write_table(table, path)
     else:
@@ -112,10 +129,24 @@ def save_trace(path: str, columns: dict[str, Any]) -> str:
     return sha256_of_file(path)
 
 
-def _schema() -> pa.Schema:
+def columns_of(places: Iterable[tuple[int, int, Routing]]) -> dict[str, list[Any]]:
+    """Return all six columns of what routers did: (step, layer, Routing of all tokens of that step) for each place."""
+    columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, TOKENS)}
+    for step, layer, routing in places:
+        tokens = routing.token_N.tolist()
+        columns["step"] += [step] * len(tokens)
+        columns["layer"] += [layer] * len(tokens)
+        columns["token"] += tokens
+        columns["expert"] += routing.expert_N.tolist()
+        columns["weight"] += routing.weight_N.detach().double().tolist()
+        columns[TOKENS] += [routing.num_tokens] * len(tokens)
+    return columns
+
+
+def _type(name: str) -> pa.DataType:
     import pyarrow as pa
 
-    return pa.schema([*((name, pa.int64()) for name in INDICES), ("weight", pa.float64())])
+    return pa.float64() if name == "weight" else pa.int64()
 
 
 def _read(path: str) -> bytes:
@@ -158,19 +189,23 @@ def _table(path: str, data: bytes) -> pa.Table:
 
 
 def _checked(table: pa.Table, path: str) -> dict[str, Any]:
-    """Return the five columns as arrays of numbers, with nothing missing and nothing impossible."""
+    """Return the six columns as arrays of numbers, with nothing missing and nothing impossible."""
     import numpy as np
 
     if table.num_rows == 0:
         raise TraceError(f"trace '{path}' has no rows; write {', '.join(COLUMNS)} for every assignment.")
     columns = {name: _column(table, name, path) for name in COLUMNS}
-    for name in INDICES:
+    if TOKENS in table.column_names:
+        columns[TOKENS] = _column(table, TOKENS, path)
+    for name in sorted(columns.keys() - {"weight"}):
         least, most = columns[name].min(), columns[name].max()
         if least < 0 or most > LARGEST:
             wrong = least if least < 0 else most
             raise TraceError(f"column '{name}' of trace '{path}' holds {wrong}; count from 0 to {LARGEST} at most.")
     if not np.isfinite(columns["weight"]).all():
         raise TraceError(f"column 'weight' of trace '{path}' holds a value that is not finite; mend it.")
+    if (columns.setdefault(TOKENS, columns["token"] + 1) <= columns["token"]).any():
+        raise TraceError(f"trace '{path}' has a token beyond its column '{TOKENS}'; count all tokens of a step.")
     return columns
 
 
@@ -183,7 +218,7 @@ def _column(table: pa.Table, name: str, path: str) -> NDArray[Any]:
     column = table.column(name)
     if column.null_count:
         raise TraceError(f"column '{name}' of trace '{path}' lacks {column.null_count} values; fill them in.")
-    wanted = _schema().field(name).type
+    wanted = _type(name)
     if pa.types.is_integer(column.type) or (name == "weight" and pa.types.is_floating(column.type)):
         with contextlib.suppress(pa.ArrowException):
             array: NDArray[Any] = column.cast(wanted).to_numpy()
@@ -197,7 +232,7 @@ def _sorted(columns: dict[str, Any]) -> Trace:
     import numpy as np
 
     order_N = np.lexsort([columns[name] for name in ("token", "layer", "step")])  # stable: the last key comes first
-    step_N, layer_N, token_N, expert_N, weight_N = (columns[name][order_N] for name in COLUMNS)
+    step_N, layer_N, token_N, expert_N, weight_N, size_N = (columns[name][order_N] for name in (*COLUMNS, TOKENS))
     pairs = np.unique(np.stack([step_N, layer_N, token_N, expert_N], axis=1), axis=0)
     if len(pairs) < len(step_N):
         raise TraceError(
@@ -206,7 +241,7 @@ def _sorted(columns: dict[str, Any]) -> Trace:
         )
     steps, place_N = np.unique(step_N, return_inverse=True)
     tokens_S = np.zeros(len(steps), dtype=np.int64)
-    np.maximum.at(tokens_S, place_N, token_N + 1)
+    np.maximum.at(tokens_S, place_N, size_N)
     changes = np.flatnonzero((np.diff(place_N) != 0) | (np.diff(layer_N) != 0)) + 1
     by_place = {}
     for part in np.split(np.arange(len(step_N)), changes):

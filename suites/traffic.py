@@ -19,7 +19,11 @@ from .models import ModelSource, substream
 
 
 class Traffic(Protocol):
-    """What every traffic offers; only a ``forced`` one has ``routing`` and ``requested`` besides."""
+    """What every traffic offers; only a ``forced`` one has ``routing`` and ``requested`` besides.
+
+    These are told the case's ``layer``: what is drawn is the same at every layer, what was recorded is not. A traffic
+    that may change what it is asked for has ``audit``, too, which says so (see suites.traffic_kinds.ReplayTraffic).
+    """
 
     forced: ClassVar[bool]
 
@@ -62,7 +66,7 @@ class DrawnTraffic(GaussianTraffic):
 
     forced: ClassVar[bool] = True
 
-    def routing(self, tokens: int, experts: int, k: int, step: int, seed: int) -> Routing:
+    def routing(self, tokens: int, experts: int, k: int, step: int, seed: int, layer: int | None = None) -> Routing:
         """Return a top-k Routing of shape (tokens, experts) with weights 1/k.
 
         The k largest of log p + Gumbel noise are k draws without replacement (Yellott 1977); dead experts have
@@ -74,7 +78,7 @@ class DrawnTraffic(GaussianTraffic):
         clock_TE = torch.empty(tokens, experts, dtype=torch.float64).exponential_(generator=rng)
         return _equal_weights((log_p_E - clock_TE.log()).topk(k).indices, experts)
 
-    def requested(self, experts: int, k: int, step: int = 0) -> tuple[float, ...]:
+    def requested(self, experts: int, k: int, step: int = 0, layer: int | None = None) -> tuple[float, ...]:
         """Return the expected share of assignments of each expert; exact up to quadrature, sums to 1."""
         self.params.check(experts, k)
         p_E = torch.tensor(self.params.popularity(experts, step), dtype=torch.float64)
@@ -88,7 +92,7 @@ class DrawnTraffic(GaussianTraffic):
 class BalancedTraffic(DrawnTraffic):
     """Every expert gets the same number of tokens to within one, and no token an expert twice."""
 
-    def routing(self, tokens: int, experts: int, k: int, step: int, seed: int) -> Routing:
+    def routing(self, tokens: int, experts: int, k: int, step: int, seed: int, layer: int | None = None) -> Routing:
         """Return a top-k Routing of shape (tokens, experts) with weights 1/k.
 
         Slots are dealt in order from decks of all experts; a block of E tokens uses k decks in one shuffled order, so

@@ -6,13 +6,14 @@ K slots, R ranks, M experts of a rank, N assignments, S tokens of the trace.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..contracts import canonical_json
+from ..contracts import Metric, canonical_json
 from ..moe.routing import Routing
 from .model_plugins import Balanced, Forced
 from .models import substream
@@ -40,7 +41,7 @@ class StickyTraffic(DrawnTraffic):
 
     params: Sticky
 
-    def routing(self, tokens: int, experts: int, k: int, step: int, seed: int) -> Routing:
+    def routing(self, tokens: int, experts: int, k: int, step: int, seed: int, layer: int | None = None) -> Routing:
         """Return a top-k Routing of shape (tokens, experts) with weights 1/k."""
         self.params.check(experts, k)
         indices_TK = torch.empty(tokens, k, dtype=torch.int64)
@@ -81,7 +82,7 @@ class RankBalancedTraffic(DrawnTraffic):
 
     params: RankBalanced
 
-    def routing(self, tokens: int, experts: int, k: int, step: int, seed: int) -> Routing:
+    def routing(self, tokens: int, experts: int, k: int, step: int, seed: int, layer: int | None = None) -> Routing:
         """Return a top-k Routing of shape (tokens, experts) with weights 1/k."""
         self.params.check(experts, k)
         ranks = self.params.ranks
@@ -97,7 +98,7 @@ class RankBalancedTraffic(DrawnTraffic):
         indices_TK = chosen_TE.nonzero()[:, 1].reshape(tokens, k)
         return Routing.topk(indices_TK, torch.full((tokens, k), 1 / k), experts)
 
-    def requested(self, experts: int, k: int, step: int = 0) -> tuple[float, ...]:
+    def requested(self, experts: int, k: int, step: int = 0, layer: int | None = None) -> tuple[float, ...]:
         """Return the expected share of assignments of each expert; exact up to quadrature, sums to 1."""
         self.params.check(experts, k)
         ranks, width = self.params.ranks, experts // self.params.ranks
@@ -119,6 +120,18 @@ class Audit:
 
     status: Literal["exact", "projected", "forced"]
     reason: str = ""
+
+
+def exact_share(audits: Sequence[Audit]) -> Metric:
+    """Return the share of a case's inputs that are the trace's own assignments, unchanged."""
+    exact = sum(audit.status == "exact" for audit in audits)
+    return Metric("replay_exact_share", exact / len(audits), "1", n=len(audits))
+
+
+def told(audits: Sequence[Audit]) -> str:
+    """Return in a phrase what a replay did to the trace; the inputs that it did most to stand for all."""
+    most = max(audits, key=lambda audit: ("exact", "projected", "forced").index(audit.status))
+    return f"replay {most.status}" + f": {most.reason}".removesuffix(".") * bool(most.reason)
 
 
 @dataclass(frozen=True)

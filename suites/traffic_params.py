@@ -114,6 +114,17 @@ class Replay(Forced):
             counts[expert] += 1
         return tuple(count / len(recorded) for count in counts)
 
+    def check_place(self, tokens: int, layer: int) -> None:
+        """Raise ValueError where the trace lacks the layer at a step, or ``fit`` is exact and it has other tokens."""
+        trace, place = self.trace(), self.place(layer)
+        recorded = {trace.at(step, place).tokens for step in range(trace.steps)}
+        if self.fit == "exact" and recorded != {tokens}:
+            found = ", ".join(map(str, sorted(recorded)))
+            raise TraceError(
+                f"the trace has steps of {found} tokens where the case has {tokens}; choose the same axes.tokens, or "
+                "params.traffic.replay.fit=projected."
+            )
+
     def check(self, experts: int, k: int) -> None:
         """Raise ValueError where the trace is bad, or cannot be replayed as ``fit`` says in a layer of this size."""
         of_layer = self.trace().of_layer(self.place(self.layer) if self.layer is not None else None)

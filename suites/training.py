@@ -10,7 +10,7 @@ from torch import Tensor
 from ..contracts import Case, Check, Cost, Facts, Metric, Registry
 from ..moe.experts import ExpertStore
 from ..moe.layer import SharedExpert
-from ..moe.oracle import Gradients, compare_gradients, reference_gradients
+from ..moe.oracle import Gradients, compare_gradients, reference, reference_gradients
 from .layer import STEPS, LayerTrial
 from .memory import PeakBytes, saved_bytes
 from .subject import Batch
@@ -29,11 +29,13 @@ class TrainingTrial(LayerTrial):
         self.expected = [self._expected(batch) for batch in self.batches]
 
     def _expected(self, batch: Batch) -> Gradients:
-        layer = self.subject.layer
-        gradients = reference_gradients(layer.store, batch.routing, batch.x_TH, self.grad_TH)
+        layer, x_TH = self.subject.layer, batch.x_TH
         if layer.shared is None:
-            return gradients
-        return replace(gradients, x_TH=gradients.x_TH + _shared_gradient(layer.shared, batch.x_TH, self.grad_TH))
+            return reference_gradients(layer.store, batch.routing, x_TH, self.grad_TH)
+        routed_TH = reference(layer.store, batch.routing, x_TH).y_TH
+        beside_TH, through_TH = _shared_gradients(layer.shared, x_TH, routed_TH, self.grad_TH)
+        gradients = reference_gradients(layer.store, batch.routing, x_TH, through_TH)
+        return replace(gradients, x_TH=gradients.x_TH + beside_TH)
 
     def _stores(self) -> list[ExpertStore]:
         store = self.subject.layer.store
@@ -48,7 +50,7 @@ class TrainingTrial(LayerTrial):
         x_TH = self.x[step % STEPS].detach().requires_grad_()
         y_TH: Tensor = next(self.executors)(x_TH, *self.inputs[step % STEPS], out_TH=None)
         if self.subject.layer.shared is not None:
-            y_TH = y_TH + self.subject.layer.shared(x_TH)
+            y_TH = self.subject.layer.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
         return y_TH, x_TH
 
     def run(self, step: int) -> tuple[Tensor, Gradients]:  # type: ignore[override]
@@ -81,11 +83,10 @@ class TrainingTrial(LayerTrial):
         return replace(facts, metrics=(*facts.metrics, *own))
 
 
-def _shared_gradient(shared: SharedExpert, x_TH: Tensor, grad_TH: Tensor) -> Tensor:
-    """Return the float64 gradient of x through the frozen shared expert."""
-    gate_up, down = (weight.to(x_TH.dtype).double() for weight in (shared.gate_up, shared.down))
-    gate_H = None if shared.gate_H is None else shared.gate_H.to(x_TH.dtype).double()
-    exact = replace(shared, gate_up=gate_up, down=down, gate_H=gate_H)
-    x64_TH = x_TH.detach().double().requires_grad_()
-    (gradient,) = torch.autograd.grad(exact(x64_TH), x64_TH, grad_TH.double())
-    return gradient
+def _shared_gradients(shared: SharedExpert, x_TH: Tensor, routed_TH: Tensor, grad_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the float64 gradients through the frozen shared expert: of x, and of the sum of the routed experts."""
+    exact = shared.to(x_TH.dtype).to(torch.float64)
+    leaves = [t.detach().double().requires_grad_() for t in (x_TH, routed_TH)]
+    y_TH = exact.added_to(leaves[1], leaves[0])
+    beside_TH, through_TH = torch.autograd.grad(y_TH, leaves, grad_TH.double())
+    return beside_TH, through_TH

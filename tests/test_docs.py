@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -80,6 +81,15 @@ def test_the_readme_example_runs(tmp_path):
     assert re.search(r"b/a \d+\.\d+ \[.*\]: (improved|regressed|equivalent|inconclusive) \(outputs agree", done.stdout)
 
 
+def test_the_page_about_models_runs(tmp_path):
+    page = ROOT / "docs" / "routing-in-models.md"
+    code = "".join(text for _, text in blocks(page, "python"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    sha256 = done.stdout.split()[-1]
+    assert hashlib.sha256((tmp_path / "trace.parquet").read_bytes()).hexdigest() == sha256
+
+
 def test_the_readme_shows_every_command():
     subcommands = next(a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     assert set(subcommands) == {words[0] for words in commands(README)}
@@ -145,7 +155,7 @@ def plugins(tmp_path_factory):
 
 EXPECTED = {
     "my_backend.py": ("backend, routing", [("eager", "moepp"), ("eager", "topk")], ("my_backend", "moepp")),
-    "top_p.py": ("routing, (params->'routing'->>'p')", [("topk", None)], ("top_p", "0.3")),
+    "min_p.py": ("routing, (params->'routing'->>'p')", [("topk", None)], ("min_p", "0.3")),
     "gating.py": ("suite, (params->'routing'->>'k')", [("gating", "1")], ("gating", "2")),
 }
 """By file: two columns that tell its rows apart, rows that must be there, and one that only the plug-in can make."""
@@ -178,7 +188,7 @@ def test_the_oracle_of_contributing_can_fail(plugins):
 
 def test_every_file_of_contributing_is_used():
     files = {file for language in ("python", "sh") for file, _ in blocks(CONTRIBUTING, language)}
-    assert files == {*EXPECTED, "top_p_router.py", "gating_trial.py"}
+    assert files == {*EXPECTED, "min_p_router.py", "gating_trial.py"}
 
 
 def test_the_plugins_import_no_torch_in_the_parent(plugins):

@@ -45,7 +45,7 @@ def switch(
     if bucket:
         chosen = list(bucket)
         share_GE[:, chosen] = share_GE[:, chosen].mean(1, keepdim=True)
-    product_GE = share_GE * _probabilities(routing, ctx, group_T, tokens_G)
+    product_GE = share_GE * mean_probabilities(routing, ctx, group_T, tokens_G)
     if eta_E is None:
         return routing.num_experts * product_GE.sum()
     return (1 / eta_E).sum() * (eta_E * product_GE).sum()
@@ -115,7 +115,7 @@ def _products(routing: Routing, ctx: Context | None, label_T: Tensor | None) -> 
     """Return f_e P_e within each group, [G, E]."""
     group_T, tokens_G = groups(routing, ctx, label_T)
     share_GE = _shares(routing, ctx, group_T, len(tokens_G), None)
-    return share_GE * _probabilities(routing, ctx, group_T, tokens_G)
+    return share_GE * mean_probabilities(routing, ctx, group_T, tokens_G)
 
 
 def _shares(routing: Routing, ctx: Context | None, group_T: Tensor, count: int, slots: int | None) -> Tensor:
@@ -130,7 +130,7 @@ def _shares(routing: Routing, ctx: Context | None, group_T: Tensor, count: int, 
     return counts_GE / counts_GE.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _probabilities(routing: Routing, ctx: Context | None, group_T: Tensor, tokens_G: Tensor) -> Tensor:
+def mean_probabilities(routing: Routing, ctx: Context | None, group_T: Tensor, tokens_G: Tensor) -> Tensor:
     """Return P_GE, the mean probabilities of the valid tokens of each group."""
     probs_VE = distributions(routing, ctx)
     sum_GE = probs_VE.new_zeros(len(tokens_G), routing.num_experts).index_add(0, group_T[group_T >= 0], probs_VE)

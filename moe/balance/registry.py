@@ -13,6 +13,7 @@ from ...contracts import unknown
 from ..losses import z_loss
 from ..routing import Context, Routing
 from .load import cv2_importance, cv2_load, entropy, modality, sequence, switch
+from .modality import modality_kl, modality_l1
 from .sparse import chunk_sparsity, l1, locality
 
 
@@ -37,6 +38,8 @@ class Loss:
 LOSSES: Mapping[str, Loss] = {
     "switch": Loss(switch, "Fedus et al. 2021; eta: arXiv 2410.07348; bucket: AdaMoE 2024; first: GShard 2020", 1.0),
     "modality": Loss(modality, "MoIIE 2025", 1.0),
+    "modality_l1": Loss(modality_l1, "Uni-MoE, arXiv 2405.11273"),
+    "modality_kl": Loss(modality_kl, "Uni-MoE, arXiv 2405.11273", 1.0),
     "sequence": Loss(sequence, "DeepSeek-V3, arXiv 2412.19437", 1.0),
     "cv2_importance": Loss(cv2_importance, "Shazeer et al. 2017, arXiv 1701.06538", 0.0),
     "cv2_load": Loss(cv2_load, "Shazeer et al. 2017, arXiv 1701.06538", 0.0),

@@ -26,11 +26,18 @@ class ProductKeyRouter(Router):
     """Up to A K of S^2 experts for each token, found exactly; an expert that two heads find has the sum of weights.
 
     ``query_QH`` maps a token to Q = A * 2 * D numbers, ``keys_A2SD`` are the keys. ``score`` turns the scores of a
-    head's K experts into weights. The Routing carries no logits: there would be S^2 for every token.
+    head's K experts into weights. With fewer ``experts`` than places of the grid, place i is expert i modulo their
+    number, so that a few have two keys (as UltraMem's released code does with its rows). The Routing carries no logits:
+    there would be S^2 for every token.
     """
 
     def __init__(
-        self, query_QH: Tensor, keys_A2SD: Tensor, k: int, score: Literal["softmax", "relu"] = "softmax"
+        self,
+        query_QH: Tensor,
+        keys_A2SD: Tensor,
+        k: int,
+        score: Literal["softmax", "relu"] = "softmax",
+        experts: int | None = None,
     ) -> None:
         super().__init__()
         heads, _, self.side, width = keys_A2SD.shape
@@ -40,11 +47,24 @@ class ProductKeyRouter(Router):
         self.keys_A2SD = nn.Parameter(keys_A2SD.detach().float().clone())
         self.k = k
         self.score = score
+        self.experts = self.side**2 if experts is None else experts
 
-    @property
-    def experts(self) -> int:
-        """E."""
-        return self.side**2
+    @classmethod
+    def seeded(
+        cls,
+        hidden: int,
+        side: int,
+        heads: int,
+        k: int,
+        key_width: int,
+        seed: int,
+        score: Literal["softmax", "relu"] = "softmax",
+        experts: int | None = None,
+    ) -> ProductKeyRouter:
+        """Return a router of normal queries and keys of unit fan-in."""
+        query_QH = seeded_normal((heads * 2 * key_width, hidden), hidden**-0.5, seed, "peer.query")
+        keys_A2SD = seeded_normal((heads, 2, side, key_width), key_width**-0.5, seed, "peer.keys")
+        return cls(query_QH, keys_A2SD, k, score, experts)
 
     @property
     def flops_per_token(self) -> int:
@@ -56,7 +76,7 @@ class ProductKeyRouter(Router):
     def exhaustive_flops_per_token(self) -> int:
         """The same if every expert had one key of D numbers of its own."""
         heads, _, _, width = self.keys_A2SD.shape
-        return 2 * heads * self.experts * width
+        return 2 * heads * self.side**2 * width
 
     def side_scores(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores of the keys of each side, two of [T, A, S] float32."""
@@ -75,7 +95,7 @@ class ProductKeyRouter(Router):
 
     def _routing(self, scores_TAK: Tensor, rows_TAK: Tensor, ctx: Context) -> Routing:
         weights_TAK = scores_TAK.softmax(-1) if self.score == "softmax" else scores_TAK.relu()
-        return merged_routing(rows_TAK.flatten(1), weights_TAK.flatten(1), self.experts, ctx.valid_T)
+        return merged_routing(rows_TAK.flatten(1) % self.experts, weights_TAK.flatten(1), self.experts, ctx.valid_T)
 
 
 class PEER(nn.Module):
@@ -100,11 +120,10 @@ class PEER(nn.Module):
         score: Literal["softmax", "relu"] = "softmax",
     ) -> PEER:
         """Return a layer of ``side`` squared experts, normal weights of unit fan-in; by default the paper's sizes."""
-        query_QH = seeded_normal((heads * 2 * key_width, hidden), hidden**-0.5, seed, "peer.query")
-        keys_A2SD = seeded_normal((heads, 2, side, key_width), key_width**-0.5, seed, "peer.keys")
+        router = ProductKeyRouter.seeded(hidden, side, heads, k, key_width, seed, score)
         inner_EH = seeded_normal((side**2, hidden), hidden**-0.5, seed, "peer.inner")
         outer_EH = seeded_normal((side**2, hidden), hidden**-0.5, seed, "peer.outer")
-        return cls(ProductKeyRouter(query_QH, keys_A2SD, k, score), RankOneBank(inner_EH, outer_EH))
+        return cls(router, RankOneBank(inner_EH, outer_EH))
 
     def forward(self, x_TH: Tensor, ctx: Context | None = None) -> Tensor:
         """Return y_TH in the dtype of the bank."""

@@ -54,6 +54,23 @@ class TuckerSearch(nn.Module):
         self.register_buffer("left_AR", left_AR.to(query_QH.dtype))
         self.register_buffer("right_AR", right_AR.to(query_QH.dtype))
 
+    @classmethod
+    def seeded(
+        cls, hidden: int, side: int, key_width: int, k: int, heads: int, rank: int, cores: int, seed: int
+    ) -> TuckerSearch:
+        """Return a search with the released initialisation: cores U(0, 1), queries and keys normal."""
+
+        def normal(*size: int, fan_in: int, name: str) -> Tensor:
+            return seeded_normal(size, fan_in**-0.5, seed, f"ultramem.{name}")
+
+        uniform_MARR = normal(cores, heads, rank, rank, fan_in=1, name="core").mul(0.5**0.5).erf().add(1).mul(0.5)
+        return cls(
+            normal(heads * 2 * key_width, hidden, fan_in=key_width, name="query"),
+            normal(heads, 2, side, key_width, rank, fan_in=key_width, name="keys"),
+            uniform_MARR,
+            k,
+        )
+
     def refresh(self) -> None:
         """Find the leading singular vectors of the cores anew, with the sign that they had."""
         left_AR, right_AR = leading_vectors(self.core_MARR, self.vectors)
@@ -152,20 +169,13 @@ class UltraMem(nn.Module):
         def normal(*size: int, fan_in: int, name: str) -> Tensor:
             return seeded_normal(size, fan_in**-0.5, seed, f"ultramem.{name}")
 
-        uniform_MARR = normal(cores, heads, rank, rank, fan_in=1, name="core").mul(0.5**0.5).erf().add(1).mul(0.5)
-        search = TuckerSearch(
-            normal(heads * 2 * key_width, hidden, fan_in=key_width, name="query"),
-            normal(heads, 2, side, key_width, rank, fan_in=key_width, name="keys"),
-            uniform_MARR,
-            k,
-        )
+        search = TuckerSearch.seeded(hidden, side, key_width, k, heads, rank, cores, seed)
         if table is None:
             pre_VP = normal(side**2, pre_values, fan_in=pre_values, name="pre_values")
             table = ValueTable(pre_VP, normal(side**2, values, fan_in=values, name="values"))
         pre_PH = normal(table.pre_VP.shape[1], hidden, fan_in=hidden, name="pre")
         out_HC = normal(hidden, table.value_VC.shape[1], fan_in=table.value_VC.shape[1], name="out")
-        shuffle_E = torch.argsort(seeded_normal((side**2,), 1.0, seed, "ultramem.shuffle"))
-        return cls(search, table, pre_PH, out_HC, shuffle_E, offset)
+        return cls(search, table, pre_PH, out_HC, seeded_shuffle(side, seed), offset)
 
     def rows(self, found: Found) -> Tensor:
         """Return the rows of the table, [T, L] int64."""
@@ -196,6 +206,11 @@ class UltraMem(nn.Module):
         """Return which rows of the table each token reads, weighted by the sum of its scores over the cores."""
         found = self.search(x_TH)
         return merged_routing(self.rows(found), found.scores_TAKM.sum(-1).flatten(1), len(self.table.value_VC))
+
+
+def seeded_shuffle(side: int, seed: int) -> Tensor:
+    """Return shuffle_E: a permutation of the S^2 rows of a grid."""
+    return torch.argsort(seeded_normal((side**2,), 1.0, seed, "ultramem.shuffle"))
 
 
 def core_penalty(core_MARR: Tensor, floor: float = 0.15) -> Tensor:

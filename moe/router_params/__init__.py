@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from .attention import DESCRIPTORS as ATTENTION
+from .capped import DESCRIPTORS as CAPPED
 from .classic import DESCRIPTORS as CLASSIC
+from .dcmoe import DESCRIPTORS as DCMOE
 from .environment import DESCRIPTORS as ENVIRONMENT
+from .gather import DESCRIPTORS as GATHER
 from .graph import DESCRIPTORS as GRAPH
 from .lookup import DESCRIPTORS as LOOKUP
 from .modality import DESCRIPTORS as MODALITY
@@ -15,6 +19,7 @@ from .positive import DESCRIPTORS as POSITIVE
 from .pregate import DESCRIPTORS as PREGATE
 from .presets import DESCRIPTORS as PRESETS
 from .sample import DESCRIPTORS as SAMPLE
+from .slices import DESCRIPTORS as SLICES
 from .smoothstep import DESCRIPTORS as SMOOTHSTEP
 from .task import DESCRIPTORS as TASK
 from .temperature import DESCRIPTORS as TEMPERATURE
@@ -22,10 +27,12 @@ from .vla import DESCRIPTORS as VLA
 
 DESCRIPTORS = [
     *CLASSIC,
+    *CAPPED,
     *NULL,
     *VLA,
     *POSITIVE,
     *NUCLEUS,
+    *DCMOE,
     *TEMPERATURE,
     *SMOOTHSTEP,
     *PRESETS,
@@ -38,4 +45,7 @@ DESCRIPTORS = [
     *ENVIRONMENT,
     *SAMPLE,
     *MOFME,
+    *GATHER,
+    *SLICES,
+    *ATTENTION,
 ]

@@ -82,6 +82,7 @@ class ExpertChoice(AnyNumber):
     """
 
     pipeline: ClassVar[bool] = True
+    causal: ClassVar[bool] = False
 
     k: int = 2
     per: Literal["batch", "segment"] = "batch"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...contracts import Descriptor
 from .ffn_only import OneExpert
@@ -14,8 +15,10 @@ class MixER(OneExpert):
 
     The map is no parameter: after each step it is fitted by least squares to clusters of the context vectors, matched
     to experts by their losses. ``features`` is the size of a context vector, of which ``ctx.features`` [S, D] holds one
-    per segment id.
+    per segment id. The paper draws its first cluster centres at random; here they lie far apart, by no chance.
     """
+
+    beyond_text: ClassVar[str] = "features"
 
     features: int = 16
 
@@ -31,6 +34,8 @@ class DMoERM(OneExpert):
     The paper's classifier is a language model that reads the prompt; here it is a linear map of the layer's input at
     the last token. The inner layer is a mixture of LoRA experts and no routing.
     """
+
+    causal: ClassVar[bool] = False
 
 
 DESCRIPTORS = [

@@ -37,6 +37,7 @@ class AttentionAware(SoftmaxTopK):
     """
 
     renormalize: ClassVar[bool] = True
+    beyond_text: ClassVar[str] = "attn"
 
     causal: bool = True
 

@@ -26,6 +26,11 @@ class MoIIE(SoftmaxTopK):
     released_ids: bool = False
     released_boundary: bool = False
 
+    @property
+    def causal(self) -> bool:
+        """Whether later tokens leave earlier ones alone."""
+        return not self.released_boundary
+
     def available(self, shape: ModelShape) -> int:
         """Return how many experts one modality sees."""
         if shape.experts % 4:

@@ -7,18 +7,7 @@ from typing import ClassVar, Literal
 
 from ...contracts import Descriptor
 from .ffn_only import SoftmaxTopK
-
-
-@dataclass(frozen=True)
-class SharedRule:
-    """What is always on: ``width`` in multiples of a routed expert's width, and what its output is multiplied by.
-
-    ``sigmoid`` is sigmoid(w x) per token; ``softmax2`` multiplies the routed sum and the shared output by the two
-    halves of a softmax over two logits.
-    """
-
-    width: float
-    gate: Literal["none", "sigmoid", "softmax2"]
+from .shared import SharedRule
 
 
 @dataclass(frozen=True)
@@ -35,14 +24,16 @@ class Preset(SoftmaxTopK):
 class DiTMoE(Preset):
     """DiT-MoE (arXiv 2407.11633): top-2 of softmax, not renormalised, beside two shared experts.
 
-    The paper's shared experts are as wide as the routed ones; the released code fuses both into one of half a routed
-    expert's width (2H where a routed one has 4H).
+    The paper's shared experts are as wide as the routed ones; ``released_width`` is the released code, which fuses
+    both into one of half a routed expert's width (2H where a routed one has 4H).
     """
+
+    released_width: bool = False
 
     @property
     def shared(self) -> SharedRule | None:
         """Two shared experts of full width, ungated."""
-        return SharedRule(2.0, "none")
+        return SharedRule(0.5 if self.released_width else 2.0)
 
 
 @dataclass(frozen=True)
@@ -71,19 +62,27 @@ class MoELLaVA(Preset):
 
 @dataclass(frozen=True)
 class RobustQA(Preset):
-    """Switch layers in DistilBERT for robust question answering (arXiv 2204.09598): top-1, not renormalised.
+    """Robust QA's switch layers in DistilBERT (arXiv 2204.09598): top-1 of softmax per token, not renormalised.
 
-    Padding has no entries, so it takes no capacity. How many experts and layers it had is not published.
+    ``gate`` ``sequence`` lets the first token of each sequence, which is [CLS] in DistilBERT, choose for all of it:
+    the paper also has a gate that chooses experts "for each input". Its released code has none but per token, with a
+    bias and 16 experts, in layers of their own on top of DistilBERT.
+
+    Padding has no entries, so it takes no capacity. Where the released code drops tokens (by default it does not), it
+    draws which, as capacity policy ``random`` does, and gives a dropped token its own input times its weight; here it
+    gets nothing.
     """
 
     k: int = 1
+    gate: Literal["token", "sequence"] = "token"
 
 
 @dataclass(frozen=True)
 class PRMoE(Preset):
     """PR-MoE (arXiv 2201.05596): top-1 of softmax, not renormalised, beside a dense FFN: y = c0 MoE(x) + c1 FFN(x).
 
-    The pyramid is a matter of the model: ``PYRAMIDS`` says how many experts each MoE layer has.
+    [c0, c1] is the softmax of a linear map of x, which has a bias in DeepSpeed's code and none here. The pyramid is a
+    matter of the model: ``PYRAMIDS`` says how many experts each MoE layer has.
     """
 
     PYRAMIDS: ClassVar[dict[str, tuple[int, ...]]] = {
@@ -99,12 +98,18 @@ class PRMoE(Preset):
         return SharedRule(1.0, "softmax2")
 
 
-TOPK = "moebench.moe.routers.topk:build"
+BUILD = "moebench.moe.routers.presets:build"
 
 DESCRIPTORS = [
-    Descriptor("routing", "dit_moe", "DiT-MoE top-2, not renormalised", TOPK, DiTMoE),
-    Descriptor("routing", "time_moe", "Time-MoE top-2, not renormalised", TOPK, TimeMoE),
-    Descriptor("routing", "moe_llava", "MoE-LLaVA top-2, renormalised", TOPK, MoELLaVA),
-    Descriptor("routing", "robust_qa", "Robust QA's switch, top-1", TOPK, RobustQA),
-    Descriptor("routing", "pr_moe", "PR-MoE top-1 beside a residual FFN", TOPK, PRMoE),
+    Descriptor("routing", "dit_moe", "DiT-MoE top-2, not renormalised", BUILD, DiTMoE),
+    Descriptor("routing", "time_moe", "Time-MoE top-2, not renormalised", BUILD, TimeMoE),
+    Descriptor("routing", "moe_llava", "MoE-LLaVA top-2, renormalised", BUILD, MoELLaVA),
+    Descriptor(
+        "routing",
+        "robust_qa",
+        "Robust QA's switch, top-1",
+        "moebench.moe.routers.presets:build_robust_qa",
+        RobustQA,
+    ),
+    Descriptor("routing", "pr_moe", "PR-MoE top-1 beside a residual FFN", BUILD, PRMoE),
 ]

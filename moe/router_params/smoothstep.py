@@ -53,9 +53,11 @@ class DSelectK(SmoothStepGate):
 class Comet(SmoothStepGate):
     """COMET (arXiv 2306.02824): one softmax over the leaves of ``k`` binary trees, whose leaves are the experts.
 
-    A leaf scores a linear map plus the logarithm of the probability of its path, -inf where that is 0. Trees are
-    heaps, so that any number of experts will do. With ``permutation`` it is COMET+, whose published search took 1 to
-    10 % of an epoch. Published ``gamma`` is 10 on MovieLens.
+    A leaf scores a linear map plus the logarithm of the probability of its path, -inf where that is 0; 1e-8 is added
+    before the logarithm, as released, so that its slope is finite. Trees are heaps, so that any number of experts will
+    do. With ``permutation`` it is COMET+, whose published search took 1 to 10 % of an epoch. Published ``gamma`` is 10
+    on MovieLens. The released code rounds the last soft permutation, here its logits are; and the top-k gate that it is
+    compared with there loses a chosen logit that is exactly 0.
     """
 
     gamma: float = 10.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...contracts import Descriptor
 from ..shapes import ModelShape
@@ -18,6 +19,8 @@ class M3ViT(SoftmaxTopK):
     slices run beyond the last expert.) In training N(0, 1) * ``noise_std`` / (experts that the task may use) is added
     to the logits.
     """
+
+    beyond_text: ClassVar[str] = "task"
 
     k: int = 4
     tasks: int = 2

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from ...contracts import Descriptor, Selection
 from ..shapes import ModelShape
+from .shared import SharedRule
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class AdaMoEVLA:
     The adapter W_s decides how much an expert says, the router who speaks: a balance loss does not reach W_s.
     ``adapter`` ``add`` is that; ``concat`` (CSMoE, the paper's other design) has weight softmax([x; p] W_cs).
     ``std`` is the standard deviation of what the adapter adds at the start, for x of unit variance: 1 in the released
-    code; with ``add`` and 0 the router is plain top-k, not renormalised. The paper has shared experts beside it.
+    code; with ``add`` and 0 the router is plain top-k, not renormalised. The paper's shared
+    experts hold the dense FFN that the routed ones are copies of at the start; here there is one.
 
     The released code without an adapter looks up the k weights by expert id, the wrong axis; for top-k without an
     adapter use routing ``olmoe`` and its k.
@@ -31,6 +33,11 @@ class AdaMoEVLA:
     def __post_init__(self) -> None:
         if self.std < 0:
             raise ValueError(f"std={self.std} must not be negative")
+
+    @property
+    def shared(self) -> SharedRule:
+        """One shared expert, as wide as a routed one, ungated."""
+        return SharedRule(1.0)
 
     def selection(self, shape: ModelShape) -> Selection | None:
         """Return None: the adapter is no part of a fused kernel's weights."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..controllers import bias_step
 from ..router import Linear, Pipeline, RouterBundle, TopK, Weighter, router_rows, selection_bias, weighter
 from ..routing import Routing
 
@@ -25,11 +26,10 @@ class AuxFree(Pipeline):
         self.update_rate = update_rate
 
     @torch.no_grad()
-    def update(self, routing: Routing) -> None:
+    def update(self, routing: Routing, signal: Any = None) -> None:
         """Move the bias of every expert one step against its load in ``routing``."""
-        load_E = routing.counts_E.float()
         bias_E = self.selector.get_buffer("bias_E")
-        bias_E += self.update_rate * torch.sign(load_E.mean() - load_E)
+        bias_E.copy_(bias_step(bias_E, routing, self.update_rate))
 
 
 def build(params: DeepSeekV3) -> Callable[[LayerWeights, ModelShape, int], RouterBundle]:

@@ -1,6 +1,6 @@
 """MoE++ (arXiv 2410.07348): zero, copy and constant experts beside the FFNs, and a gating residual between layers.
 
-The released code also multiplies the input of every expert by K in place; that is not in the paper and not done here.
+Shape letters: T tokens, H hidden, E expert ids, K slots, C constant experts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experts import Constants
-from ..router import EPSILON, MLP, Linear, Pipeline, Residual, RouterBundle, Softmax, TopK, router_rows, seeded_normal
+from ..router import EPSILON, MLP, Linear, Pipeline, Residual, RouterBundle, Softmax, TopK, grown_rows, seeded_normal
 from ..routing import Context, Routing
 
 if TYPE_CHECKING:
@@ -21,17 +21,39 @@ if TYPE_CHECKING:
     from ..shapes import ModelShape
 
 
+class UnitSoftmax(Softmax):
+    """Softmax of logits divided by their standard deviation over the experts of each token."""
+
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        """Return softmax(z / std(z))."""
+        logits_TE = logits_TE.float()
+        centred_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
+        variance_T1 = centred_TE.square().sum(-1, keepdim=True) / max(logits_TE.shape[1] - 1, 1)
+        return (logits_TE / variance_T1.sqrt()).softmax(-1)
+
+
 class NullTopK(Pipeline):
     """Top-k of softmax where a zero expert takes a slot and no weight: the other slots' weights sum to ``scale``.
 
     ``zero_E`` is true at the zero experts. Their entries are left out of the Routing; its probabilities keep them.
+    ``times_E`` multiplies the weights of each id in the end.
     """
 
     zero_E: Tensor
+    times_E: Tensor | None
 
-    def __init__(self, scorer: nn.Module, k: int, zero_E: Tensor, scale: float) -> None:
-        super().__init__(scorer, TopK(k), Softmax())
+    def __init__(
+        self,
+        scorer: nn.Module,
+        k: int,
+        zero_E: Tensor,
+        scale: float,
+        weighter: Softmax | None = None,
+        times_E: Tensor | None = None,
+    ) -> None:
+        super().__init__(scorer, TopK(k), Softmax() if weighter is None else weighter)
         self.register_buffer("zero_E", zero_E)
+        self.register_buffer("times_E", times_E)
         self.scale = scale
         if isinstance(scorer, Residual):
             self.needs = frozenset({"prev"})
@@ -41,7 +63,8 @@ class NullTopK(Pipeline):
         routing = super().forward(x_TH, ctx)
         routing = routing.keep(~self.zero_E[routing.expert_N])
         total_T = routing.weight_N.new_zeros(routing.num_tokens).index_add(0, routing.token_N, routing.weight_N)
-        return routing.scaled(self.scale / (total_T[routing.token_N] + EPSILON))
+        routing = routing.scaled(self.scale / (total_T[routing.token_N] + EPSILON))
+        return routing if self.times_E is None else routing.scaled(self.times_E[routing.expert_N])
 
 
 def build(params: MoEPlusPlus) -> Callable[[LayerWeights, ModelShape, int], RouterBundle]:
@@ -51,10 +74,20 @@ def build(params: MoEPlusPlus) -> Callable[[LayerWeights, ModelShape, int], Rout
         kinds = params.kinds(shape)
         scorer = _scorer(params, weights, shape, seed, len(kinds))
         zero_E = torch.tensor([kind == "zero" for kind in kinds])
-        router = NullTopK(scorer, params.k, zero_E, params.scale)
-        return RouterBundle(router, kinds, _constants(params.constant, shape.hidden, seed))
+        weighter = UnitSoftmax() if params.unit_logits else Softmax()
+        constants = _constants(params.constant, shape.hidden, seed)
+        if not params.released_inputs:
+            return RouterBundle(NullTopK(scorer, params.k, zero_E, params.scale, weighter), kinds, constants)
+        times_E = torch.tensor([1.0 if kind == "ffn" else float(params.k) for kind in kinds])
+        router = NullTopK(scorer, params.k, zero_E, params.scale, weighter, times_E)
+        return RouterBundle(router, kinds, _times_inputs(constants, params.k), input_scale=float(params.k))
 
     return factory
+
+
+def _times_inputs(constants: Constants | None, times: int) -> Constants | None:
+    """Return constants that give f(times x) / times: the entries of copies and constants weigh ``times`` as much."""
+    return None if constants is None else Constants(constants.gate_C2H * times, constants.value_CH / times)
 
 
 def _scorer(params: MoEPlusPlus, weights: LayerWeights, shape: ModelShape, seed: int, experts: int) -> nn.Module:
@@ -65,9 +98,7 @@ def _scorer(params: MoEPlusPlus, weights: LayerWeights, shape: ModelShape, seed:
         inner_DH = seeded_normal((8 * experts, hidden), hidden**-0.5, seed, "moepp.inner")
         scorer = MLP(inner_DH, seeded_normal((experts, 8 * experts), (8 * experts) ** -0.5, seed, "moepp.outer"))
     else:
-        rows_EH = router_rows(weights, shape, seed)
-        extra_EH = seeded_normal((experts - shape.experts, hidden), hidden**-0.5, seed, "moepp.rows")
-        scorer = Linear(torch.cat([rows_EH.float().cpu(), extra_EH]))
+        scorer = Linear(grown_rows(weights, shape, seed, experts - shape.experts, "moepp.rows"))
     if not params.residual:
         return scorer
     return Residual(scorer, seeded_normal((experts, experts), experts**-0.5, seed, "moepp.residual"))

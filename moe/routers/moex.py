@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as nnf
@@ -75,7 +75,7 @@ class SparsestExperts(ContextPipeline):
 
     scorer: Firing
 
-    def update(self, routing: Routing) -> None:
+    def update(self, routing: Routing, signal: Any = None) -> None:
         """Forget what was read from the experts: a training step has changed them."""
         self.scorer.forget()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..router import Linear, RouterBundle, router_rows, seeded_normal
+from ..router import Linear, RouterBundle, grown_rows
 from .moepp import NullTopK
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ def build(params: AdaMoE) -> Callable[[LayerWeights, ModelShape, int], RouterBun
 
     def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:
         kinds = params.kinds(shape)
-        null = len(kinds) - shape.experts
-        extra_MH = seeded_normal((null, shape.hidden), shape.hidden**-0.5, seed, "adamoe.null")
-        rows_EH = torch.cat([router_rows(weights, shape, seed).float().cpu(), extra_MH])
+        rows_EH = grown_rows(weights, shape, seed, len(kinds) - shape.experts, "adamoe.null")
         zero_E = torch.tensor([kind == "zero" for kind in kinds])
         return RouterBundle(NullTopK(Linear(rows_EH), params.k, zero_E, 1.0), kinds)
 

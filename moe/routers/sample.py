@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
@@ -32,6 +33,16 @@ class StraightThrough(One):
     def unscaled(self, scores_TK: Tensor) -> Tensor:
         """Return ones that pass their gradient on to the scores."""
         return scores_TK - scores_TK.detach() + 1
+
+
+@dataclass(frozen=True)
+class StraightThroughMask(StraightThrough):
+    """Weight 1 for the first slot, the best, and 0 for the others; every weight passes its gradient on."""
+
+    def unscaled(self, scores_TK: Tensor) -> Tensor:
+        """Return the mask of the best."""
+        best_K = torch.arange(scores_TK.shape[1], device=scores_TK.device) == 0
+        return scores_TK - scores_TK.detach() + best_K.to(scores_TK.dtype)
 
 
 class Convolution(nn.Module):
@@ -111,7 +122,8 @@ def build(params: AdvMoE) -> Callable[[LayerWeights, ModelShape, int], RouterBun
 
     def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:
         scorer = ImageScores(shape.experts, params.blocks, seed)
-        router = ContextPipeline(scorer, TopK(1), StraightThrough(), {"features", "segment_T"})
+        weighter = StraightThroughMask() if params.released_mask else StraightThrough()
+        router = ContextPipeline(scorer, TopK(params.max_k(shape)), weighter, {"features", "segment_T"})
         return RouterBundle(OncePerModel(router), params.kinds(shape))
 
     return factory

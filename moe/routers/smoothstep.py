@@ -10,7 +10,7 @@ Shape letters: T tokens, H hidden, E expert ids, J parts, B binary digits, S inn
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Parts(Router):
         gate_TE = gate_TJE.sum(1) if self.permutation is None else self.permutation(gate_TJE, ctx)
         return masked_routing(gate_TE, gate_TE > 0, ctx, None, gate_TE)
 
-    def update(self, routing: Routing) -> None:
+    def update(self, routing: Routing, signal: Any = None) -> None:
         """Round the permutation, where there is one."""
         if self.permutation is not None:
             self.permutation.round()

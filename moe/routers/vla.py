@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..router import Linear, Router, RouterBundle, router_rows, seeded_normal, top_k
 from ..routing import Context, Routing
+from .shared import shared_expert
 
 if TYPE_CHECKING:
     from ..layer import LayerWeights
@@ -64,6 +65,7 @@ def build(params: AdaMoEVLA) -> Callable[[LayerWeights, ModelShape, int], Router
         inputs = shape.hidden + shape.experts if concat else shape.hidden
         adapter = Linear(seeded_normal((shape.experts, inputs), params.std * inputs**-0.5, seed, "vla.adapter"))
         kind = ConcatAdapter if concat else ScaleAdapter
-        return RouterBundle(kind(Linear(router_rows(weights, shape, seed)), params.k, adapter), kinds)
+        router = kind(Linear(router_rows(weights, shape, seed)), params.k, adapter)
+        return RouterBundle(router, kinds, shared=shared_expert(params.shared, weights, shape, seed))
 
     return factory

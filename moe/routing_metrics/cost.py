@@ -13,15 +13,16 @@ from ..routing import Routing
 def parameters_of_kind(kind: str, hidden: int, width: int, gated: bool) -> int | None:
     """Return how many weights one assignment to an expert of this kind reads.
 
-    An FFN has 3 H F weights (2 H F ungated), a constant expert 3 H (W_c [2, H] and v [H]), a gather expert 2 H (two
-    vectors); zero and copy experts have none. None where that is not known (``sequence``).
+    An FFN has 3 H F weights (2 H F ungated) and so has a gather expert, mostly with F = 1; a constant expert has 3 H
+    (W_c [2, H] and v [H]), zero and copy experts none. None where the work depends on more than the token
+    (``sequence``).
     """
     weights = {
         "ffn": (3 if gated else 2) * hidden * width,
         "zero": 0,
         "copy": 0,
         "constant": 3 * hidden,
-        "gather": 2 * hidden,
+        "gather": (3 if gated else 2) * hidden * width,
     }
     return weights.get(kind)
 

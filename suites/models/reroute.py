@@ -3,55 +3,63 @@
 A transformers MoE block asks its gate for (logits, weights, indices) and hands them to its experts. Within the block
 the gate's ``forward`` is ours; its module, parameters and hooks stay, so that the model records our router logits, and
 on exit it is the model that it was, bit for bit. Experts without weights (copy, constant) are folded: what they give is
-added to the output of the others.
+added to the output of the others. Shared experts are the model's own, with or without: a scheme's are not added.
 
 Our routers score in float32. Where a model scores in less (OLMoE, Mixtral, Qwen3-MoE in bfloat16), its own rule in our
 hands may choose differently near a tie; in float32 logits are equal.
 
-Shape letters: T tokens of a call, B sequences, S tokens of each, H hidden, E expert ids, K slots.
+Shape letters: T tokens of a call, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...backends.bridge import attach, describe, moe_modules
+from ...backends.bridge import attach, moe_modules
 from ...contracts import Backend, MoebenchError, Registry, unknown
-from ...moe.fold import Fold
-from ...moe.layer import LayerWeights
 from ...moe.router import Router, RouterBundle
+from ...moe.router_context import OncePerModel
 from ...moe.routing import Context, Routing
 from ...moe.shapes import ModelShape
+from . import substream
 from .hf_config import READERS
+from .reroute_call import Call, ContextOf, attention_beside
+from .reroute_layer import ReroutedLayer, RouterFactory
 
-RouterFactory = Callable[[LayerWeights, ModelShape, int], RouterBundle]
-"""What ``create()`` of a routing's descriptor returns."""
-
-GATE_NAMES = ("gate", "router")
-"""What transformers calls the router of an MoE block."""
+__all__ = ["Rerouted", "RouterFactory", "model_shape", "reroute"]
 
 
 @contextmanager
 def reroute(
-    model: nn.Module, routing: str | RouterFactory, backend: str | Backend | None = None, seed: int = 0
+    model: nn.Module,
+    routing: str | RouterFactory,
+    backend: str | Backend | None = None,
+    seed: int = 0,
+    context: Context | ContextOf | None = None,
 ) -> Iterator[Rerouted]:
     """Route the MoE layers of ``model`` by ``routing`` within the ``with`` block, which receives a ``Rerouted``.
 
     ``routing`` is the name of one (with its defaults) or a factory; each layer gets a router made from the layer's own
-    gate. ``backend`` attaches one of ours for the same time. Without one the model's own execution stays, which runs
-    the same number of FFN experts for every token: a token with fewer is refused.
+    gate, and from a seed of its own where the gate does not decide all. ``backend`` attaches one of ours for the same
+    time. Without one the model's own execution stays, which runs the same number of FFN experts for every token: a
+    token with fewer is refused.
+
+    ``context`` is what the model cannot know, such as ``Context(task=1)``, or a function that makes it anew from the
+    inputs of each call: ``lambda inputs: Context(modality_T=(inputs["input_ids"] == IMAGE).long().flatten())``. A
+    routing that needs a field which nobody gave is refused when a call begins, before any layer runs.
     """
     factory = Registry.load().get("routing", routing).create() if isinstance(routing, str) else routing
     with ExitStack() as stack:
         if backend is not None:
             stack.enter_context(attach(model, backend))
-        handle = Rerouted(model, factory, seed)
+        handle = Rerouted(model, factory, seed, context)
         handle.enter()
         stack.callback(handle.exit)
         yield handle
@@ -60,22 +68,30 @@ def reroute(
 class Rerouted:
     """The routers at work, by decoder index, and what each last did.
 
-    ``context`` holds what the model cannot know (task, features, rng, ranks, progress ...); set it between calls. The
-    layer, the layer before it, token ids, sequences and padding are filled in from the call.
+    ``context`` holds what the model cannot know (task, features, ranks, progress ...); set it between calls. The layer,
+    the Routing of the layer before, token ids, sequences, padding and attention are filled in from the call, and a
+    generator from ``seed`` where none is given. A router of scope ``model`` is the same object for all layers.
     """
 
-    def __init__(self, model: nn.Module, factory: RouterFactory, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, factory: RouterFactory, seed: int, context: Context | ContextOf | None = None
+    ) -> None:
         shape = model_shape(model)
         self.model = model
-        self.context = Context()
+        self.context = context if isinstance(context, Context) else Context()
         self.routings: dict[int, Routing] = {}
-        self.layers = {
-            index: _Layer(self, index, experts, factory, shape, seed)
-            for index, experts in sorted(moe_modules(model).items())
-        }
+        self.layers: dict[int, ReroutedLayer] = {}
+        self._context_of = None if isinstance(context, Context) else context
+        self._rng = torch.Generator().manual_seed(substream(seed, "rng"))
+        self._call = Call()
+        self._plan: dict[int, Routing] = {}
+        self._hooks: list[Any] = []
+        for index, experts in sorted(moe_modules(model).items()):
+            layer = ReroutedLayer(self.model, index, experts, factory, shape, substream(seed, "router", index))
+            self.layers[index] = layer
+            if layer.bundle.router.scope == "model":
+                factory = _always(layer.bundle)
         self._order = list(self.layers)
-        self._call: dict[str, Tensor] = {}
-        self._hook: Any = None
 
     @property
     def routers(self) -> dict[int, Router]:
@@ -84,114 +100,65 @@ class Rerouted:
 
     def enter(self) -> None:
         """Take the place of the gates."""
-        self._hook = self.model.register_forward_pre_hook(self._look, with_kwargs=True)
-        for layer in self.layers.values():
-            layer.enter()
+        inner: nn.Module = getattr(self.model, "base_model", self.model)
+        self._hooks = [inner.register_forward_pre_hook(self._look, with_kwargs=True)]
+        for index, layer in self.layers.items():
+            layer.enter(partial(self.route, index))
+            attention = attention_beside(self.model, layer.experts) if "attn" in layer.bundle.router.needs else None
+            if attention is not None:
+                self._hooks.append(attention.register_forward_hook(partial(self._watch, index)))
 
     def exit(self) -> None:
         """Put everything back."""
         for layer in self.layers.values():
             layer.exit()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def route(self, index: int, x_TH: Tensor) -> Routing:
-        """Return the Routing of layer ``index``; a router of scope ``model`` decides once, unless there is a plan."""
-        layer, first = self.layers[index], self._order[0]
-        if layer.bundle.router.scope == "model" and self.context.plan is None and index != first:
-            routing = self.routings[first]
+        """Return the Routing of layer ``index``; a router of scope ``model`` decides once, before the first layer."""
+        router, ctx = self.layers[index].bundle.router, self._context(index, len(x_TH))
+        if router.scope == "model" and ctx.plan is None:
+            if index == self._order[0]:
+                self._plan = self._planned(router, x_TH, ctx)
+            self.routings[index] = self._plan[index]
         else:
-            routing = layer.bundle.router(x_TH, self._context(index, len(x_TH)))
-        self.routings[index] = routing
-        return routing
+            self.routings[index] = router(x_TH, ctx)
+        return self.routings[index]
+
+    def _planned(self, router: Router, x_TH: Tensor, ctx: Context) -> dict[int, Routing]:
+        if isinstance(router, OncePerModel):
+            return router.plan(x_TH, ctx, self._order)
+        return dict.fromkeys(self._order, router(x_TH, ctx))
 
     def _context(self, index: int, tokens: int) -> Context:
         """Return the Context of a call of layer ``index``."""
         layer, place = self.layers[index], self._order.index(index)
-        known: dict[str, Any] = {
-            name: value
-            for name, value in self._call.items()
-            if len(value) == tokens and getattr(self.context, name) is None
-        }
+        known: dict[str, Any] = {name: value for name, value in self._call.fields.items() if len(value) == tokens}
         if not layer.on_our_backend:
             known.pop("valid_T", None)  # it would leave padding without experts, which only our backends allow
+        known |= {"attn": self._call.attn.get(index), "rng": self._rng}
+        own = {name: value for name, value in known.items() if getattr(self.context, name) is None}
         prev = self.routings[self._order[place - 1]] if place else None
         training = self.model.training
-        return replace(self.context, layer=index, training=training, experts=layer.store, prev=prev, **known)
+        return replace(self.context, layer=index, training=training, experts=layer.store, prev=prev, **own)
 
     def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember token ids, sequences and padding of the call that begins."""
-        ids_BS = args[0] if args else kwargs.get("input_ids")
-        mask_BS = kwargs.get("attention_mask")
-        self._call = {}
-        if not isinstance(ids_BS, Tensor):
-            return
-        batch, length = ids_BS.shape
-        self._call["token_ids_T"] = ids_BS.flatten()
-        self._call["segment_T"] = torch.arange(batch, device=ids_BS.device).repeat_interleave(length)
-        if isinstance(mask_BS, Tensor) and mask_BS.dim() == 2 and not bool(mask_BS.all()):
-            self._call["valid_T"] = mask_BS[:, -length:].bool().flatten()
+        """Look at the call that begins, and refuse it where a router would lack something."""
+        self._call.begin(args, kwargs)
+        if self._context_of is not None:
+            self.context = self._context_of(self._call.inputs)
+        config: Any = getattr(self.model, "config", None)
+        self._call.check(self.routers.values(), self.context, getattr(config, "_attn_implementation", None))
+
+    def _watch(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Keep the attention of a decoder layer for its router."""
+        if isinstance(output, tuple) and isinstance(output[1], Tensor):
+            self._call.attn[index] = output[1]
 
 
-class _Layer:
-    """One MoE block: its gate answers with our Routing, and what folded experts give is added to its output."""
-
-    def __init__(
-        self, owner: Rerouted, index: int, experts: Any, factory: RouterFactory, shape: ModelShape, seed: int
-    ) -> None:
-        store, _ = describe(experts)
-        self.owner, self.index, self.experts = owner, index, experts
-        self.gate, self.answers = _gate(owner.model, experts)
-        bias_E = getattr(self.gate, "e_score_correction_bias", None)
-        weights = LayerWeights(
-            experts.gate_up_proj, experts.down_proj, self.gate.weight, bias_E, activation=store.activation
-        )
-        self.bundle = factory(weights, shape, seed)
-        self.bundle.router.to(experts.down_proj.device)
-        self.store = replace(store, kinds=self.bundle.kinds, constants=self.bundle.constants)
-        self.fold = Fold(self.store) if set(self.bundle.kinds) != {"ffn"} else None
-        self._former: Any = None
-        self._hook: Any = None
-        self._folded: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def on_our_backend(self) -> bool:
-        """Whether the experts run on a backend of ours at this moment."""
-        return str(self.experts.config._experts_implementation).startswith("moebench:")
-
-    def enter(self) -> None:
-        self._former = self.gate.__dict__.get("forward")
-        self.gate.forward = self.answer
-        self._hook = self.experts.register_forward_hook(self.add_folded)
-
-    def exit(self) -> None:
-        if self._former is None:
-            del self.gate.forward
-        else:
-            self.gate.forward = self._former
-        self._hook.remove()
-
-    def answer(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return what the block expects of its gate: logits_TE, weights_TK, indices_TK."""
-        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self.owner.route(self.index, x_TH)
-        indices_TK, weights_TK = routing.padded()
-        if self.fold is not None:
-            split = self.fold.split((indices_TK, weights_TK), len(x_TH))
-            indices_TK, weights_TK = split.inputs
-            self._folded = (x_TH, split.other_TP)
-        if not self.on_our_backend and bool((indices_TK == len(self.store.ffn_ids)).any()):
-            raise MoebenchError(
-                f"layer {self.index} has tokens with fewer experts than others, which only our backends run; "
-                "give reroute a backend, such as 'grouped'."
-            )
-        return routing.logits_TE, weights_TK.to(self.answers), indices_TK
-
-    def add_folded(self, module: nn.Module, args: tuple[Any, ...], y_TH: Tensor) -> Tensor:
-        """Return the experts' output with what folded experts give; the very tensor where none are."""
-        if self.fold is None or self._folded is None:
-            return y_TH
-        (x_TH, other_TP), self._folded = self._folded, None
-        return (y_TH + self.fold.contribution(x_TH, other_TP)).to(y_TH.dtype)
+def _always(bundle: RouterBundle) -> RouterFactory:
+    return lambda weights, shape, seed: bundle
 
 
 def model_shape(model: nn.Module) -> ModelShape:
@@ -201,17 +168,3 @@ def model_shape(model: nn.Module) -> ModelShape:
     if name not in READERS:
         raise MoebenchError(unknown("MoE architecture (model_type)", name, READERS))
     return READERS[name](config.to_dict())
-
-
-def _gate(model: nn.Module, experts: Any) -> tuple[Any, torch.dtype]:
-    """Return the gate beside ``experts`` and the dtype of the weights that it answers with, by asking it once."""
-    block = next(module for module in model.modules() if any(child is experts for child in module.children()))
-    down = experts.down_proj
-    for name in GATE_NAMES:
-        gate: Any = getattr(block, name, None)
-        if isinstance(getattr(gate, "weight", None), Tensor):
-            with torch.no_grad():
-                answer = gate(torch.zeros(1, down.shape[1], dtype=down.dtype, device=down.device))
-            if isinstance(answer, tuple) and len(answer) == 3 and not answer[2].is_floating_point():
-                return gate, answer[1].dtype
-    raise MoebenchError(f"{type(block).__name__} has no gate that answers (logits, weights, indices) to take over.")

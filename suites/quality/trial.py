@@ -61,7 +61,8 @@ class AccuracyTrial:
         for index, subject in self.subjects.items():
             executor = self.session.layer(index)
             executor = Folded(executor, stores[index]) if folded else executor
-            self.blocks[index] = MoEBlock(index, subject, executor, self.calls)
+            draws = substream(self.case.seed, "routing", index)
+            self.blocks[index] = MoEBlock(index, subject, executor, self.calls, draws)
 
     def begin_turn(self) -> None:
         """Nothing to make ready: every step writes anew."""
@@ -70,6 +71,8 @@ class AccuracyTrial:
         """Judge the window ``step``; return what the changed layers did."""
         self.calls.clear()
         part = slice(step * self.window, (step + 1) * self.window)
+        for block in self.blocks.values():
+            block.token_ids_T = self.passage.ids[:-1][part]
         with exchanged(self.model, self.blocks):
             final_TH = forward_from(self.model, self.dense.first, self.dense.entering[part])
         ids, bytes_T = self.passage.ids[1:][part], self.passage.bytes_T[part]

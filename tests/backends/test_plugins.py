@@ -57,7 +57,15 @@ def test_executions_say_what_will_run(name):
 MIXED = (INT8, INT8, INT4, INT4)
 REFUSED = [
     ("eager", layer(kinds=("ffn", "copy")), "no 'copy' experts; fold them"),
-    ("reference", layer(kinds=("ffn", "gather")), "no 'gather' experts"),
+    ("reference", layer(kinds=("ffn", "lora")), "no 'lora' experts"),
+    ("eager", layer(kinds=("gather",) * 4), "no 'gather' experts; use the reference backend"),
+    ("grouped", layer(kinds=("gather",) * 4), "no 'gather' experts; use the reference backend"),
+    ("compiled", layer(kinds=("gather",) * 4), "no 'gather' experts"),
+    ("packed", layer("bfloat16", INT8, kinds=("gather",) * 4), "no 'gather' experts"),
+    ("eager", layer(kinds=("sequence",) * 4, heads=4), "no 'sequence' experts; use the reference backend"),
+    ("batched", layer(kinds=("sequence",) * 4, heads=4), "no 'sequence' experts; use the reference backend"),
+    ("reference", layer(kinds=("sequence",) * 4), "attentions of 0 heads"),
+    ("reference", layer(kinds=("sequence",) * 4, heads=3), "3 heads do not divide their 128 channels"),
     ("packed", layer("bfloat16", INT8, kinds=("ffn", "zero")), "no 'zero' experts"),
     ("eager", layer("int8"), "not int8"),
     ("grouped", layer("float64"), "float32, bfloat16, float16, not float64"),

@@ -110,7 +110,7 @@ def test_the_part_of_the_memory_is_that_of_the_command_line():
         ("engine.second=1", "unknown setting of engine 'second'", "seconds"),
         ("calibration.token=1", "unknown setting of calibration 'token'", "tokens"),
         ("params.routin.topk.k=1", "unknown setting of params 'routin'", "routing"),
-        ("params.routing.topp.k=1", "unknown routing 'topp'", "topk"),
+        ("params.routing.topkk.k=1", "unknown routing 'topkk'", "topk"),
         ("params.routing.moepp.taus=1", "unknown parameter of routing 'moepp' 'taus'", "tau"),
         ("model.hiden=3", "unknown parameter of model 'hiden'", "hidden"),
         ("seeds=3", "unknown setting 'seeds'", "seed"),

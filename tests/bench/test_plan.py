@@ -227,7 +227,7 @@ def test_what_the_calls_between_read_passes_the_cache(cache, layer, share):
     copies = cold_copies(cache, layer, share)
     assert copies >= 2
     assert (copies - 1) * layer * share >= 1.2 * cache * (1 - 1e-9)
-    assert copies == 2 or (copies - 2) * layer * share < 1.2 * cache
+    assert copies == 2 or (copies - 2) * layer * share < 1.2 * cache * (1 + 1e-9)
 
 
 def test_the_plan_is_told_line_by_line():

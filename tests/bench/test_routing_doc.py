@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moebench.bench.routing_doc import Costs, claims_of_tests, costs_in, costs_of, defaults, needs, routing_page, words
+from moebench.bench.claims_in_tests import claims_in_tests
+from moebench.bench.routing_doc import Costs, costs_in, costs_of, defaults, needs, routing_page, words
 from moebench.contracts import Descriptor, MoebenchError, Registry
 
 ROUTINGS = Registry.load().all("routing")
@@ -65,11 +66,42 @@ def test_the_page_keeps_costs_and_has_a_row_for_every_routing():
     assert costs_in("") == Costs()
 
 
-def test_claims_of_tests_are_numbers_in_order(tmp_path):
+FAMILY_TEST = """
+@pytest.mark.parametrize("params", [SimilarityAware(k=2)])
+def test_one(params):
+    '''R14, R2 and R14; not R29, XR3 or R.'''
+
+def test_all():
+    '''R7 of the whole family.'''
+
+def helper():
+    '''R9 is no test.'''
+"""
+OTHER_TEST = """
+def test_mixtral_is_itself():
+    '''R1.'''
+
+def test_by_name():
+    '''R6.'''
+    build("deepseek_v3")
+
+def test_about_nobody():
+    '''R3.'''
+"""
+
+
+def test_claims_belong_to_the_routings_that_a_test_names(tmp_path):
     folder = tmp_path / "moe" / "routers"
     folder.mkdir(parents=True)
-    (folder / "test_graph.py").write_text("# R14, R2 and R14; not R29, XR3 or R\n")
-    assert claims_of_tests(tmp_path) == {"graph": ["R2", "R14"]}
+    (folder / "test_graph.py").write_text(FAMILY_TEST)
+    (tmp_path / "moe" / "test_routers.py").write_text(OTHER_TEST)
+    claims = {name: numbers for name, numbers in claims_in_tests(tmp_path, ROUTINGS).items() if numbers}
+    assert claims == {
+        "got_similarity": ["R2", "R7", "R14"],
+        "got_attention": ["R7"],
+        "mixtral": ["R1"],
+        "deepseek_v3": ["R6"],
+    }
 
 
 def test_claims_on_real_weights_are_linked():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from moebench.contracts import Selection
 from moebench.moe.balance.load import cv2_importance, cv2_load, entropy, modality, sequence, switch
+from moebench.moe.balance.modality import modality_kl, modality_l1
 from moebench.moe.balance.registry import LOSSES, Term, total
 from moebench.moe.balance.rows import chunks, neighbours
 from moebench.moe.balance.sparse import chunk_sparsity, l1, locality
@@ -20,7 +21,8 @@ from moebench.moe.routing import Context, Routing
 relaxed = settings(deadline=None, max_examples=60)
 KINDS = ("ffn",) * 8 + ("constant",) * 2 + ("copy", "zero")
 LABELS = Context(modality_T=torch.arange(64) % 2, segment_T=torch.arange(64) // 32)
-PARAMETERS = {"cls": {"length": 8}, "l1": {"k": 2}}
+MEANT = torch.tensor([[True] + [False] * 11, [False] * 6 + [True, True] + [False] * 4])
+PARAMETERS = {"cls": {"length": 8}, "l1": {"k": 2}, "modality_l1": {"experts_ME": MEANT}}
 
 
 def seeded(*size, seed=0):
@@ -81,7 +83,7 @@ def test_gradients_are_finite_and_somewhere_not_zero(name):
     assert logits_TE.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "modality_l1"])
 def test_experts_have_no_order(name):
     logits_TE, order_E = seeded(64, 12, seed=2), torch.randperm(12, generator=torch.Generator().manual_seed(3))
     assert value(name, of_logits(logits_TE[:, order_E])) == pytest.approx(value(name, of_logits(logits_TE)), rel=1e-5)
@@ -204,7 +206,7 @@ def with_nulls(split, true=8, nulls=4, tokens=96):
 
 
 def test_bucket_ignores_how_null_mass_is_split_and_plain_switch_does_not():
-    """R3: equal to 1e-6 with the bucket; without it the loss falls on identical nulls."""
+    """R3 (AdaMoE): 1.0017 both with the bucket; without it the loss falls on identical nulls: 1.0017 and 2.2017."""
     spread, single = with_nulls([24, 24, 24, 24]), with_nulls([96, 0, 0, 0])
     nulls = range(8, 12)
     assert float(switch(spread, bucket=nulls)) == pytest.approx(float(switch(single, bucket=nulls)), abs=1e-6)
@@ -261,6 +263,103 @@ def test_a_modality_without_tokens_is_left_out():
     )
     with pytest.raises(ValueError, match="needs modality_T"):
         modality(routing, Context())
+
+
+def of_probabilities(probs_TE):
+    return Routing.dense(probs_TE, probs_TE.log(), probs_TE)
+
+
+def test_distinct_experts_cost_nothing_once_modalities_have_them():
+    """0 where each token is certain of its modality's expert, 2 / E where it is certain of another one."""
+    label_T, meant_ME = torch.arange(10) % 2, torch.eye(5, dtype=torch.bool)[[1, 4]]
+    ctx = Context(modality_T=label_T)
+    for shift, wanted in ((0, 0.0), (1, 2 / 5)):
+        routing = of_probabilities(meant_ME[label_T].roll(shift, 1).float())
+        assert float(modality_l1(routing, ctx, experts_ME=meant_ME)) == pytest.approx(wanted, abs=1e-7)
+
+
+@pytest.mark.parametrize("meant", [1, 2, 4])
+def test_several_experts_leave_a_rest_of_what_they_are_too_many(meant):
+    """The least is (n - 1) / E: p over the marked ones, whatever its parts."""
+    probs_TE = torch.zeros(6, 8)
+    probs_TE[:, :meant] = seeded(6, meant, seed=21).softmax(-1)
+    meant_ME = (torch.arange(8) < meant)[None]
+    ctx = Context(modality_T=torch.zeros(6, dtype=torch.int64))
+    assert float(modality_l1(of_probabilities(probs_TE), ctx, experts_ME=meant_ME)) == pytest.approx((meant - 1) / 8)
+
+
+def test_distinct_loss_is_the_sum_of_modalities_by_their_tokens():
+    """Uni-MoE's formula: (tokens of a modality / all tokens) * mean over them; a modality without experts adds none."""
+    routing, label_T = of_logits(seeded(60, 8, seed=22)), torch.tensor([0] * 10 + [1] * 30 + [2] * 20)
+    meant_ME = torch.zeros(3, 8, dtype=torch.bool)
+    meant_ME[0, 2], meant_ME[1, 5:7] = True, True
+    parts = [(routing.probs_TE[label_T == m] - meant_ME[m].float()).abs().mean() * (label_T == m).sum() for m in (0, 1)]
+    found = modality_l1(routing, Context(modality_T=label_T), experts_ME=meant_ME)
+    torch.testing.assert_close(found, sum(parts) / 60)
+
+
+def test_a_step_down_the_distinct_loss_moves_tokens_to_their_experts():
+    logits_TE, label_T = seeded(40, 6, seed=23).requires_grad_(), torch.arange(40) % 2
+    meant_ME = torch.eye(6, dtype=torch.bool)[[0, 3]]
+    routing = of_logits(logits_TE)
+    modality_l1(routing, Context(modality_T=label_T), experts_ME=meant_ME).backward()
+    assert bool((logits_TE.grad[meant_ME[label_T]] < 0).all())
+    torch.testing.assert_close(logits_TE.grad.sum(1), torch.zeros(40), atol=1e-7, rtol=0)
+
+
+def test_divergence_is_none_where_modalities_choose_alike():
+    """1 exactly, with no slope: KL is at its least there."""
+    logits_TE = seeded(20, 6, seed=24).repeat(3, 1).requires_grad_()
+    label_T = torch.arange(3).repeat_interleave(20)
+    for released in (False, True):
+        (gradient_TE,) = torch.autograd.grad(
+            loss := modality_kl(of_logits(logits_TE), Context(modality_T=label_T), released=released), logits_TE
+        )
+        assert float(loss.detach()) == pytest.approx(1.0, abs=1e-6)
+        assert float(gradient_TE.abs().max()) < 1e-7
+
+
+def test_divergence_by_hand_and_its_order():
+    """KL(P_b || P_a) of the later modality from the earlier one, the mean over three pairs."""
+    mean_ME = seeded(3, 5, seed=25).softmax(-1)
+    routing = of_probabilities(mean_ME.repeat_interleave(4, 0))
+    ctx = Context(modality_T=torch.tensor([7, 2, 4]).repeat_interleave(4))
+    kl = {(a, b): (mean_ME[b] * (mean_ME[b] / mean_ME[a]).log()).sum() for a in range(3) for b in range(3)}
+    wanted = 1 - (kl[1, 2] + kl[1, 0] + kl[2, 0]) / 3  # modalities 2 < 4 < 7 are rows 1, 2 and 0
+    torch.testing.assert_close(modality_kl(routing, ctx), wanted)
+    assert float(wanted) < 1
+
+
+def test_a_step_down_the_divergence_loss_tells_modalities_apart():
+    start_TE, label_T = seeded(40, 6, seed=26), torch.arange(40) % 2
+    ctx, values = Context(modality_T=label_T), []
+    logits_TE = start_TE.clone().requires_grad_()
+    for _ in range(3):
+        loss = modality_kl(of_logits(logits_TE), ctx)
+        (gradient_TE,) = torch.autograd.grad(loss, logits_TE)
+        logits_TE = (logits_TE - 50 * gradient_TE).detach().requires_grad_()
+        values.append(float(loss.detach()))
+    assert values[0] > values[1] > values[2]
+
+
+def test_the_released_divergence_can_hardly_grow():
+    """Softmax of probabilities lies within a factor of e, and the divergence is over E: modalities as far apart as
+    can be have 0.963, where without it they have -86."""
+    routing = of_probabilities(torch.eye(6)[[0, 0, 3, 3]])
+    ctx = Context(modality_T=torch.tensor([0, 0, 1, 1]))
+    twice_ME = torch.eye(6)[[0, 3]].softmax(-1)
+    wanted = 1 - (twice_ME[1] * (twice_ME[1] / twice_ME[0]).log()).sum() / 6
+    torch.testing.assert_close(modality_kl(routing, ctx, released=True), wanted)
+    assert float(wanted) == pytest.approx(0.963, abs=1e-3)
+    assert float(modality_kl(routing, ctx)) < -80
+
+
+def test_one_modality_alone_has_no_divergence_and_none_at_all_is_told():
+    routing = of_logits(seeded(8, 6, seed=27))
+    assert float(modality_kl(routing, Context(modality_T=torch.full((8,), 3)))) == 0.0
+    for call in (lambda: modality_kl(routing), lambda: modality_l1(routing, Context(), experts_ME=MEANT)):
+        with pytest.raises(ValueError, match="needs modality_T"):
+            call()
 
 
 def test_sequence_balance_is_stricter_than_that_of_the_batch():
@@ -346,7 +445,7 @@ def test_chunks_and_neighbours_stay_within_a_segment_and_in_order(segments, leng
 
 
 def test_cls_is_the_expected_union_of_a_chunk():
-    """R9: 0.80 of 40 experts for chunks of 64 tokens, as (1 - 1/40) ** 64 says, and the simulated union is the same."""
+    """R9 (BlockFFN): 0.80 of 40 experts for chunks of 64 tokens, as (1 - 1/40) ** 64 and the simulated union say."""
     generator = torch.Generator().manual_seed(17)
     q_TE = torch.randn(1024, 40, generator=generator).relu()
     q_TE = q_TE / q_TE.sum(1, keepdim=True)

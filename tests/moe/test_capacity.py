@@ -160,7 +160,7 @@ def halves(routing, kept):
 
 
 def test_random_token_selection_removes_the_bias_of_position():
-    """R10: dropping by position is all in the second half, and random dropping is the same in both."""
+    """R10 (Capped): dropping by position is all in the second half, and random dropping is the same in both."""
     by_position, by_chance, total = [], [], []
     for seed in range(0, 20, 2):
         routing = linear_router(seed=seed)
@@ -228,7 +228,7 @@ def test_slots_are_rounded_up_from_the_exact_number(factor, k, tokens, experts, 
 
 @pytest.mark.parametrize("tau", [0.25, 0.75])
 def test_kinds_of_moepp_share_gamma_times_all_assignments(tau):
-    """R5: the capacities add up to gamma k T (each rounded up by less than one)."""
+    """R5 (MoEPlusPlus): the capacities add up to gamma k T (each rounded up by less than one)."""
     kinds = ("ffn",) * 8 + ("constant",) * 2 + ("copy", "zero")
     slots_E = CapacityRule(1.1, 2, tau=tau).slots(torch.tensor([4000]), kinds)[0]
     assert 1.1 * 2 * 4000 <= int(slots_E.sum()) < 1.1 * 2 * 4000 + len(kinds)
@@ -236,7 +236,7 @@ def test_kinds_of_moepp_share_gamma_times_all_assignments(tau):
 
 
 def test_eq_8_as_printed_overflows_in_perfect_balance():
-    """R5: with T in place of k T at least 45 % of the assignments find no place at gamma = 1.1."""
+    """R5 (MoEPlusPlus): with T in place of k T at least 45 % of the assignments find no place at gamma = 1.1."""
     tokens, experts = 400, 8
     routing = Routing.topk(torch.arange(tokens * 2).reshape(tokens, 2) % experts, torch.ones(tokens, 2), experts)
     dropped = [1 - len(limit(routing, ("ffn",) * experts, CapacityRule(1.1, k)).token_N) / (2 * tokens) for k in (1, 2)]
@@ -310,7 +310,7 @@ def test_wrapper_keeps_parameters_and_hands_updates_on():
         def forward(self, x_TH, ctx):
             return linear_router(len(x_TH), 4)
 
-        def update(self, routing):
+        def update(self, routing, signal=None):
             self.seen += len(routing.token_N)
 
     router = Capacity(Counting(), ("ffn",) * 4, CapacityRule(0.5))

@@ -110,6 +110,6 @@ def test_what_cannot_be_folded_is_refused():
     with pytest.raises(MoebenchError, match="boundary topk or sorted"):
         fold_kinds(store, (torch.randn(3, 2), torch.randn(2)), torch.randn(3, H))
     with pytest.raises(MoebenchError, match="'gather' experts cannot be folded"):
-        Fold(ExpertStore(store.gate_up, store.down, ("ffn", "gather")))
+        Fold(ExpertStore(store.gate_up, store.down, ("gather", "copy")))
     with pytest.raises(MoebenchError, match="has no constants"):
         Fold(ExpertStore(store.gate_up, store.down, ("ffn", "constant")))

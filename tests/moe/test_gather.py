@@ -45,7 +45,7 @@ def value(metrics, name):
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 3), st.integers(0, 999))
 def test_product_keys_find_the_very_best(side, k, heads, seed):
-    """R12: error 0 - the same sums, bit for bit, and the same rows."""
+    """R12 (PEER): error 0 - the same sums, bit for bit, and the same rows."""
     k = min(k, side * side)
     first_TAS, second_TAS = seeded(5, heads, side, seed=seed), seeded(5, heads, side, seed=seed + 1000)
     scores, rows = product_key_topk(first_TAS, second_TAS, k)
@@ -204,7 +204,7 @@ def test_a_core_of_rank_one_and_positive_scores_are_searched_exactly(side, k, ra
 
 
 def test_tucker_recall_by_regime():
-    """R13: near rank one and U(0, 1) cores are safe with positive scores; C = I is not, and signed scores never are.
+    """R13 (UltraMem): near rank one and U(0, 1) cores are safe with positive scores; C = I is not, signed scores never.
 
     Measured here with S = 128, k = 16: 1.0, 1.0, .54 and .5; routing.md has 1.0, .998, .515 and .49 for sizes unsaid.
     """

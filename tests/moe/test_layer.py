@@ -86,8 +86,8 @@ def test_every_kind_has_its_own_mathematics():
 
 
 def test_unknown_kind_is_refused_in_a_sentence():
-    store = make_store(("ffn", "gather"))
-    with pytest.raises(MoebenchError, match="expert 1 of kind 'gather'"):
+    store = make_store(("ffn", "lora"))
+    with pytest.raises(MoebenchError, match="expert 1 of kind 'lora'"):
         moe_forward(layer_of(store), randn(T, H), routing=Routing.dense(torch.ones(T, 2)))
 
 
@@ -100,6 +100,63 @@ def test_shared_expert_is_added_for_every_token(gated):
         wanted = wanted / (1 + torch.exp(-(x * shared.gate_H).sum(-1, keepdim=True)))
     torch.testing.assert_close(moe_forward(layer_of(make_store(), shared), x, routing=empty), wanted)
     torch.testing.assert_close(shared.forward(x), wanted)
+
+
+def mixed(mix_2H):
+    return SharedExpert(randn(2 * S, H, seed=3), randn(H, S, seed=4), mix_2H=mix_2H)
+
+
+def test_a_mix_weighs_the_routed_sum_and_the_shared_output():
+    """Both sides of softmax(W x), as DeepSpeed has it; equal rows halve both."""
+    store, x, routing = make_store(), randn(T, H), Routing.dense(randn(T, 2, seed=9))
+    routed, own = moe_forward(layer_of(store), x, routing=routing), ffn(x, randn(2 * S, H, seed=3), randn(H, S, seed=4))
+    mix_T2 = torch.softmax(x @ randn(2, H, seed=6).T, dim=-1)
+    y = moe_forward(layer_of(store, mixed(randn(2, H, seed=6))), x, routing=routing)
+    torch.testing.assert_close(y, mix_T2[:, :1] * routed + mix_T2[:, 1:] * own)
+    y = moe_forward(layer_of(store, mixed(torch.ones(2, H, dtype=torch.float64))), x, routing=routing)
+    torch.testing.assert_close(y, (routed + own) / 2)
+
+
+def test_a_mix_that_has_decided_leaves_one_side_exactly():
+    """c = (0, 1) is the dense FFN, bit for bit, and c = (1, 0) the experts."""
+    store, x, routing = make_store(), randn(T, H), Routing.dense(randn(T, 2, seed=9))
+    x[:, 0] = 1.0
+    sides = [moe_forward(layer_of(store), x, routing=routing), mixed(None)(x)]
+    for side, wanted in enumerate(sides):
+        mix_2H = torch.zeros(2, H, dtype=torch.float64)
+        mix_2H[side, 0] = 2000.0
+        assert torch.equal(moe_forward(layer_of(store, mixed(mix_2H)), x, routing=routing), wanted)
+
+
+def test_a_mix_is_a_factor_of_the_routings_weights():
+    store, x, routing = make_store(), randn(T, H), Routing.dense(randn(T, 2, seed=9))
+    shared = mixed(randn(2, H, seed=6))
+    share_T = torch.softmax(x @ shared.mix_2H.T, dim=-1)[:, 0]
+    scaled = routing.scaled(share_T[routing.token_N])
+    wanted = moe_forward(layer_of(store), x, routing=scaled) + shared(x)
+    torch.testing.assert_close(moe_forward(layer_of(store, shared), x, routing=routing), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["none", "sigmoid", "softmax2"])
+def test_adding_in_place_is_adding(kind, dtype):
+    shared = {"none": mixed(None), "sigmoid": make_shared(), "softmax2": mixed(randn(2, H, seed=6))}[kind]
+    x, routed = randn(T, H).to(dtype), randn(T, H, seed=12).to(dtype)
+    y = routed.clone()
+    shared.add_to_(y, x)
+    torch.testing.assert_close(y, shared.added_to(routed, x).to(dtype))
+    assert not torch.allclose(y, routed)
+
+
+def test_a_shared_expert_has_one_gate():
+    with pytest.raises(ValueError, match="give one of them"):
+        SharedExpert(randn(2 * S, H), randn(H, S), randn(H), mix_2H=randn(2, H))
+
+
+def test_an_ungated_shared_expert_uses_one_matrix():
+    shared, x = SharedExpert(randn(S, H, seed=3), randn(H, S, seed=4), gated=False), randn(T, H)
+    hidden = x @ shared.gate_up.T
+    torch.testing.assert_close(shared(x), (hidden * torch.sigmoid(hidden)) @ shared.down.T)
 
 
 def test_ungated_experts_use_one_matrix():
@@ -125,12 +182,13 @@ def test_router_is_asked_with_the_context_unless_a_routing_is_given():
     assert len(layer.router.seen) == 1
 
 
-def test_gradients_reach_input_gate_and_weights():
+@pytest.mark.parametrize("shared", [make_shared(), mixed(randn(2, H, seed=6))], ids=["sigmoid", "softmax2"])
+def test_gradients_reach_input_gate_and_weights(shared):
     store, x = make_store(), randn(4, H)
 
     def forward(x, gate_TE, gate_up, down):
         inner = ExpertStore(gate_up, down, store.kinds)
-        return moe_forward(layer_of(inner, make_shared()), x, routing=Routing.dense(gate_TE))
+        return moe_forward(layer_of(inner, shared), x, routing=Routing.dense(gate_TE))
 
     inputs = [t.clone().requires_grad_() for t in (x, randn(4, 2, seed=3), store.gate_up, store.down)]
     assert torch.autograd.gradcheck(forward, inputs)

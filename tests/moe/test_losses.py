@@ -64,7 +64,7 @@ def test_balance_normalises_sigmoid_scores():
 
 @pytest.mark.parametrize("tau", [0.25, 0.75])
 def test_heterogeneous_optimum_is_where_shares_go_with_one_over_eta(tau):
-    """R4: FFN share tau N_F / (tau N_F + N_Z), and a loss of k / sum(1 / eta)."""
+    """R4 (MoEPlusPlus): FFN share tau N_F / (tau N_F + N_Z), and a loss of k / sum(1 / eta)."""
     load = [round(tau * 100)] * FFN + [100] * OTHERS
     eta_E = eta(KINDS, tau)
     best = float(heterogeneous_loss(certain(load), eta_E, k=1))
@@ -80,7 +80,7 @@ def test_heterogeneous_optimum_is_where_shares_go_with_one_over_eta(tau):
 
 @pytest.mark.parametrize(("tau", "share"), [(0.25, 1 / 3), (0.75, 0.6)])
 def test_training_on_the_heterogeneous_loss_reaches_its_ffn_share(tau, share):
-    """R4 with real top-2 slots: a router that starts at equal shares moves to the optimum's."""
+    """R4 (MoEPlusPlus) with real top-2 slots: a router that starts at equal shares moves to the optimum's."""
     generator = torch.Generator().manual_seed(0)
     x_TH = torch.randn(2048, 16, generator=generator)
     weight_EH = (torch.randn(len(KINDS), 16, generator=generator) * 0.25).requires_grad_()
@@ -105,7 +105,7 @@ def test_heterogeneous_loss_counts_slots_that_left_the_routing():
 @pytest.mark.parametrize("tau", [Fraction(1, 4), Fraction(3, 4), Fraction(1)])
 @pytest.mark.parametrize("others", [4, 8])
 def test_capacities_add_up_to_gamma_times_the_assignments(tau, others):
-    """R5, exactly, in rational numbers."""
+    """R5 (MoEPlusPlus), exactly, in rational numbers."""
     gamma = Fraction(11, 10)
     of_ffn, of_other = capacities(1000, 2, tau, 16, others, gamma)
     assert 16 * of_ffn + others * of_other == gamma * 2 * 1000

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moebench.contracts import MoebenchError, Scheme
 from moebench.moe.experts import Constants, ExpertStore, Sparsity, expert_forward
-from moebench.moe.layer import SharedExpert
+from moebench.moe.layer import PreparedLayer, SharedExpert, moe_forward
 from moebench.moe.oracle import (
     BOUNDS,
     Gradients,
@@ -87,8 +87,8 @@ def test_every_kind_of_expert():
         value_TH = a_T2[:, :1] * x + a_T2[:, 1:] * constants.value_CH[number].double()
         expected += gate_TE[:, expert : expert + 1] * value_TH
     torch.testing.assert_close(reference(store, routing, x_TH).y_TH, expected, rtol=1e-12, atol=1e-12)
-    with pytest.raises(MoebenchError, match="knows no 'gather' experts"):
-        reference(dataclasses.replace(store, kinds=("gather", *kinds[1:])), routing, x_TH)
+    with pytest.raises(MoebenchError, match="knows no 'lora' experts"):
+        reference(dataclasses.replace(store, kinds=("lora", *kinds[1:])), routing, x_TH)
     with pytest.raises(MoebenchError, match="has no constants"):
         reference(dataclasses.replace(store, constants=None), routing, x_TH)
     with pytest.raises(MoebenchError, match="the routing knows 5 experts and the store 4"):
@@ -101,6 +101,35 @@ def test_shared_experts_are_added(gated):
     shared = SharedExpert(torch.randn(2 * F, H), torch.randn(H, F), torch.randn(H) if gated else None)
     added = reference(store, routing, x_TH, shared).y_TH - reference(store, routing, x_TH).y_TH
     torch.testing.assert_close(added, shared(x_TH).double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_mixed_shared_expert_scales_the_routed_sum_and_what_is_known_of_it(dtype, gated):
+    """In float64 by hand; a layer that forgets the routed factor, or swaps both, is wrong."""
+    store, (x_TH, routing) = layer(dtype=dtype), traffic()
+    x_TH, mix_2H = x_TH.to(dtype), torch.randn(2, H).to(dtype)
+    gate_up, down = torch.randn((2 if gated else 1) * F, H).to(dtype) / 4, torch.randn(H, F).to(dtype) / 4
+    shared = SharedExpert(gate_up, down, mix_2H=mix_2H, gated=gated)
+    exact = [t.double() for t in (gate_up, down, mix_2H)]
+    own_TH = SharedExpert(*exact[:2], gated=gated)(x_TH.double())
+    mix_T2 = (x_TH.double() @ exact[2].T).softmax(-1)
+    plain, mixed = reference(store, routing, x_TH), reference(store, routing, x_TH, shared)
+    expected_TH = mix_T2[:, :1] * plain.y_TH + mix_T2[:, 1:] * own_TH
+    torch.testing.assert_close(mixed.y_TH, expected_TH, rtol=1e-12, atol=1e-12)
+    norms_TE = torch.stack(
+        [
+            expert_forward(x_TH.double(), g.double(), d.double(), store).norm(dim=1)
+            for g, d in zip(*store.dense(), strict=True)
+        ],
+        dim=1,
+    )
+    terms_T = (mix_T2[:, :1] * routing.to_dense() * norms_TE).square().sum(1) + (mix_T2[:, 1:] * own_TH).square().sum(1)
+    torch.testing.assert_close(mixed.scale_T, torch.maximum(terms_T.sqrt(), expected_TH.norm(dim=1)))
+    prepared = PreparedLayer(store, None, shared)
+    assert compare(moe_forward(prepared, x_TH, routing=routing), mixed, dtype).ok
+    for wrong in (dataclasses.replace(shared, mix_2H=None), dataclasses.replace(shared, mix_2H=mix_2H.flip(0))):
+        assert not compare(moe_forward(PreparedLayer(store, None, wrong), x_TH, routing=routing), mixed, dtype).ok
 
 
 # --- sparsity --------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moebench.contracts import Case, Choice, Descriptor, Evidence, MoebenchError, Registry, Selection
-from moebench.moe import plugins, quantization, recipe, sparsity, structure
-from moebench.moe.artefacts import Artefact, read, sources_sha256, tensors_sha256, write
+from moebench.moe import plugins, quantization, recipe, router_params, sparsity, structure
+from moebench.moe.artefacts import Artefact, cached, read, sources_sha256, tensors_sha256, write
 from moebench.moe.experts import Sparsity
 from moebench.moe.layer import LayerWeights, SharedExpert, ffn_hidden, moe_forward
 from moebench.moe.plugins import Int4, Split, Teal
@@ -24,7 +24,7 @@ H, F, T = 16, 32, 80
 @pytest.fixture(scope="module")
 def registry():
     registry = Registry()
-    registry.add(*plugins.DESCRIPTORS)
+    registry.add(*plugins.DESCRIPTORS, *router_params.DESCRIPTORS)
     return registry
 
 
@@ -123,6 +123,43 @@ def test_a_recipe_of_nothing_keeps_the_tensors_and_writes_nothing(registry, tmp_
     assert layer.shared.down is shared.down
     assert artefacts(tmp_path) == []
     assert prepare(nothing, None, weights, dtype=torch.bfloat16, shape=shape).shared.gate_H.dtype == torch.bfloat16
+
+
+def test_a_scheme_brings_its_shared_expert_where_the_layer_has_none(registry):
+    nothing = {"structure": ("none", {}), "quantization": ("none", {}), "sparsity": ("none", {})}
+    which = make_recipe(registry, routing=("pr_moe", {}), **nothing)
+    weights = LayerWeights(randn(4, 2 * F, H), randn(4, H, F), randn(4, H))
+    shape = ModelShape(H, F, 4, 2, (0, 1), Selection("softmax", 2, True))
+    made, again, other = (prepare(which, None, weights, seed=seed, shape=shape).shared for seed in (0, 0, 1))
+    assert torch.equal(made.gate_up, again.gate_up)
+    assert not torch.equal(made.gate_up, other.gate_up)
+    assert made.mix_2H.shape == (2, H)
+    rounded = prepare(which, None, weights, dtype=torch.bfloat16, shape=shape).shared
+    assert {rounded.gate_up.dtype, rounded.down.dtype, rounded.mix_2H.dtype} == {torch.bfloat16}
+    own = SharedExpert(randn(8, H), randn(H, 4))
+    kept = prepare(which, None, replace(weights, shared=own), shape=shape).shared
+    assert kept.down is own.down
+    assert kept.mix_2H is None
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        None,
+        SharedExpert(randn(8, H), randn(H, 4), randn(H), "gelu"),
+        SharedExpert(randn(4, H), randn(H, 4), mix_2H=randn(2, H), gated=False),
+    ],
+    ids=["none", "sigmoid", "softmax2"],
+)
+def test_shared_experts_survive_as_artefacts(tmp_path, shared):
+    weights = LayerWeights(randn(4, 2 * F, H), randn(4, H, F), shared=shared)
+    made = cached(tmp_path, {"a": 1}, lambda: weights, recipe.weights_artefact, recipe.weights_of)
+    read = cached(tmp_path, {"a": 1}, lambda: None, recipe.weights_artefact, recipe.weights_of)
+    assert made is weights
+    assert (read.shared is None) == (shared is None)
+    for name in ("gate_up", "down", "gate_H", "mix_2H", "activation", "gated") if shared is not None else ():
+        one, other = getattr(read.shared, name), getattr(shared, name)
+        assert torch.equal(one, other) if isinstance(other, torch.Tensor) else one == other
 
 
 def test_other_kinds_of_experts_go_through_every_stage(registry, tmp_path):
@@ -287,7 +324,7 @@ def test_a_cache_that_cannot_be_written_is_told_in_a_sentence(registry, tmp_path
 WRITER = """
 import sys, torch
 from pathlib import Path
-from moebench.moe.artefacts import Artefact, read, write
+from moebench.moe.artefacts import Artefact, cached, read, write
 root = Path(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

@@ -263,7 +263,7 @@ def pipeline(k, weighter, experts=8, hidden=48):
 @pytest.mark.parametrize(
     ("k", "weighter", "expected"),
     [
-        (1, Softmax(renormalize=True), 0),  # R28: the weight is 1 whatever the score
+        (1, Softmax(renormalize=True), 0),  # the weight is 1 whatever the score
         (1, Softmax(), 1),
         (2, Softmax(renormalize=True), 1),  # the sum is constant, the weights are not
         (2, One(), 0),
@@ -271,6 +271,7 @@ def pipeline(k, weighter, experts=8, hidden=48):
     ],
 )
 def test_constant_weights_carry_no_gradient(k, weighter, expected):
+    """R28, as a share of tokens: none where the one weight of a token is made 1, or all its weights are."""
     assert share(pipeline(k, weighter))[0] == expected
 
 
@@ -304,7 +305,8 @@ def test_null_assignments_cost_nothing(gated, per_weight):
 
 def test_weights_of_every_kind():
     cost = {kind: parameters_of_kind(kind, 10, 20, True) for kind in ("ffn", "zero", "copy", "constant", "gather")}
-    assert cost == {"ffn": 600, "zero": 0, "copy": 0, "constant": 30, "gather": 20}
+    assert cost == {"ffn": 600, "zero": 0, "copy": 0, "constant": 30, "gather": 600}
+    assert (parameters_of_kind("gather", 10, 1, True), parameters_of_kind("gather", 10, 1, False)) == (30, 20)
     assert parameters_of_kind("sequence", 10, 20, True) is None
 
 

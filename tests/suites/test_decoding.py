@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebench.contracts import Selection
+from moebench.contracts import MoebenchError, Selection
 from moebench.moe.layer import LayerWeights
 from moebench.moe.router import Linear, Pipeline, Softmax, TopK
 from moebench.moe.routing import Context
@@ -27,7 +27,7 @@ SIZES = {
     "intermediate_size": 24,
 }
 EXPERTS = {"Mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2}, "Olmoe": {"num_experts": 8}}
-NEW = 8
+NEW, FEW = 8, 4
 
 
 @pytest.fixture(scope="module", params=EXPERTS)
@@ -134,7 +134,40 @@ def test_ranks_that_do_not_exist_are_refused(ranks):
 def test_ranks_of_grouped_models_are_refused():
     with pytest.raises(ValueError, match="over all experts"):
         Ranked(pipeline(groups=(4, 2)))
-    assert Ranked(pipeline(groups=(4, 4))).needs == {"ranks"}
+    assert Ranked(pipeline(groups=(4, 4))).needs == {"ranks", "rng"}
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_one_expert_by_chance(renormalize):
+    x_TH = torch.randn(4000, 32, generator=torch.Generator().manual_seed(1)) / 4
+    router = Ranked(pipeline(renormalize=renormalize))
+    draws = [router(x_TH, Context(ranks="random", rng=torch.Generator().manual_seed(s))) for s in (0, 0, 1)]
+    assert (draws[0].k_T == 1).all()
+    assert torch.equal(draws[0].expert_N, draws[1].expert_N)
+    assert not torch.equal(draws[0].expert_N, draws[2].expert_N)
+    assert ((draws[0].counts_E - 500).abs() < 5 * 500**0.5).all(), "every expert is as likely as another"
+    probs_N = draws[0].logits_TE.softmax(-1)[draws[0].token_N, draws[0].expert_N]
+    torch.testing.assert_close(draws[0].weight_N, torch.ones(4000) if renormalize else probs_N)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.05, 1.0), st.booleans(), st.integers(0, 9))
+def test_a_share_takes_the_fewest_experts_that_hold_it(share, renormalize, seed):
+    router = Ranked(pipeline(renormalize=renormalize))
+    routing = router(torch.randn(50, 32, generator=torch.Generator().manual_seed(seed)) / 4, Context(ranks=share))
+    probs_TE = routing.logits_TE.softmax(-1)
+    for token, row_E in enumerate(probs_TE.double()):
+        sorted_E = row_E.sort(descending=True)
+        held_E = sorted_E.values.cumsum(0)
+        k = min(int((held_E < share - 1e-6).sum()) + 1, 8)
+        own = routing.token_N == token
+        assert abs(int(own.sum()) - k) <= int(((held_E - share).abs() < 2e-6).any())
+        assert set(routing.expert_N[own].tolist()) == set(sorted_E.indices[: int(own.sum())].tolist())
+    total_T = routing.to_dense().sum(-1)
+    if renormalize:
+        torch.testing.assert_close(total_T, torch.ones(50))
+    else:
+        assert (total_T >= share - 1e-5).all()
 
 
 def test_the_factory_makes_the_models_own_router():
@@ -170,8 +203,72 @@ def test_the_default_changes_some_tokens_and_the_weak_pass_touches_one_expert(mo
     decoded = decode(model, prompts(), SelfContrast(beta=2.0, alpha=0.01), NEW)
     assert decoded.ids_BS.shape == (3, 6 + NEW)
     assert decoded.changed_B.sum() > 0
-    assert decoded.weak_experts == 1
+    assert (decoded.strong_experts, decoded.weak_experts) == (model.config.num_experts_per_tok, 1)
     assert not torch.equal(decoded.ids_BS, greedy(model))
+
+
+# --- other weak passes: the best expert, a lower rank, one by chance, as many as hold a share ------------------------
+
+WEAK = [(0,), (2,), "random", 0.6]
+weak_passes = pytest.mark.parametrize("weak", WEAK, ids=str)
+
+
+def decoded_on_ours(model, new=FEW, prompt=None, **params):
+    """A share gives tokens unlike numbers of experts, which our backends run."""
+    return decode(model, prompts() if prompt is None else prompt, SelfContrast(**params), new, backend="grouped")
+
+
+@weak_passes
+@pytest.mark.parametrize("degenerate", [{"beta": 0.0}, {"alpha": 1.0}], ids=["beta=0", "alpha=1"])
+def test_every_weak_pass_may_be_without_effect(model, weak, degenerate):
+    decoded = decoded_on_ours(model, weak=weak, **degenerate)
+    assert torch.equal(decoded.ids_BS, greedy(model, FEW))
+    assert not decoded.changed_B.any()
+
+
+@weak_passes
+def test_a_pass_against_itself_is_greedy_in_its_own_routing(model, weak):
+    """R19, also for one by chance: both passes draw the same."""
+    own, plain = (
+        decoded_on_ours(model, weak=weak, strong=weak, alpha=alpha, beta=beta)
+        for alpha, beta in ((0.0, 2.0), (1.0, 0.0))
+    )
+    assert torch.equal(own.ids_BS, plain.ids_BS)
+    assert not own.changed_B.any()
+    assert own.strong_bytes == own.weak_bytes
+
+
+@weak_passes
+def test_a_weak_pass_reads_the_bytes_of_its_experts_alone(model, weak):
+    """One expert a layer for one sequence, if not a share; the strong pass reads the model's own k."""
+    decoded = decoded_on_ours(model, prompt=prompts(1), weak=weak)
+    layers, expert = 2, 3 * 32 * 24 * 4
+    k = model.config.num_experts_per_tok
+    assert len(decoded.weak_bytes) == FEW
+    assert set(decoded.strong_bytes[1:]) == {layers * k * expert}
+    if isinstance(weak, float):
+        assert 1 <= decoded.weak_experts <= 8
+        assert all(layers * expert <= read <= layers * 8 * expert for read in decoded.weak_bytes)
+    else:
+        assert decoded.weak_experts == 1
+        assert set(decoded.weak_bytes[1:]) == {layers * expert}
+
+
+@weak_passes
+def test_every_weak_pass_has_its_effect(model, weak):
+    decoded = decoded_on_ours(model, weak=weak, beta=4.0, alpha=0.0)
+    assert decoded.changed_B.sum() > 0
+    assert torch.equal(decoded.ids_BS, decoded_on_ours(model, weak=weak, beta=4.0, alpha=0.0).ids_BS)
+
+
+def test_chance_is_that_of_the_seed(model):
+    sequences = [decoded_on_ours(model, weak="random", beta=4.0, alpha=0.0, seed=seed).ids_BS for seed in (0, 1)]
+    assert not torch.equal(*sequences)
+
+
+def test_a_share_needs_our_backends(model):
+    with pytest.raises(MoebenchError, match="tokens with fewer experts than others, which only our backends run"):
+        decode(model, prompts(), SelfContrast(weak=0.6), 1)
 
 
 def test_caches_are_apart(model):
@@ -229,7 +326,18 @@ def test_samples_are_those_of_the_generator(model):
     assert not torch.equal(draws[0], draws[2])
 
 
-@pytest.mark.parametrize("params", [{"alpha": 1.5}, {"alpha": -0.1}, {"beta": -1.0}, {"weak_temperature": 0.0}])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"alpha": 1.5},
+        {"alpha": -0.1},
+        {"beta": -1.0},
+        {"weak_temperature": 0.0},
+        {"weak": 0.0},
+        {"weak": 2},
+        {"strong": "best"},
+    ],
+)
 def test_impossible_parameters_are_refused(params):
-    with pytest.raises(ValueError, match=r"must lie in|must be positive"):
+    with pytest.raises(ValueError, match=r"must lie in|must be positive|names no experts"):
         SelfContrast(**params)

@@ -11,9 +11,11 @@ import torch
 from moebench.bench.config import load
 from moebench.bench.plan import make_plan
 from moebench.contracts import Registry
+from moebench.moe.oracle import reference_gradients
 from moebench.suites import layer
 from moebench.suites.layer import STEPS, LayerTrial
 from moebench.suites.memory import PeakBytes, saved_bytes
+from moebench.suites.quality.block import MoEBlock
 from moebench.suites.subject import make_batch, prepare_subject
 from moebench.suites.training import TrainingTrial
 
@@ -65,6 +67,64 @@ def test_presets_run_with_their_own_routing_and_shared_experts(model):
     assert all_ok(trial, turns=1)
     shared = trial.subject.layer.shared
     assert (shared is not None) == (model in ("deepseek-v3", "qwen1.5-moe-a2.7b"))
+
+
+SHARED = {"dit_moe": "none", "time_moe": "sigmoid", "pr_moe": "softmax2", "adamoe_vla": "none"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["reference", "grouped"])
+@pytest.mark.parametrize("routing", SHARED)
+def test_schemes_run_with_their_shared_experts(routing, backend, dtype):
+    model = ("model=tiny", "model.experts=8", "axes.tokens=9", f"axes.backend={backend}", f"axes.dtype={dtype}")
+    trial = LayerTrial(only_case("suite=throughput", *model, f"axes.routing={routing}"), REGISTRY)
+    assert all_ok(trial, turns=1)
+    shared = trial.subject.layer.shared
+    assert (shared.gate_H is not None, shared.mix_2H is not None) == (
+        SHARED[routing] == "sigmoid",
+        SHARED[routing] == "softmax2",
+    )
+    trial.begin_turn()
+    routed_TH = trial.out[0].clone()
+    next(trial.executors)(trial.x[0], *trial.inputs[0], out_TH=routed_TH)
+    assert not trial.verify(0, routed_TH).ok, "without the shared expert the output passes as well"
+    if shared.mix_2H is not None:
+        assert not trial.verify(0, routed_TH + shared(trial.x[0])).ok, "the routed factor does not matter"
+
+
+def test_an_ungated_model_has_an_ungated_residual():
+    small = ("model.hidden=64", "model.width=32", "model.experts=8", "axes.tokens=5", "axes.backend=eager")
+    trial = LayerTrial(only_case("suite=throughput", "model=switch-base-8", *small, "axes.routing=pr_moe"), REGISTRY)
+    assert all_ok(trial, turns=1)
+    assert tuple(trial.subject.layer.shared.gate_up.shape) == (32, 64)
+    assert not trial.subject.layer.shared.gated
+
+
+def test_a_model_keeps_its_own_shared_expert():
+    case = only_case(
+        "suite=throughput",
+        "model=tiny",
+        "model.shared_width=16",
+        "axes.backend=eager",
+        "axes.routing=pr_moe",
+        "axes.tokens=8",
+    )
+    trial = LayerTrial(case, REGISTRY)
+    assert all_ok(trial, turns=1)
+    assert trial.subject.layer.shared.mix_2H is None
+    assert trial.subject.layer.shared.down.shape[1] == 16
+
+
+def test_structures_of_experts_are_right_on_every_backend():
+    backends = "axes.backend=[reference,eager,batched,grouped]"
+    by = "params.structure.prune.by=[utilisation,random]"
+    found = cases(
+        "suite=throughput", "model=tiny", "axes.tokens=9", "axes.structure=[none,prune,aggregate]", by, backends
+    )
+    assert len(found) == 16
+    assert len({case.method_key for case in found}) == 4
+    experts = {LayerTrial(case, REGISTRY).subject.spec.experts for case in found if all_ok(LayerTrial(case, REGISTRY))}
+    assert experts == {4, 8, 16}
 
 
 @pytest.mark.parametrize("traffic", ["gaussian", "uniform", "balanced", "zipf", "hotspot", "dead", "bursty"])
@@ -186,6 +246,42 @@ def test_training_through_a_shared_expert_is_right():
     assert all_ok(TrainingTrial(case, REGISTRY), turns=1)
 
 
+@pytest.mark.parametrize("routing", ["time_moe", "pr_moe"])
+def test_training_through_a_gated_shared_expert_is_right(routing):
+    """The gate is a function of x as well, and with softmax2 of what the experts' weights get."""
+    case = only_case("suite=training", "model=tiny", f"axes.routing={routing}", "axes.backend=eager", "axes.tokens=12")
+    trial = TrainingTrial(case, REGISTRY)
+    assert all_ok(trial, turns=1)
+    batch = trial.batches[trial._batch_number(0)]
+    plain = reference_gradients(trial.subject.layer.store, batch.routing, batch.x_TH, trial.grad_TH)
+    same = torch.equal(plain.down, trial.expected[trial._batch_number(0)].down)
+    assert same == (routing == "time_moe"), "only softmax2 scales what the experts get"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_block_of_a_language_model_mixes_its_shared_expert_in(dtype):
+    case = only_case(
+        "suite=throughput",
+        "model=tiny",
+        "axes.routing=pr_moe",
+        "axes.backend=eager",
+        "axes.tokens=8",
+        f"axes.dtype={dtype}",
+    )
+    trial, calls = LayerTrial(case, REGISTRY), []
+    subject = trial.subject
+    block = MoEBlock(0, subject, trial.session.layer(0), calls, seed=0)
+    y_BTH = block(torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)))
+    assert (y_BTH.shape, y_BTH.dtype) == ((2, 5, 64), torch.float32)
+    (call,) = calls
+    assert call.y_TH.dtype == call.x_TH.dtype
+    assert call.check().ok, call.check().reason
+    bare = dataclasses.replace(subject, layer=dataclasses.replace(subject.layer, shared=None))
+    unmixed = MoEBlock(0, bare, trial.session.layer(0), [], seed=0)
+    unmixed(call.x_TH.view(2, 5, 64))
+    assert not dataclasses.replace(call, y_TH=unmixed.calls[0].y_TH).check().ok
+
+
 def test_saved_and_peak_bytes_of_a_known_graph():
     x = torch.ones(1024, requires_grad=True)
 
@@ -245,3 +341,71 @@ def test_experts_that_are_never_chosen_do_not_count_as_cold():
     store = trial.subject.layer.store
     assert len(chosen) < store.num_experts
     assert trial.cost(0).footprint == trial._copies * store.nbytes * len(chosen) / store.num_experts
+
+
+# --- experts that are no FFNs of the model ---------------------------------------------------------------------------
+
+SMALL = ("suite=throughput", "model=tiny", "axes.tokens=17")
+OWN_EXPERTS = {
+    "peer": ("axes.structure=neurons", "params.routing.peer.key_width=16"),
+    "ultramem": ("axes.structure=neurons", "params.routing.ultramem.key_width=16"),
+    "bam": ("axes.structure=attention",),
+}
+
+
+def planned(*settings):
+    return make_plan(load(list(settings), REGISTRY, MEMORY, CACHE_BYTES), REGISTRY, MEMORY)
+
+
+@pytest.mark.parametrize("boundary", ["topk", "sorted"])
+@pytest.mark.parametrize("routing", OWN_EXPERTS)
+def test_layers_of_neurons_and_of_attentions_are_right(routing, boundary):
+    wanted = (f"axes.routing={routing}", *OWN_EXPERTS[routing], f"axes.boundary={boundary}")
+    case = only_case(*SMALL, *wanted, "axes.backend=reference")
+    trial = LayerTrial(case, REGISTRY)
+    assert all_ok(trial)
+    facts = {metric.name: metric.value for metric in trial.facts().metrics}
+    batch, store = trial.batches[0], trial.subject.layer.store
+    assert facts["ffn_k_mean"] == facts["k_mean"] == len(batch.routing.token_N) / 17
+    distinct = int((batch.routing.counts_E > 0).sum())
+    assert trial.cost(0).distinct_experts == distinct
+    assert trial.cost(0).bytes == distinct * store.nbytes / len(store.kinds) + 2 * batch.x_TH.nbytes
+
+
+def test_an_attention_costs_its_weights_and_the_pairs_that_it_looks_at():
+    case = only_case(*SMALL, "axes.routing=bam", *OWN_EXPERTS["bam"], "axes.backend=reference")
+    pairs = 17 * 18 // 2
+    assert LayerTrial(case, REGISTRY).cost(0).flops == 4 * (2 * 17 * 4 * 64 * 64 + 4 * 64 * pairs)
+
+
+@pytest.mark.parametrize("routing", ["uoe", "mohd"])
+@pytest.mark.parametrize("backend", ["reference", "grouped"])
+def test_slices_of_a_layer_run_anywhere(routing, backend):
+    case = only_case(*SMALL, f"axes.routing={routing}", f"axes.backend={backend}")
+    assert all_ok(LayerTrial(case, REGISTRY))
+
+
+def test_training_reaches_the_rows_that_are_gathered():
+    fixed = ("suite=training", "model=tiny", "axes.tokens=12", "axes.backend=reference")
+    case = only_case(*fixed, "axes.routing=peer", *OWN_EXPERTS["peer"])
+    assert all_ok(TrainingTrial(case, REGISTRY), turns=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (("axes.routing=peer", "axes.backend=reference"), "use axes.structure=neurons."),
+        (("axes.routing=ultramem", "axes.backend=reference"), "use axes.structure=neurons."),
+        (("axes.routing=bam", "axes.backend=reference"), "use axes.structure=attention."),
+        (("axes.routing=peer", "axes.structure=neurons", "axes.backend=grouped"), "no 'gather' experts; use the ref"),
+        (("axes.routing=bam", "axes.structure=attention", "axes.backend=batched"), "no 'sequence' experts; use the"),
+        (("axes.routing=topk", "axes.structure=attention", "axes.backend=eager"), "use axes.routing=bam"),
+        (("axes.routing=bam", "axes.structure=attention", "axes.sparsity=teal"), "attentions have no activations"),
+        (("axes.routing=bam", "axes.structure=attention", "axes.pass=forward_backward"), "through sequence experts"),
+        (("axes.structure=attention", "params.structure.attention.heads=5"), "heads=5 do not divide"),
+    ],
+)
+def test_what_does_not_fit_is_skipped_with_a_reason(settings, sentence):
+    plan = planned(*SMALL, *settings)
+    assert not plan.cases
+    assert sentence in plan.refused[0].refusal

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -249,7 +251,7 @@ def test_zero_copy_and_constant_experts_are_the_layers_own_mathematics(backend):
         block.register_forward_hook(lambda module, args, output, index=index: seen.update({index: (args[0], output)}))
         for index, block in blocks.items()
     ]
-    with reroute(model, routing("moepp", zero=2, copy=4), backend) as handle:
+    with reroute(model, routing("moepp", zero=2, copy=4, constant=4), backend) as handle:
         logits(model)
     for index, layer in handle.layers.items():
         x_TH, y_TH = (value.flatten(0, 1) for value in seen[index])
@@ -258,6 +260,23 @@ def test_zero_copy_and_constant_experts_are_the_layers_own_mathematics(backend):
         assert {"copy", "constant"} <= {layer.store.kinds[e] for e in handle.routings[index].expert_N.tolist()}
     for hook in hooks:
         hook.remove()
+
+
+def test_experts_read_a_scaled_input_where_the_scheme_says_so():
+    """The released MoE++ multiplies the inputs of experts by K, which here is 2; a router sees them as they are."""
+    model = build("Olmoe")
+    seen = {}
+    block = model.model.layers[0].mlp
+    hook = block.register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output))
+    with reroute(model, routing("moepp", copy=4, constant=4, released_inputs=True), "grouped") as handle:
+        logits(model)
+    hook.remove()
+    layer = handle.layers[0]
+    store = dataclasses.replace(layer.store, gate_up=2 * layer.store.gate_up)
+    x_TH = seen["x"].flatten(0, 1)
+    wanted = moe_forward(PreparedLayer(store, layer.bundle.router), x_TH, routing=handle.routings[0])
+    torch.testing.assert_close(seen["y"].flatten(0, 1), wanted, rtol=1e-4, atol=1e-5)
+    assert layer.bundle.input_scale == 2.0
 
 
 def test_the_gating_residual_follows_the_layers():
@@ -326,7 +345,8 @@ def test_a_router_of_model_scope_decides_once():
     model = build("DeepseekV3")
     with reroute(model, watched("model")) as handle:
         logits(model)
-        assert [len(router.seen) for router in handle.routers.values()] == [1, 0]
+        assert handle.routers[1] is handle.routers[2]
+        assert [ctx.layer for ctx in handle.routers[1].seen] == [1]
         assert handle.routings[1] is handle.routings[2]
 
 

@@ -44,7 +44,7 @@ def even(params, experts):
 
 @pytest.mark.parametrize(("experts", "null", "k"), [(8, 8, 4), (16, 5, 3), (8, 0, 2), (4, 12, 1)])
 def test_true_experts_are_those_of_the_ratio(experts, null, k):
-    """R2: K n / (n + m); 2.0008 of 2.0 and 2.2863 of 2.2857 in the prototype."""
+    """R2: K n / (n + m): 1.9995 of 2.0 and 2.2901 of 2.2857 (2.0008 and 2.2863 in the prototype)."""
     routing = even(AdaMoE(k=k, null=null), experts).router(seeded(40_000, experts + null), Context())
     assert float(routing.k_T.double().mean()) == pytest.approx(k * experts / (experts + null), abs=0.02)
     assert int(routing.k_T.max()) == min(k, experts)
@@ -84,12 +84,12 @@ def test_without_nulls_it_is_mixtral():
 
 
 def test_null_rows_follow_the_models_own():
-    router_EH = seeded(16, HIDDEN, seed=6)
+    router_EH = seeded(16, HIDDEN, seed=6) * 0.01
     bundle = build(AdaMoE(null=5), router_EH=router_EH)
     rows_EH = bundle.router.scorer.weight_EH
     assert bundle.kinds == ("ffn",) * 16 + ("zero",) * 5
     assert torch.equal(rows_EH[:16], router_EH)
-    assert rows_EH[16:].detach().std() == pytest.approx(HIDDEN**-0.5, rel=0.3)
+    assert rows_EH[16:].detach().std() == pytest.approx(float(router_EH.std()), rel=0.3)
     assert len(build(AdaMoE()).kinds) == 32
 
 

@@ -14,6 +14,7 @@ from moebench.moe.shapes import ModelShape
 VARIANTS = [
     ("advmoe", AdvMoE(), {"experts": 2}),
     ("advmoe", AdvMoE(blocks=1), {}),
+    ("advmoe", AdvMoE(blocks=1, released_mask=True), {}),
 ]
 SHAPE = ModelShape(32, 8, 4, 3, (0, 1, 2), Selection("softmax", 2, True))
 SMALL = AdvMoE(blocks=1)
@@ -38,7 +39,7 @@ def context(images=IMAGES, **changes):
     return Context(features=images, segment_T=SEGMENT_T, **changes)
 
 
-@pytest.mark.parametrize(("params", "changes"), [variant[1:] for variant in VARIANTS])
+@pytest.mark.parametrize(("params", "changes"), [variant[1:] for variant in VARIANTS if not variant[1].released_mask])
 def test_an_image_has_one_expert_with_weight_one(params, changes):
     routing = build(params, **changes).router(seeded(TOKENS, 32), context())
     assert (routing.weight_N == 1).all()
@@ -69,6 +70,24 @@ def test_the_gradient_goes_straight_through_to_the_selected_score():
     assert torch.equal(weights_T1, torch.ones(5, 1))
     (weights_T1 * torch.arange(1.0, 6.0)[:, None]).sum().backward()
     assert torch.equal(scores_TE.grad, torch.zeros(5, 4).scatter(1, best_T1, torch.arange(1.0, 6.0)[:, None]))
+
+
+def test_the_released_mask_reaches_the_scores_of_all_experts_at_their_cost():
+    """The same output: the others weigh 0. The scores of all of them learn, and all of them are computed."""
+    images = context(training=True)
+    paths = (AdvMoE(blocks=1, released_mask=flag) for flag in (False, True))
+    ours, released = (build(params).router(torch.zeros(TOKENS, 32), images) for params in paths)
+    assert torch.equal(ours.to_dense(), released.to_dense())
+    assert (ours.k_T == 1).all()
+    assert (released.k_T == 4).all()
+    params = AdvMoE(released_mask=True)
+    assert (params.selection(SHAPE), params.max_k(SHAPE)) == (None, SHAPE.experts)
+    reached = []
+    for routing in (ours, released):
+        (gradient_TE,) = torch.autograd.grad((routing.to_dense() * seeded(TOKENS, 4, seed=3)).sum(), routing.logits_TE)
+        reached.append((gradient_TE != 0).sum(1))
+    assert (reached[0] == 1).all()
+    assert (reached[1] == 4).all()
 
 
 def test_gradient_reaches_every_parameter():

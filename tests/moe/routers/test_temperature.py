@@ -130,10 +130,15 @@ def test_homogeneous_activations_keep_the_equation(activation):
     assert pde_residual({**ACTIVATIONS, "identity": lambda value: value}[activation]) < 1e-13
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "gelu", "silu"])
-def test_other_activations_break_the_equation(activation):
-    """R24: 0.6 to 2.0 in the prototype; the figure depends on what the residual is divided by."""
-    assert pde_residual(ACTIVATIONS[activation]) > 0.02
+@pytest.mark.parametrize(
+    ("activation", "residual"), [("sigmoid", 0.837), ("tanh", 0.956), ("gelu", 0.027), ("silu", 0.163)]
+)
+def test_other_activations_break_the_equation(activation, residual):
+    """R24: 0.027 (GELU) to 0.96 (tanh) of the largest slope; 0.6 to 2.0 in the prototype.
+
+    The figure depends on what the residual is divided by, and on the range of a . x: GELU is the identity far out.
+    """
+    assert pde_residual(ACTIVATIONS[activation]) == pytest.approx(residual, rel=0.05)
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))

@@ -26,7 +26,7 @@ def seeded(*size, seed=0):
 
 
 def build(params, seed=0):
-    weights = LayerWeights(torch.zeros(1), torch.zeros(1))
+    weights = LayerWeights(torch.zeros(EXPERTS, 16, HIDDEN), torch.zeros(EXPERTS, HIDDEN, 8))
     return load_attribute(DESCRIPTORS[0].factory)(params)(weights, SHAPE, seed)
 
 
