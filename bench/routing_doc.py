@@ -156,6 +156,7 @@ def costs_of(store: Path) -> Costs:
     with reading(store) as connection:
         for run in load_runs(connection):
             cases = [case for case in load_cases(connection, run.run_id)[0] if _is_route(case)]
+            cases = [case for case in cases if case.row["structure"] == _structure(case)]
             base = next((case for case in cases if case.row["routing"] == "topk"), None)
             if base is not None:
                 together = [case for case in cases if case.row["group_key"] == base.row["group_key"]]
@@ -170,6 +171,12 @@ def _is_route(case: Case) -> bool:
     workload = params.get("workload") if isinstance(params, dict) else None
     whole = isinstance(workload, dict) and workload.get("phase") == "route"
     return case.row["suite"] == "routing" and whole and case.ok and case.median_ns is not None
+
+
+def _structure(case: Case) -> str:
+    """Return the structure whose experts the case's routing is for."""
+    known = {member.name: member.params for member in Registry.load().all("routing")}
+    return str(getattr(known.get(str(case.row["routing"])), "structure", "none"))
 
 
 def _ratios(base: Case, cases: Iterable[Case], minima: Mapping[str, Mapping[str, Mapping[int, int]]]) -> dict[str, str]:
@@ -192,4 +199,7 @@ def _about(run: Run, base: Case, cpu: str) -> str:
     row = base.row
     what = f"model {row['model']}, {row['tokens']} tokens, {row['dtype']}, threads={row['threads']}"
     where = f"{cpu}, torch {run.packages.get('torch')}, commit {str(run.row['git_sha'] or 'unknown')[:12]}"
-    return f"time of the router over that of `topk` with which it took turns; {what}; {where}, run {run.run_id}."
+    return (
+        f"time of the router over that of `topk` on the layer's own experts, with which it took turns; {what}; {where}, "
+        f"run {run.run_id}."
+    )
