@@ -200,6 +200,6 @@ def _about(run: Run, base: Case, cpu: str) -> str:
     what = f"model {row['model']}, {row['tokens']} tokens, {row['dtype']}, threads={row['threads']}"
     where = f"{cpu}, torch {run.packages.get('torch')}, commit {str(run.row['git_sha'] or 'unknown')[:12]}"
     return (
-        f"time of the router over that of `topk` on the layer's own experts, with which it took turns; {what}; {where}, "
+        f"time of the router over that of `topk` on the layer's own experts, beside which it ran; {what}; {where}, "
         f"run {run.run_id}."
     )
