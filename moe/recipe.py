@@ -104,7 +104,8 @@ def prepare_layer(
             None if bundle.constants is None else _constants(bundle.constants, dtype),
             heads=weights.heads,
         )
-        store, parent = _quantized(recipe.quantization, store, {"parent": parent, "dtype": str(dtype)}, cache)
+        origin = {"parent": parent, "dtype": str(dtype), "input_scale": bundle.input_scale}
+        store, parent = _quantized(recipe.quantization, store, origin, cache)
         x_TH = calibration_TH.to(dtype).float()
         fields = StandIns(len(x_TH), store.num_experts, recipe.routing.params, seed)
         ctx = alone(fields, bundle.router, layer, store)

@@ -118,7 +118,7 @@ def _convolution(incoming: int, outgoing: int, stride: int, seed: int, name: str
 
 
 def build(params: AdvMoE) -> Callable[[LayerWeights, ModelShape, int], RouterBundle]:
-    """Return the factory; the same seed makes the same router for every layer, of which one decides for all."""
+    """Return the factory; every layer gets a router, and that of the first decides for all."""
 
     def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:
         scorer = ImageScores(shape.experts, params.blocks, seed)
