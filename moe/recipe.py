@@ -84,7 +84,8 @@ def prepare_layer(
 
     ``shape`` is the model's after the recipe's structure (``structure.params.reshape``). ``calibration_TH`` [T, H]
     float32 are inputs of this layer. Weights are rounded to ``dtype`` at the end of the structure, and
-    quantized from that; sparsity is calibrated on inputs rounded to ``dtype``. ``identity`` names what the weights and
+    quantized from that; sparsity is calibrated on inputs rounded to ``dtype``, routed by a router that is told stand-ins
+    where it reads more than them. ``identity`` names what the weights and
     the calibration are (model, ``layer``, text ...) and goes into the keys of the artefacts under ``cache``, beside the
     sha256 of the tensors themselves.
     """

@@ -77,7 +77,10 @@ class BasicBlock(nn.Module):
 
 
 class ImageScores(nn.Module):
-    """z = network(image of the token's sample); batch normalisation uses the batch in training only."""
+    """z = network(image of the token's sample); batch normalisation uses the batch in training only.
+
+    Whether it trains is for the Context to say; each training call moves the running statistics, as elsewhere.
+    """
 
     def __init__(self, experts: int, blocks: int, seed: int) -> None:
         super().__init__()
