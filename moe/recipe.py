@@ -84,9 +84,9 @@ def prepare_layer(
 
     ``shape`` is the model's after the recipe's structure (``structure.params.reshape``). ``calibration_TH`` [T, H]
     float32 are inputs of this layer. Weights are rounded to ``dtype`` at the end of the structure, and quantized from
-    that; sparsity is calibrated on inputs rounded to ``dtype``, and a router that reads more than these is told stand-ins
-    there. ``identity`` names what the weights and the calibration are (model, ``layer``, text ...) and goes into the
-    keys of the artefacts under ``cache``, beside the sha256 of the tensors themselves.
+    that; sparsity is calibrated on inputs rounded to ``dtype``, and a router that reads more than these is told
+    stand-ins. ``identity`` names what the weights and the calibration are (model, ``layer``, text ...) and goes into
+    the keys of the artefacts under ``cache``, beside the sha256 of the tensors themselves.
     """
     cache = cache if recipe.changes else None
     with torch.no_grad():
