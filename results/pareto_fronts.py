@@ -123,3 +123,13 @@ def _mark(row: Row, x: Axis, y: Axis) -> Mark:
         span(row["y"], row["y_lo"], row["y_hi"], y.better),
         doubts,
     )
+
+
+def why_none(points: Points, left: Sequence[LeftOut]) -> str:
+    """Return in a sentence why there is no front at all, and what to do."""
+    if not points.rows:
+        which = "that fits the condition" if points.where else "here"
+        widen = "widen the condition, or " if points.where else ""
+        return f"no ok row {which} has a value of {points.x.title}: {widen}{points.x.absent}."
+    told = "; ".join(f"{one.rows} rows: {one.reason}" for one in left)
+    return f"no two cases can be put on one front ({told})."

@@ -113,12 +113,13 @@ TASKS = "SELECT DISTINCT task, split_part(metric, ',', 1) AS metric FROM items W
 
 @dataclass(frozen=True)
 class Points:
-    """Rows of view ``joined``, one for each case, front and evaluation; ``sql`` is what found them, written out."""
+    """Rows of ``joined``, one for each case, front and evaluation, that fit ``where``; ``sql`` is what found them."""
 
     x: Axis
     y: Axis
     rows: tuple[Row, ...]
     sql: str
+    where: str = ""
 
 
 def quality_axes(connection: duckdb.DuckDBPyConnection) -> dict[str, Axis]:
@@ -126,6 +127,14 @@ def quality_axes(connection: duckdb.DuckDBPyConnection) -> dict[str, Axis]:
     _, pairs = select(connection, TASKS)
     items = [item_axis(task, metric) for task, metric in pairs if metric in ITEM_METRICS]
     return {**Y_AXES, **{axis.name: axis for axis in items}}
+
+
+def present(connection: duckdb.DuckDBPyConnection, y: Axis) -> bool:
+    """Whether any case of the store has this quality."""
+    if y.source == "items":
+        return True
+    sql = "SELECT 1 FROM metrics_raw WHERE name = $y AND value IS NOT NULL LIMIT 1"
+    return bool(select(connection, sql, {"y": y.metric})[1])
 
 
 def load_points(
@@ -136,7 +145,8 @@ def load_points(
     ``where`` is a condition in SQL over the columns of ``joined``; ResultsError says in a sentence what is wrong in it.
     """
     head = f"WITH {_along_x(x).strip()}{_quality(y)}{JOINED}"
-    tail = f"\n{where if where and where.strip() else 'true'}\n){ORDER}"
+    condition = (where or "").strip()
+    tail = f"\n{condition or 'true'}\n){ORDER}"
     given = {"run": run_id, "x": x.metric, "y": y.metric, "task": y.task}
     params = {name: given[name] for name in PLACE.findall(head)}
     names, rows = select(connection, head + tail, params)
@@ -144,7 +154,7 @@ def load_points(
     for row in found:
         if row["y_values"] is not None:
             row["y_lo"], row["y_hi"] = share_interval(row["y_values"])
-    return Points(x, y, found, written_out(head, params) + tail)
+    return Points(x, y, found, written_out(head, params) + tail, condition)
 
 
 def _along_x(x: Axis) -> str:
