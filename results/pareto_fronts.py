@@ -16,6 +16,12 @@ from .pareto_axes import Axis
 from .pareto_sql import Points, Row
 
 
+OTHER_RUN = (
+    "they were taken in another run than the others of their group, and times of two sittings are never compared; choose "
+    "theirs by --where \"run_id = '...'\""
+)
+
+
 @dataclass(frozen=True)
 class Front:
     """Cases that may be compared on both axes, the best along x first, and the place of each by its case key."""
@@ -54,7 +60,7 @@ def fronts(points: Points) -> tuple[list[Front], list[LeftOut]]:
             left[reason] += 1
         else:
             groups[_group(row, x)].append(row)
-    kept = _one_sitting(groups.values(), left) if x.together else list(groups.values())
+    kept = _of_one_run([*groups.values()], left) if x.together else [*groups.values()]
     found = []
     for rows in kept:
         if len(rows) > 1:
@@ -84,25 +90,23 @@ def _group(row: Row, x: Axis) -> tuple[Any, ...]:
     return (*judged, row["host_key"], row["run_id"], tuple(row["sittings"])) if x.together else judged
 
 
-def _one_sitting(groups: Iterable[Sequence[Row]], left: Counter[str]) -> list[Sequence[Row]]:
-    """Return, for each group and host, the sitting with the most methods, of equals the latest (they come first)."""
-    best: dict[tuple[Any, ...], Sequence[Row]] = {}
+def _of_one_run(groups: Sequence[Sequence[Row]], left: Counter[str]) -> list[Sequence[Row]]:
+    """Return, for each group and host, the fronts of the run with the most methods; of equals, of the latest.
+
+    Rows come with the latest run first. Several fronts of one run are kept: they are pieces of a group.
+    """
+    methods: dict[tuple[Any, ...], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for rows in groups:
-        same = rows[0]["group_key"], rows[0]["quality_group"], rows[0]["host_key"]
-        other = best.get(same)
-        if other is None or _methods(rows) > _methods(other):
-            best[same] = rows
-        if other is not None:
-            dropped = other if best[same] is rows else rows
-            left[
-                "they were taken in another sitting than the others of their group, and times of two sittings are never "
-                "compared; choose theirs by --where \"run_id = '...'\""
-            ] += len(dropped)
-    return list(best.values())
+        methods[_place_of(rows[0])][rows[0]["run_id"]] |= {row["method_key"] for row in rows}
+    best = {where: max(runs, key=lambda run: len(runs[run])) for where, runs in methods.items()}
+    for rows in groups:
+        if best[_place_of(rows[0])] != rows[0]["run_id"]:
+            left[OTHER_RUN] += len(rows)
+    return [rows for rows in groups if best[_place_of(rows[0])] == rows[0]["run_id"]]
 
 
-def _methods(rows: Iterable[Row]) -> int:
-    return len({row["method_key"] for row in rows})
+def _place_of(row: Row) -> tuple[Any, ...]:
+    return row["group_key"], row["quality_group"], row["host_key"]
 
 
 def _alone(x: Axis) -> str:
