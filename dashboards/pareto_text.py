@@ -18,10 +18,10 @@ from .text import GAP, WIDTH, clean, fit, pad, width
 
 NO_PROBE = "S-MBU and S-MFU: no roofline probe of this host is in the store; `moebench run suite=roofline` makes one"
 
-LEAST_LABEL = 18
+LEAST_LABEL = 12
 """Columns that the name of a case has at least."""
 
-BY = 3
+BY = 2
 """Others that a place names at most."""
 
 
@@ -85,8 +85,7 @@ def _place(placed: Placed, numbers: Mapping[str, int]) -> str:
         return clean(f"not judged: {placed.why}")
     others = sorted(numbers[key] for key in placed.by)
     told = ", ".join(map(str, others[:BY])) + (", …" if len(others) > BY else "")
-    word = {Place.DOMINATED: "dominated by", Place.TIE: "tie with"}.get(placed.place, str(placed.place))
-    return f"{word} {told}".rstrip()
+    return f"{placed.place}: {told}" if told else str(placed.place)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

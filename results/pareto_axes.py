@@ -36,7 +36,9 @@ class Axis:
 NO_TIME = "run a suite of speed, such as `moebench run suite=throughput`"
 NO_BYTES = "run a suite of layers, such as `moebench run suite=throughput`"
 NO_QUALITY = "run `moebench run suite=accuracy` on the same methods"
-NO_ENERGY = "no counter of energy was read where these rows were measured, and none is guessed; take --x tpot or --x bytes"
+NO_ENERGY = (
+    "take --x tpot or --x bytes, because no counter of energy was read where these rows were measured, and none is guessed"
+)
 
 X_AXES: dict[str, Axis] = {
     axis.name: axis
