@@ -55,6 +55,11 @@ OWNERS = ("ffn", "gather", "sequence")
 causal attentions, for which the tokens of one call are one sequence."""
 
 
+def expert_matrices(gated: bool, heads: int = 0) -> int:
+    """Return how many matrices of hidden x width an expert owns: query, key, value, output; or gate, up, down."""
+    return 4 if heads else 3 if gated else 2
+
+
 class MoebenchError(Exception):
     """A mistake of the user or of the machine, told in one sentence that names the remedy."""
 
@@ -433,8 +438,8 @@ class LayerSpec:
 
     @property
     def matrices(self) -> int:
-        """How many matrices of hidden x width an expert owns: query, key, value, output; or gate, up, down."""
-        return 4 if self.heads else 3 if self.gated else 2
+        """How many matrices of hidden x width an expert owns."""
+        return expert_matrices(self.gated, self.heads)
 
     @property
     def ffn_experts(self) -> int:

@@ -7,7 +7,7 @@ read the tokens of a call as one sequence. Shape letters: T tokens, H hidden, K 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..contracts import Availability, Execution, LayerSpec, MoebenchError, Refusal
@@ -51,22 +51,25 @@ class ReferenceExecutor(SlotExecutor):
     def add_slots(self, y_TH: Tensor, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> None:
         """Add w * f_e(x), expert by expert."""
         total_TH = y_TH.new_zeros(y_TH.shape, dtype=self.dtype)
+        per_expert = self.weights.per_expert() if self.in_turn else ()
         for expert, kind in self.in_turn:
             token_N, slot_N = (indices_TK == expert).nonzero(as_tuple=True)
             if len(token_N):
-                out_NH = self._output(expert, kind, x_TH, token_N)
+                out_NH = self._output(expert, kind, x_TH, token_N, per_expert)
                 total_TH.index_add_(0, token_N, out_NH * weights_TK[token_N, slot_N, None].to(self.dtype))
         if self.gathered is not None:
             self.gathered.add(total_TH, x_TH, indices_TK, weights_TK)
         y_TH += total_TH.to(y_TH.dtype)
 
-    def _output(self, expert: int, kind: str, x_TH: Tensor, token_N: Tensor) -> Tensor:
+    def _output(
+        self, expert: int, kind: str, x_TH: Tensor, token_N: Tensor, per_expert: Sequence[tuple[Tensor, Tensor]]
+    ) -> Tensor:
         """Return f_e(x) [N, H] of an expert's tokens; an attention also reads the tokens before them."""
         if kind == "ffn":
-            return self._ffn(x_TH[token_N], *self.weights.per_expert()[self.slots[expert]])
+            return self._ffn(x_TH[token_N], *per_expert[self.slots[expert]])
         if kind == "sequence":
-            weights = self.weights.per_expert()[self.slots[expert]]
-            return self.attend(x_TH.to(self.dtype), self.attention(*weights, self.spec.heads))[token_N]
+            weights = self.attention(*per_expert[self.slots[expert]], self.spec.heads)
+            return self.attend(x_TH.to(self.dtype), weights)[token_N]
         x_NH = x_TH[token_N].to(self.dtype)
         return x_NH if kind == "copy" else self._constant(x_NH, *self.constants[expert])
 

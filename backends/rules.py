@@ -40,6 +40,8 @@ def refusal(
         reason = f"{backend} cannot select from logits here, because this router gives no selection; use boundary=topk"
     elif spec.sparsity is not None and spec.sparsity.rule != "threshold":
         reason = f"{backend} leaves out activations by a threshold, not by '{spec.sparsity.rule}'"
+    elif spec.sparsity is not None and "sequence" in spec.kinds:
+        reason = f"{backend} leaves nothing out of attentions; use sparsity=none"
     elif spec.backward and not backward:
         reason = f"{backend} has no backward; use eager or grouped for pass=forward_backward"
     elif spec.backward and is_quantized(spec):

@@ -121,19 +121,21 @@ def needs(descriptor: Descriptor) -> str:
     said = [f"`{name}`" for name in sorted(router.needs)]
     said += [] if router.causal else ["looks ahead"]
     said += ["one decision for all layers"] if router.scope == "model" else []
-    structure = getattr(descriptor.params, "structure", None)
-    said += [] if structure is None else [f"structure `{structure}`"]
+    structure = _structure(descriptor)
+    said += [] if structure == "none" else [f"structure `{structure}`"]
     return ", ".join(said)
 
 
 def _shape_for(descriptor: Descriptor) -> ModelShape:
     """Return the shape of a small layer, after the structure that makes the experts of a routing where it names one."""
     shape = ModelShape(64, 32, 16, 2, (0, 1), Selection("softmax", 2, True))
-    structure = getattr(descriptor.params, "structure", None)
-    if structure is None:
-        return shape
-    reshaped: ModelShape = Registry.load().get("structure", structure).params_from({}).reshape(shape)
+    reshaped: ModelShape = Registry.load().get("structure", _structure(descriptor)).params_from({}).reshape(shape)
     return reshaped
+
+
+def _structure(descriptor: Descriptor) -> str:
+    """Return the structure that makes the experts of a routing; ``none`` for the layer's own."""
+    return getattr(descriptor.params, "structure", "none")
 
 
 def _linked(name: str, papers: Iterable[Paper]) -> Iterator[str]:
@@ -153,9 +155,11 @@ def costs_in(page: str) -> Costs:
 
 def costs_of(store: Path) -> Costs:
     """Return the costs in the latest run of suite ``routing`` that timed ``topk`` beside other routings."""
+    wanted = {member.name: _structure(member) for member in Registry.load().all("routing")}
     with reading(store) as connection:
         for run in load_runs(connection):
             cases = [case for case in load_cases(connection, run.run_id)[0] if _is_route(case)]
+            cases = [case for case in cases if case.row["structure"] == wanted.get(str(case.row["routing"]), "none")]
             base = next((case for case in cases if case.row["routing"] == "topk"), None)
             if base is not None:
                 together = [case for case in cases if case.row["group_key"] == base.row["group_key"]]
@@ -192,4 +196,7 @@ def _about(run: Run, base: Case, cpu: str) -> str:
     row = base.row
     what = f"model {row['model']}, {row['tokens']} tokens, {row['dtype']}, threads={row['threads']}"
     where = f"{cpu}, torch {run.packages.get('torch')}, commit {str(run.row['git_sha'] or 'unknown')[:12]}"
-    return f"time of the router over that of `topk` with which it took turns; {what}; {where}, run {run.run_id}."
+    return (
+        f"time of the router over that of `topk` on the layer's own experts, beside which it ran; {what}; {where}, "
+        f"run {run.run_id}."
+    )

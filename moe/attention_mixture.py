@@ -10,7 +10,7 @@ Shape letters: T tokens, H hidden, E experts, A heads, D width of one head, Q = 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,21 +122,6 @@ class AttentionMixture(nn.Module):
         for index in range(len(self.gate_EH)):
             y_TH = y_TH + gate_TE[:, index, None] * attend(x_TH, self.expert(index), segment_T)
         return y_TH
-
-    def cache_values_per_token(self) -> int:
-        """Return how many numbers a decoder must keep for each past token: 2 Q per expert, or 2 Q where shared."""
-        return self.key_EQH.shape[0] * 2 * self.key_EQH.shape[1]
-
-
-def parallel_block(
-    x_TH: Tensor,
-    norm: Callable[[Tensor], Tensor],
-    attention: Callable[[Tensor], Tensor],
-    ffn: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Return x + attention(norm x) + ffn(norm x): in BAM both mixtures read the same input and may run at once."""
-    normed_TH = norm(x_TH)
-    return x_TH + attention(normed_TH) + ffn(normed_TH)
 
 
 def average(tensors: Sequence[Tensor]) -> Tensor:

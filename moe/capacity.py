@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..contracts import OWNERS
 from .balance.rows import groups
-from .losses import capacities
 from .router import EPSILON, Router, RouterBundle
 from .routing import Context, Routing
 from .schedules import Schedule, value_at
@@ -64,6 +63,17 @@ class CapacityRule:
         slots_GE = tokens_G[:, None] * per_token_E.to(tokens_G.device)
         whole_GE = torch.ceil(slots_GE - 1e-9 * slots_GE)  # what is whole but for rounding is not one more
         return whole_GE.long().clamp(min=self.least)
+
+
+def capacities(tokens: int, k: int, tau: float, ffn: int, others: int, gamma: float = 1.1) -> tuple[float, float]:
+    """Return (slots of each FFN expert, slots of each other expert) by Eq. 8 of MoE++, not rounded.
+
+    Eq. 8 says T where it must mean the k*T assignments: its capacities add up to gamma * T, so that with top-2 and
+    gamma = 1.1 at least 45 % of all assignments would overflow even in perfect balance. Here they add up to
+    gamma * k * T.
+    """
+    unit = gamma * k * tokens / (tau * ffn + others)
+    return unit * tau, unit
 
 
 def limit(routing: Routing, kinds: Sequence[str], rule: CapacityRule, ctx: Context | None = None) -> Routing:
@@ -136,7 +146,11 @@ class Capacity(Router):
         self.router = router
         self.kinds = tuple(kinds)
         self.rule = rule
-        read = {"rng": rule.policy == "random", "segment_T": rule.per_segment}
+        read = {
+            "rng": rule.policy == "random",
+            "segment_T": rule.per_segment,
+            "progress": isinstance(rule.factor, Schedule),
+        }
         self.needs = router.needs | {name for name, wanted in read.items() if wanted}
         self.causal = router.causal and rule.policy == "position" and not rule.first_choices
         self.scope = router.scope

@@ -46,10 +46,11 @@ TINY_ROW = 1e-3
 class Reference:
     """The expected output of one layer.
 
-    ``y_TH`` float64. ``slack_T`` float64 is the error (absolute, in the norm of a row) that sparsity decisions near
-    their threshold may cause, and ``near`` counts those decisions: each may add or leave out w * h_j * (column j of
-    down), the columns point all ways, and so their norms add up as squares. ``scale_T`` float64 is the root of the
-    summed squares of the norms of a row's terms w * f_e(x): rounding is proportional to it where terms cancel.
+    ``y_TH`` float64. ``slack_T`` float64 is the error (absolute, in the norm of a row) that may come from cancellation
+    within the one unit of a rank-1 expert, and from sparsity decisions near their threshold; ``near`` counts these.
+    Each may add or leave out w * h_j * (column j of down), the columns point all ways, and so their norms add up as
+    squares. ``scale_T`` float64 is the root of the summed squares of the norms of a row's terms w * f_e(x): rounding is
+    proportional to it where terms cancel.
     """
 
     y_TH: Tensor
@@ -173,7 +174,25 @@ def _ffn(store: ExpertStore, slot: int, x_NH: Tensor) -> tuple[Tensor, Tensor, i
         near = int(near_NF.sum())
         flips_N = (near_NF * hidden_NF.square()) @ down.square().sum(0)
         hidden_NF = store.sparsity.apply("hidden", hidden_NF)
+    if store.width == 1:
+        flips_N = flips_N + _cancellation(store, gate_up, x_NH, before, hidden_NF) * down.square().sum()
     return nnf.linear(hidden_NF, down), flips_N, near
+
+
+def _cancellation(store: ExpertStore, gate_up: Tensor, x_NH: Tensor, before: Tensor, hidden_N1: Tensor) -> Tensor:
+    """Return the squared error [N] that float32 may put into the one hidden unit of a rank-1 expert.
+
+    A dot product errs by about 2^-24 * sqrt(H) of the norm of its products, whatever is left of them. Among the many
+    units of a wide expert those that cancel do not count; the output of a rank-1 expert is nothing but its unit.
+    """
+    products_N = torch.stack([(x_NH.double() * row_H).norm(dim=1) for row_H in gate_up], dim=1)
+    unit = torch.finfo(torch.float64 if x_NH.dtype == torch.float64 else torch.float32).eps / 2
+    moved_N = torch.zeros_like(hidden_N1[:, 0])
+    for column in range(before.shape[1]):
+        shifted = before.clone()
+        shifted[:, column] += unit * math.sqrt(store.hidden) * products_N[:, column]
+        moved_N += (_activate(shifted, store.activation, store.gated) - hidden_N1).square()[:, 0]
+    return moved_N
 
 
 def _attention(store: ExpertStore, slot: int, x_TH: Tensor) -> Tensor:

@@ -3,7 +3,10 @@
 Besides being checked, a parameter class tells the planner what it does to a layer's shape:
 
 - structure: ``reshape(shape) -> ModelShape``
-- routing: ``kinds(shape)``, ``max_k(shape)``, ``selection(shape)`` (None where a fused kernel cannot take it over)
+- routing: ``kinds(shape)``, ``max_k(shape)``, ``selection(shape)`` (None where a fused kernel cannot take it over); and
+  where they are not the values in parentheses: ``causal`` (True: the router does not look ahead), ``pipeline`` (whether
+  there is a selection: gate and select can be timed apart), ``structure`` (``none``: what makes its experts) and
+  ``beyond_text`` (None: a field of the Context that it needs and text does not give)
 - quantization: ``scheme() -> Scheme``
 - sparsity: ``spec() -> SparsitySpec | None``
 
@@ -200,7 +203,8 @@ class MoEPlusPlus:
 
     ``residual`` adds W_g times the scores of the MoE layer before. ``scorer`` is one linear map (the paper's text) or
     the released code's Linear(H, 8E) - tanh - Linear(8E, E). ``tau`` is the balance between FFN and other experts.
-    Capacities follow Eq. 8 with k T where it says T: with T, 45 % of all assignments find no place.
+    The router applies neither ``tau`` nor a capacity: loss ``switch`` and ``CapacityRule`` do, the latter by Eq. 8 with
+    k T where it says T (with T, 45 % of all assignments find no place).
 
     Two options do what the released code does besides: ``released_inputs`` multiplies what every expert reads by ``k``
     (there unless ``moe_feature_no_mul_topk``), and ``unit_logits`` divides the logits of a token by their standard

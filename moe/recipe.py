@@ -83,10 +83,10 @@ def prepare_layer(
     """Return the layer that ``recipe`` makes of one layer's ``weights``.
 
     ``shape`` is the model's after the recipe's structure (``structure.params.reshape``). ``calibration_TH`` [T, H]
-    float32 are inputs of this layer. Weights are rounded to ``dtype`` at the end of the structure, and
-    quantized from that; sparsity is calibrated on inputs rounded to ``dtype``. ``identity`` names what the weights and
-    the calibration are (model, ``layer``, text ...) and goes into the keys of the artefacts under ``cache``, beside the
-    sha256 of the tensors themselves.
+    float32 are inputs of this layer. Weights are rounded to ``dtype`` at the end of the structure, and quantized from
+    that; sparsity is calibrated on inputs rounded to ``dtype``, and a router that reads more than these is told
+    stand-ins. ``identity`` names what the weights and the calibration are (model, ``layer``, text ...) and goes into
+    the keys of the artefacts under ``cache``, beside the sha256 of the tensors themselves.
     """
     cache = cache if recipe.changes else None
     with torch.no_grad():
@@ -104,7 +104,8 @@ def prepare_layer(
             None if bundle.constants is None else _constants(bundle.constants, dtype),
             heads=weights.heads,
         )
-        store, parent = _quantized(recipe.quantization, store, {"parent": parent, "dtype": str(dtype)}, cache)
+        origin = {"parent": parent, "dtype": str(dtype), "input_scale": bundle.input_scale}
+        store, parent = _quantized(recipe.quantization, store, origin, cache)
         x_TH = calibration_TH.to(dtype).float()
         fields = StandIns(len(x_TH), store.num_experts, recipe.routing.params, seed)
         ctx = alone(fields, bundle.router, layer, store)

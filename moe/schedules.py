@@ -35,10 +35,6 @@ class Schedule:
         return self.start + (self.end - self.start) * done
 
 
-DENSE_TO_SPARSE = Schedule(1.0, 0.5, "exponential")
-"""The temperature of EvoMoE's gate (arXiv 2112.14397) in the released defaults; its linear form is the other shape."""
-
-
 def k_at(schedule: Schedule, progress: float) -> int:
     """Return a whole number of experts, at least 1: the nearest to the schedule, so that every k has its time.
 

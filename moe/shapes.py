@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..contracts import Selection
+from ..contracts import Selection, expert_matrices
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ModelShape:
     @property
     def matrices(self) -> int:
         """How many matrices of hidden x width an expert owns."""
-        return 4 if self.heads else 3 if self.gated else 2
+        return expert_matrices(self.gated, self.heads)
 
     @property
     def top_k(self) -> int:

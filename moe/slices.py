@@ -10,6 +10,7 @@ Q sequences, S tokens of one sequence, G = 2 matrices (gate, up) of a gated MLP 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -49,7 +50,7 @@ def sequences(tokens: int, ctx: Context, device: torch.device | None = None) -> 
 
 
 class DataSelection(Router):
-    """UoME_DS: every slice takes the share ``keep`` of each sequence's tokens that its gate likes best.
+    """UoME_DS: every slice takes the share ``keep`` of each sequence's tokens, rounded down, that it likes best.
 
     The gate is softmax of a linear map with all but the ``k`` best slices of a token set to zero. The released code
     adds the outputs up without the gate, so that no gradient of the task reaches it; ``weighted=False`` does that, and
@@ -87,7 +88,7 @@ class DataSelection(Router):
             gate_TE = self._over_batch(_without_padding(gate_TE, ctx), ctx, self.batch_norm_epsilon)
         kept_TE = torch.zeros_like(gate_TE, dtype=torch.bool)
         for token_S in sequences(len(x_TH), ctx, x_TH.device):
-            room = int(self.keep * len(token_S))
+            room = math.floor(self.keep * len(token_S) + 1e-9)
             taken_CE = gate_TE[token_S].topk(room, dim=0).indices
             kept_TE[token_S] = torch.zeros_like(kept_TE[token_S]).scatter(0, taken_CE, True)
         if self.weighted:

@@ -83,7 +83,7 @@ class StandIns:
         rng = torch.Generator().manual_seed(self._number("token_ids"))
         power_T = torch.rand(self.tokens, generator=rng, dtype=torch.float64)
         ids = min(VOCABULARY, getattr(self.params, "vocabulary", VOCABULARY))
-        return (float(ids) ** power_T).long() - 1
+        return (float(ids + 1) ** power_T).long().clamp(max=ids) - 1
 
     def _features(self) -> Tensor:
         size = getattr(self.params, "features", None)

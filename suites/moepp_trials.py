@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..contracts import Case, Check, Cost, Facts, Metric, Registry
+from ..moe.balance.load import eta
 from ..moe.fold import fold_store
-from ..moe.losses import eta
 from ..moe.plugins import MoEPlusPlus
 from ..moe.routing import Routing
 from .layer import STEPS, VARIANTS, LayerTrial

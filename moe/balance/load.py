@@ -1,4 +1,4 @@
-"""Losses of even load. All of them know their best value: 1 for the Switch family, 0 for the variations.
+"""Losses of even load, which know their best value (1 for the Switch family, 0 for the variations), and of scores.
 
 Where the shares of the load and of the probability are the same, ``switch`` is ``1 + cv2``: so both families, and
 systems with another k or another number of experts, stand on one scale. Shape letters: T tokens, V valid tokens,
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...contracts import OWNERS
 from ..routing import Context, Routing
 from .rows import distributions, given, groups, valid_tokens
 
@@ -109,6 +110,17 @@ def entropy(routing: Routing, ctx: Context | None = None) -> Tensor:
     probs_VE = distributions(routing, ctx)
     log_VE = probs_VE.clamp(min=torch.finfo(probs_VE.dtype).tiny).log()
     return -(probs_VE * log_VE).sum() / (max(len(probs_VE), 1) * math.log(max(routing.num_experts, 2)))
+
+
+def z_loss(routing: Routing, ctx: Context | None = None) -> Tensor:
+    """Return mean_t logsumexp(z_t)^2, which keeps logits small (ST-MoE, arXiv 2202.08906)."""
+    logits_VE = given(routing.logits_TE, "logits_TE")[valid_tokens(routing, ctx)]
+    return torch.logsumexp(logits_VE.float(), dim=-1).square().sum() / max(len(logits_VE), 1)
+
+
+def eta(kinds: Sequence[str], tau: float) -> Tensor:
+    """Return eta_E float32 of MoE++, for ``switch``: 1 for experts that own weights, ``tau`` for the others."""
+    return torch.tensor([1.0 if kind in OWNERS else tau for kind in kinds])
 
 
 def _products(routing: Routing, ctx: Context | None, label_T: Tensor | None) -> Tensor:

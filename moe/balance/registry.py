@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ...contracts import unknown
-from ..losses import z_loss
 from ..routing import Context, Routing
-from .load import cv2_importance, cv2_load, entropy, modality, sequence, switch
+from .load import cv2_importance, cv2_load, entropy, modality, sequence, switch, z_loss
 from .modality import modality_kl, modality_l1
 from .sparse import chunk_sparsity, l1, locality
 

@@ -66,18 +66,6 @@ class ProductKeyRouter(Router):
         keys_A2SD = seeded_normal((heads, 2, side, key_width), key_width**-0.5, seed, "peer.keys")
         return cls(query_QH, keys_A2SD, k, score, experts)
 
-    @property
-    def flops_per_token(self) -> int:
-        """Multiplications and additions of the search for one token, the query's projection left out."""
-        heads, sides, keys, width = self.keys_A2SD.shape
-        return 2 * heads * sides * keys * width
-
-    @property
-    def exhaustive_flops_per_token(self) -> int:
-        """The same if every expert had one key of D numbers of its own."""
-        heads, _, _, width = self.keys_A2SD.shape
-        return 2 * heads * self.side**2 * width
-
     def side_scores(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores of the keys of each side, two of [T, A, S] float32."""
         heads, _, _, width = self.keys_A2SD.shape

@@ -26,7 +26,8 @@ class RankOneBank(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        """Return sum_e G_te f_e(x_t) [T, H]; only the rows of the routing's experts are read."""
+        """Return sum_e G_te f_e(x_t) [T, H] in the bank's dtype; only the rows of the routing's experts are read."""
+        x_TH = x_TH.to(self.inner_EH.dtype)
         order_N = torch.argsort(routing.token_N, stable=True)
         token_N, expert_N = routing.token_N[order_N], routing.expert_N[order_N]
         if len(token_N) == 0:

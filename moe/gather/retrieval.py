@@ -87,12 +87,14 @@ def leading_vectors(core_MARR: Tensor, before: Vectors | None = None) -> Vectors
 def spectral_ratio(core_MARR: Tensor) -> Tensor:
     """Return sigma_2 / sigma_1 of each head's summed core, [A]: 0 where the search is along the whole core."""
     singular_AR = torch.linalg.svdvals(core_MARR.float().sum(0))
-    ratio_A: Tensor = singular_AR[:, 1] / singular_AR[:, 0]
+    ratio_A: Tensor = singular_AR[:, 1:2].sum(1) / singular_AR[:, 0]
     return ratio_A
 
 
 def recall(found_TAK: Tensor, wanted_TAK: Tensor) -> float:
-    """Return the share of the wanted rows that are among the found ones."""
+    """Return the share of the wanted rows that are among the found ones; 1 where none is wanted."""
+    if wanted_TAK.numel() == 0:
+        return 1.0
     return float((wanted_TAK[..., :, None] == found_TAK[..., None, :]).any(-1).double().mean())
 
 

@@ -218,8 +218,8 @@ def core_penalty(core_MARR: Tensor, floor: float = 0.15) -> Tensor:
 
     It pulls the cores towards rank one, where the search is right; released coefficient 0.001, not yet applied here.
     """
-    singular_AR = torch.linalg.svdvals(core_MARR.float().sum(0))
-    penalty: Tensor = (singular_AR[:, 1:] - floor).relu().square().mean()
+    others_AR = torch.linalg.svdvals(core_MARR.float().sum(0))[:, 1:]
+    penalty: Tensor = (others_AR - floor).relu().square().sum() / max(others_AR.numel(), 1)
     return penalty
 
 
@@ -231,7 +231,8 @@ def key_balance(first_TAS: Tensor, second_TAS: Tensor, k: int) -> Tensor:
     loss = first_TAS.new_zeros(())
     for scores_TAS in (first_TAS, second_TAS):
         keys = scores_TAS.shape[-1]
-        mean_S = scores_TAS.softmax(-1).flatten(0, 1).mean(0)
+        probs_NS = scores_TAS.softmax(-1).flatten(0, 1)
+        mean_S = probs_NS.sum(0) / max(len(probs_NS), 1)
         count_S = torch.bincount(scores_TAS.topk(k, dim=-1).indices.flatten(), minlength=keys)
-        loss = loss + keys * torch.dot(mean_S, count_S.to(mean_S.dtype) / count_S.sum())
+        loss = loss + keys * torch.dot(mean_S, count_S.to(mean_S.dtype) / count_S.sum().clamp(min=1))
     return loss

@@ -16,8 +16,8 @@ class Hash(OneExpert):
 
     ``random`` draws an expert per id. ``balanced`` gives the ids, the most frequent first, to the expert with the
     least load so far; the frequency of id v is taken as (v + 1)^-``exponent``, since byte-pair vocabularies number
-    their tokens roughly by frequency. One seed makes one table, so that all layers share it. ``vocabulary`` is the
-    number of token ids.
+    their tokens roughly by frequency. Each layer has a ``random`` table of its own, and all share the ``balanced`` one.
+    ``vocabulary`` is the number of token ids.
     """
 
     table: Literal["random", "balanced"] = "random"

@@ -44,8 +44,7 @@ class M3ViT(SoftmaxTopK):
     def slices(self, shape: ModelShape) -> tuple[range, ...]:
         """Return the expert ids that each task may use."""
         width = self.available(shape)
-        step = (shape.experts - width) / max(self.tasks - 1, 1)
-        starts = [int(task * step) for task in range(self.tasks)]
+        starts = [task * (shape.experts - width) // max(self.tasks - 1, 1) for task in range(self.tasks)]
         return tuple(range(start, start + width) for start in starts)
 
 

@@ -65,11 +65,12 @@ class MixER(ContextPipeline):
     """
 
     scorer: EnvironmentMap
+    refits: Tensor
 
     def __init__(self, scorer: EnvironmentMap, seed: int) -> None:
         super().__init__(scorer, TopK(1), One(), {"features", "segment_T"})
         self.seed = seed
-        self.refits = 0
+        self.register_buffer("refits", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def update(self, routing: Routing, signal: EnvironmentLosses | None = None) -> None:
@@ -81,7 +82,7 @@ class MixER(ContextPipeline):
         if cluster_S is None:
             return
         expert_S = experts_of_clusters(cluster_S, signal.loss_SE)[cluster_S]
-        noise_SD = seeded_normal(signal.features_SD.shape, NOISE, self.seed, f"mixer.noise.{self.refits}")
+        noise_SD = seeded_normal(signal.features_SD.shape, NOISE, self.seed, f"mixer.noise.{int(self.refits)}")
         self.refits += 1
         map_ED1.copy_(fit_map(signal.features_SD + noise_SD.to(signal.features_SD), expert_S, len(map_ED1)))
 

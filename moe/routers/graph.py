@@ -61,7 +61,10 @@ class Similarity(nn.Module):
 
 
 class Attention(nn.Module):
-    """M = the mean of the heads of ``ctx.attn`` [B, heads, L, L], renormalised over the tokens that may be seen."""
+    """M = the mean of the heads of ``ctx.attn`` [B, heads, L, L], renormalised over the tokens that may be seen.
+
+    A token whose attention lies on none of them keeps its own probabilities.
+    """
 
     def __init__(self, causal: bool) -> None:
         super().__init__()
@@ -81,7 +84,9 @@ class Attention(nn.Module):
             mixing_BLL = mixing_BLL.tril()
         if ctx.valid_T is not None:
             mixing_BLL = mixing_BLL * ctx.valid_T.reshape(sequences, 1, keys)
-        mixing_BLL = mixing_BLL / mixing_BLL.sum(-1, keepdim=True).clamp(min=TINY)
+        seen_BL1 = mixing_BLL.sum(-1, keepdim=True)
+        alone_LL = torch.eye(keys, device=mixing_BLL.device)
+        mixing_BLL = torch.where(seen_BL1 > 0, mixing_BLL / seen_BL1.clamp(min=TINY), alone_LL)
         mixed_BLE: Tensor = mixing_BLL @ probs_TE.reshape(sequences, keys, probs_TE.shape[1])
         return mixed_BLE.flatten(0, 1)
 

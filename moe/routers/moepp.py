@@ -29,7 +29,8 @@ class UnitSoftmax(Softmax):
         logits_TE = logits_TE.float()
         centred_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
         variance_T1 = centred_TE.square().sum(-1, keepdim=True) / max(logits_TE.shape[1] - 1, 1)
-        return (logits_TE / variance_T1.sqrt()).softmax(-1)
+        smallest = torch.finfo(torch.float32).tiny  # equal logits have no deviation, and stay equal
+        return (centred_TE * variance_T1.clamp(min=smallest).rsqrt()).softmax(-1)
 
 
 class NullTopK(Pipeline):

@@ -10,6 +10,7 @@ Shape letters: T tokens, H hidden, E expert ids, F expert width.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,13 @@ if TYPE_CHECKING:
 class Firing(nn.Module):
     """z_e = -erf(mu_e(x) / (sqrt(2) sigma_e(x))), from the experts in ``ctx.experts`` as they are stored.
 
-    Means and variances are read once per store, and anew in every training step; no gradient goes through them.
+    Means and variances are read once per store, and anew in every training step; no gradient goes through them. The
+    store is only looked at: it is neither kept alive nor copied with the router.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._store: ExpertStore | None = None
+        self._store: weakref.ref[ExpertStore] | None = None
         self._statistics: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x_TH: Tensor, ctx: Context) -> Tensor:
@@ -52,8 +54,8 @@ class Firing(nn.Module):
         self._store = self._statistics = None
 
     def _read(self, store: ExpertStore, training: bool) -> tuple[Tensor, Tensor]:
-        if self._statistics is None or training or store is not self._store:
-            self._store, self._statistics = store, weight_statistics(store)
+        if self._statistics is None or training or self._store is None or self._store() is not store:
+            self._store, self._statistics = weakref.ref(store), weight_statistics(store)
         return self._statistics
 
 

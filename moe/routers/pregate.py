@@ -102,7 +102,7 @@ def rotated(x_TAC: Tensor, position_T: Tensor) -> Tensor:
 
 
 def build(params: ReadMe) -> Callable[[LayerWeights, ModelShape, int], RouterBundle]:
-    """Return the factory; the same seed makes the same router for every layer, of which one decides for all."""
+    """Return the factory; every layer gets a router, and that of the first decides for all."""
 
     def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:
         scorer = PreGate(params, shape.experts, seed)

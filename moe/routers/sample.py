@@ -77,7 +77,10 @@ class BasicBlock(nn.Module):
 
 
 class ImageScores(nn.Module):
-    """z = network(image of the token's sample); batch normalisation uses the batch in training only."""
+    """z = network(image of the token's sample); batch normalisation uses the batch in training only.
+
+    Whether it trains is for the Context to say; each training call moves the running statistics, as elsewhere.
+    """
 
     def __init__(self, experts: int, blocks: int, seed: int) -> None:
         super().__init__()
@@ -118,7 +121,7 @@ def _convolution(incoming: int, outgoing: int, stride: int, seed: int, name: str
 
 
 def build(params: AdvMoE) -> Callable[[LayerWeights, ModelShape, int], RouterBundle]:
-    """Return the factory; the same seed makes the same router for every layer, of which one decides for all."""
+    """Return the factory; every layer gets a router, and that of the first decides for all."""
 
     def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:
         scorer = ImageScores(shape.experts, params.blocks, seed)

@@ -10,6 +10,7 @@ from ..router_context import ContextPipeline
 from ..router_parts import Jitter
 
 if TYPE_CHECKING:
+    from ...contracts import Selection
     from ..layer import LayerWeights
     from ..plugins import Switch
     from ..plugins import TopK as Params
@@ -22,12 +23,16 @@ def build(params: Params | SoftmaxTopK) -> Callable[[LayerWeights, ModelShape, i
 
     def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:
         selection = params.selection(shape)
-        bias_E = selection_bias(weights, shape) if selection.bias else None
-        selector = TopK(selection.k, bias_E, selection.groups)
-        router = Pipeline(Linear(router_rows(weights, shape, seed)), selector, weighter(selection))
+        scorer = Linear(router_rows(weights, shape, seed))
+        router = Pipeline(scorer, _selector(selection, weights, shape), weighter(selection))
         return RouterBundle(router, params.kinds(shape))
 
     return factory
+
+
+def _selector(selection: Selection, weights: LayerWeights, shape: ModelShape) -> TopK:
+    bias_E = selection_bias(weights, shape) if selection.bias else None
+    return TopK(selection.k, bias_E, selection.groups)
 
 
 def build_switch(params: Switch) -> Callable[[LayerWeights, ModelShape, int], RouterBundle]:
@@ -39,7 +44,7 @@ def build_switch(params: Switch) -> Callable[[LayerWeights, ModelShape, int], Ro
     def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:
         selection = params.selection(shape)
         scorer = Jitter(Linear(router_rows(weights, shape, seed)), params.jitter)
-        router = ContextPipeline(scorer, TopK(selection.k), weighter(selection), {"rng"})
+        router = ContextPipeline(scorer, _selector(selection, weights, shape), weighter(selection), {"rng"})
         return RouterBundle(router, params.kinds(shape))
 
     return factory

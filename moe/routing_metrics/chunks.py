@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...contracts import Metric
-from ..balance.rows import chunks
+from ..balance.rows import chunks, valid_tokens
 from ..routing import Context, Routing
 
 LENGTHS = (2, 4, 8, 16)
@@ -37,10 +37,11 @@ def chunk_experts(routing: Routing, length: int, ctx: Context | None = None) -> 
 def sparsity_metrics(routing: Routing, lengths: Sequence[int] = LENGTHS, ctx: Context | None = None) -> list[Metric]:
     """Return token-level and chunk-level sparsity (BlockFFN): the share of experts that nobody there needs.
 
-    ``tls`` = 1 - N / (T E), over all tokens; ``cls_L`` = 1 - distinct experts of a chunk / E, mean over chunks. Where
-    chunks cover all tokens, cls_2L <= cls_L <= tls; with independent tokens cls_L = tls^L on average.
+    ``tls`` = 1 - N / (T E), over all tokens that are no padding; ``cls_L`` = 1 - distinct experts of a chunk / E, mean
+    over chunks. Where chunks cover all tokens, cls_2L <= cls_L <= tls; with independent tokens cls_L is tls^L on
+    average.
     """
-    tokens, experts = routing.shape
+    tokens, experts = int(valid_tokens(routing, ctx).sum()), routing.num_experts
     tls = 1 - len(routing.token_N) / (tokens * experts) if tokens else None
     metrics = [Metric("tls", tls, "share", n=tokens)]
     for length in lengths:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...contracts import Metric
+from ...contracts import Metric, expert_matrices
 from ..routing import Routing
 
 
@@ -17,12 +17,13 @@ def parameters_of_kind(kind: str, hidden: int, width: int, gated: bool) -> int |
     (W_c [2, H] and v [H]), zero and copy experts none. None where the work depends on more than the token
     (``sequence``).
     """
+    own = expert_matrices(gated) * hidden * width
     weights = {
-        "ffn": (3 if gated else 2) * hidden * width,
+        "ffn": own,
         "zero": 0,
         "copy": 0,
         "constant": 3 * hidden,
-        "gather": (3 if gated else 2) * hidden * width,
+        "gather": own,
     }
     return weights.get(kind)
 

@@ -20,7 +20,7 @@ class Prune:
 
     Kept are those that most calibration tokens have among their ``top`` best, or some at ``random``, which is what
     utilisation is to be held against. A token has no more experts than are kept; a selection by groups, which would
-    lose different numbers of experts, becomes one over all that are kept.
+    lose different numbers of experts, becomes one over all that are kept. At ``random`` the same ids go in every layer.
     """
 
     keep: int | None = None
@@ -63,6 +63,7 @@ class Upcycle:
     """``experts`` copies of a dense FFN behind a random router, top-k of softmax renormalised (sparse upcycling).
 
     Without ``noise`` (the standard deviation of what is added to each copy) the layer is the FFN, whatever the router.
+    Router and noise come from the seed and are the same in every layer.
     """
 
     experts: int = 8

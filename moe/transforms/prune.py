@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..experts import ExpertStore, QTensor
 from ..layer import LayerWeights
 
 
@@ -45,26 +44,6 @@ def prune(weights: LayerWeights, kept: Sequence[int]) -> LayerWeights:
         router_EH=rows(weights.router_EH),
         router_bias_E=rows(weights.router_bias_E),
     )
-
-
-def prune_store(store: ExpertStore, kept: Sequence[int]) -> ExpertStore:
-    """Return the store with the FFN experts in places ``kept`` alone; quantized experts keep their bytes.
-
-    Experts of other kinds stay, behind the FFN experts as before; they own next to nothing.
-    """
-    _check_ids(kept, len(store.ffn_ids))
-    others = tuple(kind for kind in store.kinds if kind != "ffn")
-    if store.kinds != ("ffn",) * len(store.ffn_ids) + others:
-        raise ValueError("prune_store wants the FFN experts before those of other kinds; relabel the experts first.")
-
-    kinds = ("ffn",) * len(kept) + others
-    return replace(store, gate_up=_picked(store.gate_up, kept), down=_picked(store.down, kept), kinds=kinds)
-
-
-def _picked(weights: Tensor | Sequence[QTensor], kept: Sequence[int]) -> Tensor | Sequence[QTensor]:
-    if isinstance(weights, Tensor):
-        return weights[torch.tensor(list(kept))]
-    return tuple(weights[place] for place in kept)
 
 
 def _check_ids(kept: Sequence[int], experts: int) -> None:

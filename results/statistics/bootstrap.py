@@ -9,7 +9,7 @@ bounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -62,7 +62,7 @@ def _kept_variance(values: Floats, block: int) -> float:
 
 def cluster_bootstrap_interval(
     clusters: Sequence[ArrayLike],
-    statistic: Callable[[Floats], float] = lambda x: float(np.mean(x)),
+    statistic: Callable[[Floats], float] = lambda x: float(x.mean()),
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -80,14 +80,20 @@ def cluster_bootstrap_interval(
     if len(values) < LEAST_UNITS:
         return Interval(value, None, None, n, LEAST_UNITS)
     rng = np.random.default_rng(seed)
-    drawn = np.array(
-        [
-            statistic(np.concatenate([values[index] for index in rng.integers(0, len(values), len(values))]))
-            for _ in range(resamples)
-        ]
-    )
+    chosen = rng.integers(0, len(values), size=(resamples, len(values)))
+    drawn = np.array([statistic(one) for one in _of_clusters(values, chosen)])
     lo, hi = _expanded(drawn, len(values), level)
     return Interval(value, lo, hi, n, LEAST_UNITS)
+
+
+def _of_clusters(values: Sequence[Floats], chosen: NDArray[np.int64]) -> Iterator[Floats]:
+    """Yield the values of the chosen clusters, row by row; without a list of arrays where all are of one size."""
+    sizes = {len(one) for one in values}
+    if len(sizes) == 1:
+        table = np.stack(values)
+        yield from (table[row].ravel() for row in chosen)
+    else:
+        yield from (np.concatenate([values[index] for index in row]) for row in chosen)
 
 
 def _resampled(rng: np.random.Generator, n: int, block: int, resamples: int) -> NDArray[np.intp]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 from .arrays import Interval
 
@@ -38,6 +39,7 @@ def clustered_proportion(successes: Sequence[int], n: Sequence[int], level: floa
     return Interval(share, found.lo, found.hi, of, 1)
 
 
+@lru_cache(maxsize=1024)
 def _beta_quantile(q: float, a: float, b: float) -> float:
     low, high = 0.0, 1.0
     for _ in range(45):

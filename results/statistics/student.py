@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 
+@lru_cache(maxsize=256)
 def student_quantile(freedom: int, level: float = 0.95) -> float:
     """Return the t with P(|T| <= t) = ``level`` for whole degrees of freedom, by bisection of the angle.
 

@@ -52,11 +52,15 @@ def routing(archetype, tokens, seed, some_kinds=None):
         chosen_TE[:, [0, 3, 5]] = -1.0
     rank_TE = chosen_TE.argsort(1, descending=True).argsort(1)
     token_T1 = torch.arange(tokens)[:, None]
+    two_TE = rank_TE < 2
     keep_TE = {
+        "empty": two_TE,
+        "signed": two_TE,
+        "null": two_TE,
         "dynamic_k": rank_TE < (token_T1 + seed) % (experts + 1),
         "hot": (torch.arange(experts) == 3).expand(tokens, experts),
-        "dropped": (rank_TE < 2) & (token_T1 % 3 != 0),
-    }.get(archetype, rank_TE < 2)
+        "dropped": two_TE & (token_T1 % 3 != 0),
+    }[archetype]
     if archetype == "signed":
         turn_T1 = token_T1 % 3
         weight_TE = torch.where(turn_T1 == 0, weight_TE[:, :1], weight_TE)

@@ -1,55 +1,17 @@
 """Backends inside real transformers architectures with random weights, against transformers' own eager experts."""
 
+from pathlib import Path
+
 import pytest
 import torch
-import transformers
 
 from moebench.backends import bridge
 from moebench.backends.compiled import Compiled
-from moebench.contracts import Availability, MoebenchError
+from moebench.contracts import Availability, MoebenchError, load_file
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
-LATENT = {
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 3,
-}
-MODELS = {
-    "Olmoe": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
-    "Mixtral": {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "Qwen3Moe": {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8},
-    "DeepseekV3": {
-        **LATENT,
-        "moe_intermediate_size": 24,
-        "intermediate_size": 48,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 3,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "num_mtp_layers": 0,
-    },
-    "GraniteMoe": {"intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 3},
-}
+TINY = load_file(Path(__file__).parent.parent / "tiny_models.py")
+MODELS, build = TINY.MODELS, TINY.build
 BACKENDS = ("reference", "eager", "batched", "grouped", "compiled")
-
-
-def build(family, implementation="eager", **changes):
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **MODELS.get(family, {}), **changes})
-    torch.manual_seed(0)
-    cls = getattr(transformers, f"{family}ForCausalLM")
-    return cls._from_config(config, experts_implementation=implementation).eval()
 
 
 def logits(model):
@@ -104,7 +66,7 @@ def test_layers_have_their_decoder_index():
 
 
 def test_attaching_nests_and_survives_an_error():
-    model = build("Qwen3Moe", implementation="grouped_mm")
+    model = build("Qwen3Moe", experts="grouped_mm")
     expected = logits(model)
     with bridge.attach(model, "eager") as outer:
         with pytest.raises(ZeroDivisionError), bridge.attach(model, "reference"):
@@ -121,7 +83,7 @@ def test_a_registered_name_works_without_attach():
     names = bridge.register()
     assert {"moebench:eager", "moebench:grouped", "moebench:packed"} <= set(names)
     expected = logits(build("Olmoe"))
-    by_name = build("Olmoe", implementation="moebench:eager")
+    by_name = build("Olmoe", experts="moebench:eager")
     assert (logits(by_name) - expected).abs().max() <= 1e-5 * expected.abs().max()
     by_name.set_experts_implementation("moebench:grouped")
     assert (logits(by_name) - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -130,7 +92,7 @@ def test_a_registered_name_works_without_attach():
 @pytest.mark.parametrize("name", ["eager", "grouped"])
 def test_a_registered_name_follows_replaced_weights(name):
     bridge.register()
-    model = build("Olmoe", implementation=f"moebench:{name}")
+    model = build("Olmoe", experts=f"moebench:{name}")
     before = logits(model)
     down = model.model.layers[0].mlp.experts.down_proj
     down.data = 0.5 * down.data

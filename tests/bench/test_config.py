@@ -86,6 +86,10 @@ def test_an_experiment_is_a_suite_too_and_the_command_line_has_the_last_word():
     assert {block.seed for block in by_suite.blocks} == {7}
 
 
+def test_no_experiment_hides_a_suite():
+    assert not set(config.experiment_names()) & set(REGISTRY.names("suite"))
+
+
 def test_the_part_of_the_memory_is_that_of_the_command_line():
     assert load("engine.memory=0.25").blocks[0].memory_bytes == 0.25 * MEMORY
 

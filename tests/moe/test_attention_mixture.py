@@ -12,7 +12,6 @@ from moebench.moe.attention_mixture import (
     attend,
     attention_pairs,
     average,
-    parallel_block,
     selective_attention,
 )
 from moebench.moe.experts import ExpertStore
@@ -90,10 +89,8 @@ def test_every_expert_serves_every_token():
     torch.testing.assert_close(routing.to_dense().sum(1), torch.ones(T))
 
 
-def test_the_cache_holds_the_keys_and_values_of_every_expert_unless_shared():
-    own, shared = mixture(), mixture(shared_kv=True)
-    assert own.cache_values_per_token() == 3 * 2 * HEADS * D
-    assert shared.cache_values_per_token() == 2 * HEADS * D
+def test_shared_keys_are_those_of_every_expert():
+    shared = mixture(shared_kv=True)
     assert torch.equal(shared.expert(2).key_QH, shared.expert(0).key_QH)
 
 
@@ -115,18 +112,13 @@ def test_a_block_of_identical_branches_is_the_dense_block():
     def norm(x):
         return nnf.layer_norm(x, (H,))
 
-    dense = parallel_block(
-        x_TH, norm, lambda x: attend(x, one), lambda x: ffn_hidden(x, ffn.gate_up, "silu") @ ffn.down.T
-    )
+    normed_TH = norm(x_TH)
+    dense = x_TH + attend(normed_TH, one) + ffn_hidden(normed_TH, ffn.gate_up, "silu") @ ffn.down.T
     layer = mix([ffn] * 4, seed=2)
     experts = PreparedLayer(ExpertStore(layer.gate_up, layer.down, ("ffn",) * 4), None)
-    soft = Routing.dense((norm(x_TH) @ layer.router_EH.T).softmax(-1))
-    mixed = parallel_block(
-        x_TH,
-        norm,
-        AttentionMixture.of_branches([one] * 4, seed=3),
-        lambda x: moe_forward(experts, x, routing=soft),
-    )
+    soft = Routing.dense((normed_TH @ layer.router_EH.T).softmax(-1))
+    attentions = AttentionMixture.of_branches([one] * 4, seed=3)
+    mixed = x_TH + attentions(normed_TH) + moe_forward(experts, normed_TH, routing=soft)
     torch.testing.assert_close(mixed, dense, atol=2e-5, rtol=1e-5)
 
 

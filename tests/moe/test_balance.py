@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench.contracts import Selection
-from moebench.moe.balance.load import cv2_importance, cv2_load, entropy, modality, sequence, switch
+from moebench.moe.balance.load import cv2_importance, cv2_load, entropy, eta, modality, sequence, switch, z_loss
 from moebench.moe.balance.modality import modality_kl, modality_l1
 from moebench.moe.balance.registry import LOSSES, Term, total
 from moebench.moe.balance.rows import chunks, neighbours
 from moebench.moe.balance.sparse import chunk_sparsity, l1, locality
-from moebench.moe.losses import balance_loss, eta, heterogeneous_loss
 from moebench.moe.router import select
 from moebench.moe.routing import Context, Routing
 
@@ -129,9 +128,26 @@ def test_collapse_is_the_number_of_experts():
     assert float(cv2_load(certain([6, 0, 0, 0]))) == 3.0
 
 
-def test_without_options_it_is_the_balance_loss():
-    routing = of_logits(seeded(64, 12, seed=5))
-    assert float(switch(routing)) == pytest.approx(float(balance_loss(routing)), rel=1e-6)
+@relaxed
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=10).filter(any))
+def test_balance_is_never_below_one_where_shares_are_probabilities(load):
+    assert float(switch(certain(load))) >= 1 - 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_balance_is_that_of_transformers_over_k(k):
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logits_TE = seeded(64, 8)
+    theirs = modeling.load_balancing_loss_func((logits_TE,), 8, k)
+    assert float(switch(of_logits(logits_TE, k))) == pytest.approx(float(theirs) / k, rel=1e-6)
+
+
+def test_balance_normalises_sigmoid_scores():
+    scores_TE = seeded(16, 4, seed=1).sigmoid()
+    one, doubled = (
+        Routing.topk(scores_TE.topk(2).indices, torch.ones(16, 2), 4, None, factor * scores_TE) for factor in (1, 2)
+    )
+    assert float(switch(one)) == pytest.approx(float(switch(doubled)))
 
 
 def own_formula(system, routing, k):
@@ -170,11 +186,46 @@ def test_what_systems_add_is_a_factor_times_ours(system, factor, k):
 def test_eta_is_the_loss_of_moepp_scaled_to_one_at_its_optimum(tau):
     eta_E = eta(KINDS, tau)
     routing = of_logits(seeded(64, len(KINDS), seed=7))
-    theirs = float(heterogeneous_loss(routing, eta_E, 2))
+    theirs = float((eta_E * routing.counts_E / 64 * routing.probs_TE.mean(0)).sum())  # f sums to k = 2
     assert 2 / float((1 / eta_E).sum()) * float(switch(routing, eta_E=eta_E)) == pytest.approx(theirs, rel=1e-5)
     load = [round(tau * 100)] * 8 + [100] * 4
     assert float(switch(certain(load), eta_E=eta_E)) == pytest.approx(1.0, rel=1e-5)
     assert float(switch(certain([100] * 12), eta_E=eta_E)) >= 1.0 - 1e-6
+
+
+@pytest.mark.parametrize("tau", [0.25, 0.75])
+def test_heterogeneous_optimum_is_where_shares_go_with_one_over_eta(tau):
+    """R4 (MoEPlusPlus): FFN share tau N_F / (tau N_F + N_Z), and 1, which is k / sum(1 / eta) as the paper counts."""
+    load = [round(tau * 100)] * 8 + [100] * 4
+    eta_E = eta(KINDS, tau)
+    best = float(switch(certain(load), eta_E=eta_E, slots=1))
+    assert best == pytest.approx(1.0, rel=1e-6)
+    assert sum(load[:8]) / sum(load) == pytest.approx(tau * 8 / (tau * 8 + 4))
+    for giver in range(len(load)):
+        for taker in {0, len(load) - 1} - {giver}:
+            moved = list(load)
+            moved[giver] -= 20
+            moved[taker] += 20
+            assert float(switch(certain(moved), eta_E=eta_E, slots=1)) > best
+
+
+@pytest.mark.parametrize(("tau", "share"), [(0.25, 1 / 3), (0.75, 0.6)])
+def test_training_on_the_heterogeneous_loss_reaches_its_ffn_share(tau, share):
+    """R4 (MoEPlusPlus) with real top-2 slots: a router that starts at equal shares moves to the optimum's."""
+    x_TH = seeded(2048, 16)
+    weight_EH = (seeded(len(KINDS), 16, seed=1) * 0.25).requires_grad_()
+    bias_E = torch.zeros(len(KINDS), requires_grad=True)
+    optimizer = torch.optim.Adam([weight_EH, bias_E], lr=0.01)
+    for _ in range(200):
+        optimizer.zero_grad()
+        switch(of_logits(x_TH @ weight_EH.T + bias_E), eta_E=eta(KINDS, tau), slots=2).backward()
+        optimizer.step()
+    load_E = of_logits(x_TH @ weight_EH.T + bias_E).counts_E
+    assert float(load_E[:8].sum() / load_E.sum()) == pytest.approx(share, abs=0.05)
+
+
+def test_z_loss():
+    assert float(z_loss(of_logits(torch.zeros(5, 4), 1))) == pytest.approx(math.log(4.0) ** 2)
 
 
 def test_slots_are_read_from_probabilities_where_entries_are_missing():

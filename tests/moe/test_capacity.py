@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench.contracts import Selection
-from moebench.moe.capacity import Capacity, CapacityRule, choices, limit, with_capacity
+from moebench.moe.capacity import Capacity, CapacityRule, capacities, choices, limit, with_capacity
 from moebench.moe.router import Linear, Pipeline, Router, RouterBundle, Softmax, TopK, select
 from moebench.moe.routing import Context, Routing
 from moebench.moe.schedules import Schedule
@@ -336,3 +336,18 @@ def test_per_segment_is_the_capacity_of_transformers_switch():
     ours = limit(of_logits(logits_BSE.flatten(0, 1)), ("ffn",) * 4, rule, ctx)
     assert 0 < len(ours.token_N) < 60
     torch.testing.assert_close(ours.to_dense(), (mask_BSE * weight_BS1).flatten(0, 1))
+
+
+@pytest.mark.parametrize("tau", [Fraction(1, 4), Fraction(3, 4), Fraction(1)])
+@pytest.mark.parametrize("others", [4, 8])
+def test_capacities_add_up_to_gamma_times_the_assignments(tau, others):
+    """R5 (MoEPlusPlus), exactly, in rational numbers."""
+    gamma = Fraction(11, 10)
+    of_ffn, of_other = capacities(1000, 2, tau, 16, others, gamma)
+    assert 16 * of_ffn + others * of_other == gamma * 2 * 1000
+    assert of_ffn == tau * of_other
+
+
+def test_a_scheduled_factor_needs_the_progress():
+    assert "progress" in wrapped(CapacityRule(Schedule(2.0, 1.0))).needs
+    assert "progress" not in wrapped(CapacityRule(2.0)).needs

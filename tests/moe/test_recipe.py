@@ -420,3 +420,13 @@ def test_sparsity_with_channel_weights_comes_back(tmp_path):
     back = recipe.sparsity_of(read(tmp_path / "a"))
     assert back.thresholds == made.thresholds
     assert torch.equal(back.weights["input"], made.weights["input"])
+
+
+def test_scaled_inputs_are_kept_apart_from_plain_ones_in_the_cache(registry, tmp_path):
+    plain, scaled = (
+        make_recipe(registry, routing=("moepp", {"released_inputs": released}), sparsity=("none", {}))
+        for released in (False, True)
+    )
+    first, second = prepare(plain, tmp_path), prepare(scaled, tmp_path)
+    assert torch.equal(second.store.dense()[0], prepare(scaled).store.dense()[0])
+    assert not torch.equal(first.store.dense()[0], second.store.dense()[0])

@@ -174,6 +174,13 @@ def test_independent_tokens_have_the_power_of_tls():
         assert values[f"cls_{length}"] == pytest.approx(values["tls"] ** length, abs=0.004)
 
 
+def test_padding_is_not_sparsity():
+    routing = Routing.topk(torch.tensor([[0, 1], [1, 2], [9, 9], [9, 9]]), torch.ones(4, 2), 4)
+    ctx = Context(valid_T=torch.tensor([True, True, False, False]))
+    figures = {metric.name: metric.value for metric in sparsity_metrics(routing, (2,), ctx)}
+    assert figures == {"tls": 0.5, "cls_2": 0.25}
+
+
 def test_bytes_of_a_chunk_are_those_of_its_union():
     routing = top_k(64, 16, 2)
     sparsity, moved = named(sparsity_metrics(routing)), named(chunk_bytes(routing, 100.0))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebench.moe.schedules import DENSE_TO_SPARSE, Schedule, k_at, value_at
+from moebench.moe.schedules import Schedule, k_at, value_at
 
 shapes = st.sampled_from(["linear", "exponential"])
 values = st.floats(1e-3, 1e3)
@@ -32,7 +32,7 @@ def test_a_schedule_goes_one_way(start, end, shape, one, other):
 @given(progress)
 def test_evomoe_cools_as_its_formula_says(now):
     """tau(t) = max(tau_max exp(ln(tau_min / tau_max) t / D), tau_min)."""
-    assert DENSE_TO_SPARSE.at(now) == pytest.approx(max(math.exp(math.log(0.5) * now), 0.5))
+    assert Schedule(1.0, 0.5, "exponential").at(now) == pytest.approx(max(math.exp(math.log(0.5) * now), 0.5))
 
 
 def test_linear_and_exponential_meet_only_at_the_ends():

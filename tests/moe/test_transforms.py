@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 from moebench.contracts import Selection
 from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import LayerWeights, PreparedLayer, SharedExpert, ffn_hidden, moe_forward
-from moebench.moe.plugins import Int4
-from moebench.moe.quantization import rtn
 from moebench.moe.router import select
 from moebench.moe.routing import Routing
 from moebench.moe.transforms.aggregate import aggregate
-from moebench.moe.transforms.prune import at_random, by_utilisation, prune, prune_store
+from moebench.moe.transforms.prune import at_random, by_utilisation, prune
 from moebench.moe.transforms.upcycle import mix, upcycle
 
 H, F, E, T = 16, 12, 6, 50
@@ -189,29 +187,12 @@ def test_random_choice_is_seeded():
     assert len(set(draws[0])) == 8
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_store_keeps_the_bytes_of_what_stays(quantized):
-    one = layer()
-    store = ExpertStore(one.gate_up, one.down, ("ffn",) * E + ("copy", "zero"))
-    store = rtn(Int4(group=4))(store) if quantized else store
-    kept = prune_store(store, (1, 4))
-    assert kept.kinds == ("ffn", "ffn", "copy", "zero")
-    assert kept.quantized == quantized
-    for place, slot in enumerate((1, 4)):
-        assert torch.equal(kept.weights(place)[0], store.weights(slot)[0])
-        assert torch.equal(kept.weights(place)[1], store.weights(slot)[1])
-    assert kept.nbytes * 3 == store.nbytes
-
-
 def test_what_cannot_be_pruned_is_refused():
     with pytest.raises(ValueError, match="no experts to prune"):
         prune(dense(), (0,))
     for kept in ((), (0, 0), (E,), (-1,)):
         with pytest.raises(ValueError, match="must be distinct ids"):
             prune(layer(), kept)
-    mixed = ExpertStore(layer().gate_up, layer().down, ("copy",) + ("ffn",) * E)
-    with pytest.raises(ValueError, match="before those of other kinds"):
-        prune_store(mixed, (0,))
     for keep in (0, E + 1):
         with pytest.raises(ValueError, match="must lie between 1"):
             by_utilisation(torch.ones(E), keep)

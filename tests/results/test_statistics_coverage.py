@@ -26,12 +26,12 @@ LEAST = 0.95 - 0.015
 SIZES = (20, 50, 200)
 
 
-def autoregressive(rng, r, experiments, n):
-    """Rows of an autoregression of order 1 with unit innovations, in its steady state."""
-    x = rng.standard_normal((experiments, n))
-    x[:, 0] /= math.sqrt(1 - r * r)
-    for i in range(1, n):
-        x[:, i] += r * x[:, i - 1]
+def autoregressive(rng, r, *size):
+    """Series along the last axis: an autoregression of order 1 with unit innovations, in its steady state."""
+    x = rng.standard_normal(size)
+    x[..., 0] /= math.sqrt(1 - r * r)
+    for i in range(1, size[-1]):
+        x[..., i] += r * x[..., i - 1]
     return x
 
 
@@ -143,11 +143,10 @@ def test_differences_of_right_answers(n, lost):
 def test_effects_over_process_pairs(turns, r):
     """Five pairs that differ by exactly what tau says."""
     rng = np.random.default_rng(turns)
+    bias = 0.015 * rng.standard_normal((700, 5, 1))
     hits = []
-    for _ in range(700):
-        bias = 0.015 * rng.standard_normal(5)
-        effect = paired_effect([b + 0.03 * autoregressive(rng, r, 1, turns)[0] for b in bias], 0.015)
-        lo, hi = effect.interval(1.96)
+    for pairs in bias + 0.03 * autoregressive(rng, r, 700, 5, turns):
+        lo, hi = paired_effect(pairs, 0.015).interval(1.96)
         hits.append(lo <= 1.0 <= hi)
     assert np.mean(hits) >= LEAST
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebench.contracts import MoebenchError, Selection
+from moebench.contracts import MoebenchError, Selection, load_file
 from moebench.moe.layer import LayerWeights
 from moebench.moe.router import Linear, Pipeline, Softmax, TopK
 from moebench.moe.routing import Context
@@ -15,28 +17,14 @@ from moebench.moe.shapes import ModelShape
 from moebench.suites.decoding import Ranked, SelfContrast, at_ranks, contrast, decode, ranked
 from moebench.suites.models.reroute import reroute
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "intermediate_size": 24,
-}
-EXPERTS = {"Mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2}, "Olmoe": {"num_experts": 8}}
 NEW, FEW = 8, 4
 
 
-@pytest.fixture(scope="module", params=EXPERTS)
+@pytest.fixture(scope="module", params=["Mixtral", "Olmoe"])
 def model(request):
-    family = request.param
-    settings_ = {"num_experts_per_tok": 3, **SIZES, **EXPERTS[family]}
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**settings_)
-    return getattr(transformers, f"{family}ForCausalLM")._from_config(config).eval()
+    return load_file(Path(__file__).parent.parent / "tiny_models.py").build(request.param, initializer_range=0.3)
 
 
 def prompts(batch=3, length=6):

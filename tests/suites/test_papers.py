@@ -15,7 +15,7 @@ from moebench.bench.cli import main
 from moebench.bench.papers import CLAIM_VIEWS, cut_to_runs, measured
 from moebench.bench.run import planned
 from moebench.contracts import MoebenchError, Registry
-from moebench.moe.losses import eta, heterogeneous_loss
+from moebench.moe.balance.load import eta, switch
 from moebench.moe.routing import Routing
 from moebench.results.claims import Rule, judge, mean_interval, student_quantile
 from moebench.results.parts import write_part
@@ -282,14 +282,13 @@ def test_too_much_for_one_expert_cannot_be_dealt():
 
 @pytest.mark.parametrize("tau", [0.25, 0.75])
 def test_our_balance_loss_attains_the_minimum_at_the_balanced_load(tau):
-    """The loss as it is implemented, at a Routing whose f and P are those of the optimum, is k / sum(1 / eta)."""
+    """The loss as it is implemented, at a Routing whose f and P are those of the optimum, is at its least, 1."""
     kinds, k, tokens = ("ffn",) * 8 + ("zero", "copy", "constant", "constant"), 2, 2400
     routing = balanced_routing(kinds, tau, tokens, k, torch.Generator().manual_seed(0))
     routing = Routing(
         routing.token_N, routing.expert_N, routing.weight_N, routing.shape, probs_TE=routing.to_dense().float()
     )
-    loss = float(heterogeneous_loss(routing, eta(kinds, tau), k))
-    assert loss == pytest.approx(k / float((1 / eta(kinds, tau)).sum()), rel=1e-6)
+    assert float(switch(routing, eta_E=eta(kinds, tau), slots=k)) == pytest.approx(1.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("tau", [0.25, 0.75])

@@ -3,59 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from moebench.backends import bridge
-from moebench.contracts import MoebenchError, Registry
+from moebench.contracts import MoebenchError, Registry, load_file
 from moebench.moe.layer import PreparedLayer, moe_forward
 from moebench.moe.router import Router, RouterBundle
 from moebench.moe.routing import Context, Routing
 from moebench.suites.models.reroute import model_shape, reroute
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
-LATENT = {
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 3,
-}
-MODELS = {
-    "Olmoe": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
-    "Mixtral": {"intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "Qwen3Moe": {
-        "moe_intermediate_size": 24,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "head_dim": 8,
-        "norm_topk_prob": True,
-    },
-    "DeepseekV3": {
-        **LATENT,
-        "moe_intermediate_size": 24,
-        "intermediate_size": 48,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 3,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "num_mtp_layers": 0,
-    },
-    "GraniteMoe": {"intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 3},
-}
+TINY = load_file(Path(__file__).parent.parent / "tiny_models.py")
+MODELS, build = TINY.MODELS, TINY.build
 OWN_RULE = {
     "Olmoe": ("olmoe", {"k": 3}),
     "Mixtral": ("mixtral", {}),
@@ -64,17 +27,6 @@ OWN_RULE = {
     "GraniteMoe": ("mixtral", {"k": 3}),
 }
 """The scheme of ours that each model's own router is."""
-
-
-def build(family, implementation="eager", **changes):
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **MODELS[family], **changes})
-    torch.manual_seed(0)
-    cls = getattr(transformers, f"{family}ForCausalLM")
-    model = cls._from_config(config, experts_implementation=implementation).eval()
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.uniform_(-0.2, 0.2)
-    return model
 
 
 def ids(batch=2, length=9):

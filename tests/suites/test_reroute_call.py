@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
-from moebench.contracts import MoebenchError, Registry
+from moebench.contracts import MoebenchError, Registry, load_file
 from moebench.moe.router_context import OncePerModel
 from moebench.moe.routing import Context
 from moebench.suites.models.reroute import reroute
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 REGISTRY = Registry.load()
 BATCH, LENGTH, EXPERTS = 2, 9, 8
@@ -32,22 +33,8 @@ FOREIGN = {"peer", "ultramem", "bam"}
 """Routings of experts that no transformers model has: rank-1 experts, and attentions."""
 
 
-def build(family="Olmoe", attention="eager", **changes):
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-        "intermediate_size": 24,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": 2,
-    }
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**sizes, **changes})
-    cls = getattr(transformers, f"{family}ForCausalLM")
-    return cls._from_config(config, attn_implementation=attention, experts_implementation="eager").eval()
+def build(attention="eager"):
+    return load_file(Path(__file__).parent.parent / "tiny_models.py").build("Olmoe", attention=attention)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """PEER and UltraMem as routings over a layer of rank-1 experts: the layers of ``moe.gather``, run by a backend."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -210,8 +208,3 @@ def test_more_cores_than_one_are_the_module_alone():
     search = TuckerSearch.seeded(HIDDEN, 7, 8, 4, heads=1, rank=2, cores=2, seed=0)
     with pytest.raises(ValueError, match="2 cores give a row as many weights"):
         TuckerRouter(search, torch.arange(49), 49)
-
-
-def test_the_search_costs_the_root_of_what_all_experts_would():
-    router = build("peer", PEER(heads=1, k=4, key_width=8), {"experts": 2500, "width": 1}).router
-    assert router.exhaustive_flops_per_token / router.flops_per_token == math.sqrt(2500) / 2

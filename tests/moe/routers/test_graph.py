@@ -40,7 +40,7 @@ def build(name, params, router_EH=ROUTER_EH, **changes):
 
 
 def context(**changes):
-    return Context(segment_T=SEGMENT_T, attn=ATTENTION, **changes)
+    return Context(**{"segment_T": SEGMENT_T, "attn": ATTENTION, **changes})
 
 
 def mixing_by_hand(name, params, x_TH, valid_T=None):
@@ -131,6 +131,16 @@ def test_attention_to_oneself_is_plain_top_k():
     plain = Pipeline(Linear(ROUTER_EH), TopK(2), Softmax(True))(x_TH, Context())
     assert torch.equal(own.expert_N, plain.expert_N)
     torch.testing.assert_close(own.weight_N, plain.weight_N)
+
+
+def test_a_token_that_attends_to_none_that_may_be_seen_keeps_its_own_choice():
+    x_TH, attn = seeded(TOKENS, 32), ATTENTION.clone()
+    attn[:, :, 0] = 0
+    attn[:, :, 0, -1] = 1  # the first token of a sequence looks at the last alone
+    router = build("got_attention", AttentionAware()).router
+    alone = router(x_TH, context(attn=torch.eye(LENGTH).expand_as(ATTENTION)))
+    first = torch.arange(0, TOKENS, LENGTH)
+    assert torch.equal(router(x_TH, context(attn=attn)).padded()[0][first], alone.padded()[0][first])
 
 
 @every_variant

@@ -9,6 +9,7 @@ from moebench.contracts import Selection, load_attribute
 from moebench.moe.layer import LayerWeights, moe_forward
 from moebench.moe.plugins import DESCRIPTORS, MoEPlusPlus
 from moebench.moe.recipe import Recipe, Stage, prepare_layer
+from moebench.moe.routers.moepp import UnitSoftmax
 from moebench.moe.routing import Context, Routing
 from moebench.moe.shapes import ModelShape
 
@@ -79,3 +80,11 @@ def test_unit_logits_have_deviation_one_and_the_residual_carries_raw_ones():
     torch.testing.assert_close(unit.probs_TE, expected_TE)
     surest = [float(routing.probs_TE.detach().amax(1).mean()) for routing in (unit, plain)]
     assert surest[0] < 0.6 < 0.9 < surest[1], "logits of deviation 20 are certain, those of deviation 1 are not"
+
+
+def test_equal_logits_stay_equal_where_there_is_no_deviation():
+    logits_TE = torch.zeros(2, 4, requires_grad=True)
+    scores_TE = UnitSoftmax().scores(logits_TE)
+    assert torch.equal(scores_TE, torch.full((2, 4), 0.25))
+    scores_TE[:, 0].sum().backward()
+    assert torch.isfinite(logits_TE.grad).all()

@@ -1,5 +1,7 @@
 """MoE-X: the firing rate that it predicts (R7), the wide layer that it is (R8), and what it reads from the experts."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as nnf
@@ -44,6 +46,12 @@ def build(params=None, router_EH=None):
 def hidden_of(store, x_TH):
     """What every expert has after its ReLU, [T, E, F]."""
     return torch.einsum("th,efh->tef", x_TH, store.gate_up).relu()
+
+
+def test_a_copy_of_the_router_copies_no_experts():
+    store, router = gaussian_store(), build(MoEX(k=2)).router
+    router(seeded(TOKENS, HIDDEN), Context(experts=store))
+    assert copy.deepcopy(router).scorer._store() is store
 
 
 @pytest.mark.parametrize("gated", [False, True])
