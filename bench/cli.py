@@ -39,6 +39,15 @@ Exit status: 0 not regressed, 1 regressed, 3 inconclusive, 4 too noisy to tell, 
 """
 
 
+PARETO_HELP = """\
+Axes x: tpot latency throughput bytes resident energy. Axes y: ppl kl bpb agreement error accuracy:TASK. A condition is
+SQL over the columns of view latest, and x, y, their bounds x_lo, x_hi, y_lo, y_hi. Examples:
+  moebench pareto
+  moebench pareto --x bytes --y kl --where "backend = 'eager' AND quantization <> 'none'"
+  moebench pareto --page pareto.html --price-per-hour 0.35
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status. A mistake is told in one sentence, without a traceback."""
     parser = make_parser()
@@ -81,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_gate(commands)
     _add_compare(commands)
     _add_trend(commands)
+    _add_pareto(commands)
     report = _add(commands, "report", "commands:report", "write the interactive HTML report")
     report.add_argument("--output", "-o", help="file to write (default: report.html in the store)")
     report.add_argument("--run", help="run id (default: the latest)")
@@ -172,6 +182,18 @@ def _add_trend(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     trend.add_argument("--case", metavar="KEY", help="only the case with this key, or all whose keys begin so")
     trend.add_argument("--metric", default="time", metavar="NAME", help="time (default), or a metric such as bytes")
     trend.add_argument("--host", metavar="KEY|all", help="host key or its beginning, or all (default: this host)")
+
+
+def _add_pareto(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    pareto = _add(commands, "pareto", "pareto:pareto", "show which methods are worth having", PARETO_HELP)
+    pareto.add_argument("--x", default="tpot", metavar="AXIS", help="speed or size (default: tpot)")
+    pareto.add_argument("--y", default="ppl", metavar="AXIS", help="quality (default: ppl)")
+    pareto.add_argument("--where", metavar="SQL", help="only the cases that fit this condition")
+    pareto.add_argument("--format", choices=("text", "json", "csv"), default="text")
+    pareto.add_argument("--page", metavar="FILE", help="write all axes as one HTML file that needs no network instead")
+    pareto.add_argument(
+        "--price-per-hour", type=float, metavar="PRICE", help="what an hour of the machine costs, for costs of tokens"
+    )
 
 
 def _add(

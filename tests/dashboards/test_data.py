@@ -1,7 +1,6 @@
 import csv
 import datetime
 import io
-from itertools import pairwise
 
 import duckdb
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import strategies as st
 
 from moebench.dashboards import data, units
 from moebench.dashboards.details import thinned
-from moebench.dashboards.figure_quality import dominated
 from moebench.dashboards.query import ask, literal, to_csv
 from moebench.dashboards.ratios import baseline_of, paired_ratio, turn_minima
 from moebench.results.database import connect_parts
@@ -183,14 +181,6 @@ def test_the_baseline_is_eager_and_plain_and_not_flagged(opened):
     cases, _ = data.load_cases(open_store(run), run.run_id)
     base = baseline_of(cases)
     assert (base.axes["backend"], base.axes["routing"], base.axes["sparsity"]) == ("eager", "topk", "none")
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans()), max_size=12))
-def test_what_is_not_dominated_is_a_staircase(points):
-    front = sorted({p[:2] for p, worse in zip(points, dominated(points), strict=True) if p[2] and not worse})
-    assert all(a < c and b > d for (a, b), (c, d) in pairwise(front))
-    if any(may for _, _, may in points):
-        assert front
 
 
 def test_capped_samples_say_how_many_there_were():
