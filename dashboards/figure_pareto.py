@@ -17,9 +17,9 @@ from .marks import LEGEND, markers, whiskers
 from .pareto_data import PLACES, Answer, Shown, caveats, counted
 
 CAPTION = (
-    "Each mark is one method on one backend, with intervals on both axes. Grey marks are dominated: another is better on "
-    "both axes, beyond the intervals. Named marks are the front; coloured ones without a name are tied with it, which "
-    "more samples may decide. Hollow marks carry a flag or have no interval, and are not judged."
+    "Each mark is one method on one backend, with intervals on both axes. Grey marks are dominated: another is better "
+    "on both axes, beyond the intervals. Named marks are the front; coloured ones without a name are tied with it, "
+    "which more samples may decide. Hollow marks carry a flag or have no interval, and are not judged."
 )
 
 NAMED = 12
@@ -97,9 +97,7 @@ def _marker(shown: Shown, cases: Sequence[Case], backend: str, style: Style) -> 
 def _add_front(figure: go.Figure, shown: Shown, x: Axis, size: float) -> None:
     """Draw the line of the marks that nothing is ahead of, and name them."""
     best = sorted(
-        (case.row["x"], case.row["y"], case.label)
-        for case in shown.cases
-        if shown.placed(case).place == Place.FRONT
+        (case.row["x"], case.row["y"], case.label) for case in shown.cases if shown.placed(case).place == Place.FRONT
     )
     shape = "hv" if x.better == "lower" else "vh"
     figure.add_scatter(

@@ -13,10 +13,10 @@ from .tables import NOT_MEASURED, esc
 from .template import disclosure, section
 
 CAPTION = (
-    "MoE-CAP's three, with the share of this machine that a case really used. S-MBU: the bytes of the experts that were "
-    "chosen, of what is always on, of inputs and of outputs, per second, over the bandwidth that a probe reached from "
-    "memory; above 1 they came from a cache. S-MFU: the same of the flops. A dash is a probe or a price that nobody "
-    "gave. All cases of the table ran on one machine at one price, so their cost is their time."
+    "MoE-CAP's three, with the share of this machine that a case really used. S-MBU: the bytes of the experts that "
+    "were chosen, of what is always on, of inputs and of outputs, per second, over the bandwidth that a probe reached "
+    "from memory; above 1 they came from a cache. S-MFU: the same of the flops. A dash is a probe or a price that "
+    "nobody gave. All cases of the table ran on one machine at one price, so their cost is their time."
 )
 
 TITLES = ("case", "cost of 1M tokens", "quality", "layer-tokens/s", "S-MBU", "S-MFU", "place")
@@ -56,7 +56,9 @@ def best_in_all(answer: Answer, shown: Shown) -> str:
 
 def _row(row: Row, case: Case, shown: Shown) -> str:
     rate = case.layer_tokens_per_s
-    slow, fast = (None if rate is None or not ns else rate * (case.median_ns or 0.0) / ns for ns in case.bounds_ns[::-1])
+    slow, fast = (
+        None if rate is None or not ns else rate * (case.median_ns or 0.0) / ns for ns in case.bounds_ns[::-1]
+    )
     cells = [
         _number((row["cost_per_million_tokens"], row["cost_per_million_tokens_lo"], row["cost_per_million_tokens_hi"])),
         _number((row["y"], row["y_lo"], row["y_hi"])),

@@ -30,12 +30,13 @@ def render_pareto(
     found = answers(connection, xs, y, where, price_per_hour=price_per_hour)
     style = Style.of(case.axes["backend"] for one in found for shown in one.fronts for case in shown.cases)
     charts = [_chart(name, [one for one in found if one.x.name == name], style) for name in xs]
-    tables = [(one, shown) for one in found if one.x.source == "time" and one.y == y for shown in one.fronts[:1]][:1]
-    sections = [*map(chart_html, charts), *(cap(*table) for table in tables)]
-    texts = {"cap": rows for rows in [one.rows(shown) for one, shown in tables]}
+    timed = next((one for one in found if one.x.source == "time" and one.y == y and one.fronts), None)
+    shown = None if timed is None else timed.fronts[0]
+    sections = [*map(chart_html, charts), *([] if timed is None or shown is None else [cap(timed, shown)])]
+    texts = {} if timed is None or shown is None else {"cap": timed.rows(shown)}
     payloads = [data_script("details", {}), data_script("csv", csv_texts(charts, texts)), *figure_scripts(charts)]
     links = [(chart.key, X_AXES[name].title) for chart, name in zip(charts, xs, strict=True)]
-    links += [("cap", "cost, accuracy, performance")] if tables else []
+    links += [("cap", "cost, accuracy, performance")] if texts else []
     runs = data.load_runs(connection)
     return fill(
         {

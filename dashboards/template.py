@@ -1,4 +1,4 @@
-"""What every page is made of: sections, charts with their SQL and CSV, and one file with each script pinned by its hash."""
+"""What every page is made of: sections, charts with SQL and CSV, and one file with each script pinned by its hash."""
 
 from __future__ import annotations
 

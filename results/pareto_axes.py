@@ -12,9 +12,9 @@ from .pareto import Better
 class Axis:
     """One axis. ``unit`` is that of the values; ``absent`` says why no row may have one, and what to do.
 
-    Sources: ``time`` is ``formula`` of the median time of a call ``{ns}``; ``read`` is a metric with chance in it, which
-    like a time is compared within one sitting only; ``counted`` is a metric without chance, whose value is its own
-    interval; ``metric`` is one of quality; ``items`` is the mean over the judged items of ``task``.
+    Sources: ``time`` is ``formula`` of the median time of a call ``{ns}``; ``read`` is a metric with chance in it,
+    which like a time is compared within one sitting only; ``counted`` is a metric without chance, whose value is its
+    own interval; ``metric`` is one of quality; ``items`` is the mean over the judged items of ``task``.
     """
 
     name: str
@@ -37,7 +37,8 @@ NO_TIME = "run a suite of speed, such as `moebench run suite=throughput`"
 NO_BYTES = "run a suite of layers, such as `moebench run suite=throughput`"
 NO_QUALITY = "run `moebench run suite=accuracy` on the same methods"
 NO_ENERGY = (
-    "take --x tpot or --x bytes, because no counter of energy was read where these rows were measured, and none is guessed"
+    "take --x tpot or --x bytes, because no counter of energy was read where these rows were measured, and none is "
+    "guessed"
 )
 
 X_AXES: dict[str, Axis] = {

@@ -15,10 +15,9 @@ from .pareto import Mark, Place, Placed, place, span
 from .pareto_axes import Axis
 from .pareto_sql import Points, Row
 
-
 OTHER_RUN = (
-    "they were taken in another run than the others of their group, and times of two sittings are never compared; choose "
-    "theirs by --where \"run_id = '...'\""
+    "they were taken in another run than the others of their group, and times of two sittings are never compared; "
+    "choose theirs by --where \"run_id = '...'\""
 )
 
 

@@ -2,8 +2,8 @@
 
 S-MBU is the bytes that a call must really touch (weights of the *distinct* experts that its routing chose, shared ones,
 inputs and outputs) per second, over the memory bandwidth that suite ``roofline`` reached on the same host. S-MFU is the
-same of the flops of the assignments really made, over the peak of the dtype. MoE-CAP's code halves its peak and leaves k
-out; these are its definitions.
+same of the flops of the assignments really made, over the peak of the dtype. MoE-CAP's code halves its peak and leaves
+k out; these are its definitions.
 """
 
 from __future__ import annotations

@@ -127,10 +127,13 @@ def test_an_anchor_counts_in_each_piece_with_the_samples_of_that_piece(build, op
     timed(run, build, ("c",), us=500, sitting="two")
     anchor = run.tables["timings"][:2]
     run.tables["timings"] += [
-        {**row, "process": 1, "sitting": "two", "ns": [ns * 90 for ns in row["ns"]], "median_lo_ns": 1.0} for row in anchor
+        {**row, "process": 1, "sitting": "two", "ns": [ns * 90 for ns in row["ns"]], "median_lo_ns": 1.0}
+        for row in anchor
     ]
     fronts = answer(open_store(run), "latency").fronts
-    found = {frozenset(r["routing"] for r in s.front.rows): {r["routing"]: r["x"] for r in s.front.rows} for s in fronts}
+    found = {
+        frozenset(r["routing"] for r in s.front.rows): {r["routing"]: r["x"] for r in s.front.rows} for s in fronts
+    }
     assert set(found) == {frozenset({"anchor", "b"}), frozenset({"anchor", "c"})}
     one, two = (found[frozenset({"anchor", other})]["anchor"] for other in "bc")
     assert two == pytest.approx(90 * one)
@@ -227,8 +230,8 @@ def test_energy_is_told_to_be_absent_and_drawn_where_it_was_read(build, opened):
     run = builder()
     timed(run, build)
     assert answer(open_store(run), "energy").none == (
-        "no ok row here has a value of energy per call: take --x tpot or --x bytes, because no counter of energy was read "
-        "where these rows were measured, and none is guessed."
+        "no ok row here has a value of energy per call: take --x tpot or --x bytes, because no counter of energy was "
+        "read where these rows were measured, and none is guessed."
     )
     for number, row in enumerate([case for case in run.tables["cases"] if case["protocol"] == "timed"]):
         run.metric(row, "energy", 1.0 + number, "J", 0.1)
@@ -267,8 +270,8 @@ def test_a_wrong_condition_is_one_sentence(many, where, words):
 
 def test_a_condition_that_nothing_fits_says_so(connected):
     assert answer(connected, where="tokens = 7").none == (
-        "no ok row that fits the condition has a value of time per token: widen the condition, or run a suite of speed, "
-        "such as `moebench run suite=throughput`."
+        "no ok row that fits the condition has a value of time per token: widen the condition, or run a suite of "
+        "speed, such as `moebench run suite=throughput`."
     )
 
 

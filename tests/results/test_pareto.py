@@ -104,15 +104,16 @@ def test_the_order_of_the_marks_means_nothing(found, random):
 def test_a_doubtful_mark_neither_dominates_nor_is_dominated(found):
     places = place(found)
     doubtful = having(places, Place.UNJUDGED)
-    assert place(m for m in found if m.key not in doubtful) == {k: one for k, one in places.items() if k not in doubtful}
+    assert place(m for m in found if m.key not in doubtful) == {
+        k: one for k, one in places.items() if k not in doubtful
+    }
 
 
 @given(st.lists(st.tuples(WHOLE, WHOLE, st.integers(0, 2), st.integers(0, 2)), max_size=10))
 def test_an_axis_of_which_more_is_better_is_its_mirror_image(values):
     lower = [Mark(str(i), span(x, x - w, x + w), span(y, y - v, y + v)) for i, (x, y, w, v) in enumerate(values)]
     higher = [
-        Mark(str(i), span(-x, -x - w, -x + w, "higher"), span(y, y - v, y + v))
-        for i, (x, y, w, v) in enumerate(values)
+        Mark(str(i), span(-x, -x - w, -x + w, "higher"), span(y, y - v, y + v)) for i, (x, y, w, v) in enumerate(values)
     ]
     assert place(higher) == place(lower)
 
@@ -165,7 +166,15 @@ def layer(tokens, experts, chosen, k, ns, hidden=64, width=32, element=2, shared
     per_expert = 3 * hidden * width
     moved = (chosen * per_expert + shared) * element + 2 * tokens * hidden * element
     flops = 2.0 * tokens * (k * per_expert + shared)
-    return {**HOST, "bytes": moved, "flops": flops, "tokens": tokens, "median_ns": ns, "lo_ns": ns * 0.9, "hi_ns": ns * 1.25}
+    return {
+        **HOST,
+        "bytes": moved,
+        "flops": flops,
+        "tokens": tokens,
+        "median_ns": ns,
+        "lo_ns": ns * 0.9,
+        "hi_ns": ns * 1.25,
+    }
 
 
 def test_s_mbu_and_s_mfu_by_hand():
