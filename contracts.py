@@ -293,6 +293,7 @@ BUILTIN_PLUGINS = (
     "moebench.moe.transforms.params",
     "moebench.backends.plugins",
     "moebench.suites.plugins",
+    "moebench.suites.hub_plugins",
     "moebench.suites.routing_plugins",
     "moebench.suites.claims_plugins",
     "moebench.suites.traffic_params",

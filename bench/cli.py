@@ -101,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     models = _add(commands, "models", "commands:models", "fetch a model, or say which there are")
     models.add_argument("action", nargs="?", choices=("list", "fetch"), default="list")
     models.add_argument("name", nargs="?")
+    models.add_argument("settings", nargs="*", metavar="model.NAME=VALUE", help="parameters of the model to fetch")
     papers = _add(commands, "papers", "papers:papers", "check the claims of published systems here")
     papers.add_argument("keys", nargs="*", help="which papers (default: all)")
     papers.add_argument("--list", action="store_true", help="show the claims and what they cost, and run nothing")
@@ -142,6 +143,13 @@ def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     gate.add_argument(
         "--metric-margin", metavar="NAME=FRACTION", action="append", default=[], help="let a metric move, as bytes=0.02"
+    )
+    gate.add_argument(
+        "--item-margin",
+        metavar="NAME=NUMBER",
+        action="append",
+        default=[],
+        help="what the mean of a metric of items may lose, as acc=0.02",
     )
     gate.add_argument("--devices", metavar="LIST", help="share the cases over these devices, such as 0,1")
     for name in ("junit", "markdown", "json"):

@@ -81,6 +81,19 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class BackendKL(Accuracy):
+    """Each backend against ``reference`` on ``tokens`` tokens of text, in windows of ``window``, with equal Routings.
+
+    A case fails where the model's predictions diverge by more than rounding in its dtype explains; the layer and the
+    expert that are off the most are named.
+    """
+
+    tokens: int = 512
+
+    AXES: ClassVar[Mapping[str, Any]] = {**Accuracy.AXES, "backend": list(DENSE_BACKENDS)}
+
+
+@dataclass(frozen=True)
 class BalanceOptimum:
     """The least balance loss of MoE++ for ``ffn_experts`` FFN experts and the other experts of the routing."""
 
@@ -146,6 +159,13 @@ SUITES = [
     Descriptor("suite", "training", "forward and backward of one layer", "moebench.suites.speed:training", Training),
     Descriptor(
         "suite", "accuracy", "perplexity and distance to the dense model", "moebench.suites.accuracy:create", Accuracy
+    ),
+    Descriptor(
+        "suite",
+        "backend_kl",
+        "whether a backend says what the reference says",
+        "moebench.suites.accuracy:backend_kl",
+        BackendKL,
     ),
     Descriptor(
         "suite",
