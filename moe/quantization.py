@@ -62,7 +62,7 @@ class IntTensor:
 
 
 def pack_codes(q: Tensor, bits: int) -> Tensor:
-    """Return q [out, in] of 0..2^bits - 1 as uint8 [out, ceil(in bits / 8)]: 8 / bits codes a byte, the first lowest."""
+    """Return q [out, in] of 0..2^bits - 1 as uint8 [out, ceil(in bits / 8)]: the first code of a byte lies lowest."""
     per_byte = 8 // bits
     q = torch.nn.functional.pad(q.to(torch.uint8), (0, -q.shape[1] % per_byte))
     packed = q[:, ::per_byte].clone()
