@@ -20,7 +20,7 @@ from ..models.hf import HuggingFaceModel
 from ..models.hf_config import weights_sha256
 from ..quality.passage import token_bytes
 from ..tiny_plugins import TinyMoE
-from . import corpus, tokenizer
+from . import corpus, experts, tokenizer
 from .judge import Judgement, judge
 from .language import LanguageModelTask, Windows, encode, take_windows
 from .trainer import Trainer
@@ -64,6 +64,7 @@ class TinyMoEJob:
         return found.metrics(), found.series()
 
     def _write(self, target: Path, trainer: Trainer, found: Judgement) -> None:
+        self.task.model.set_experts_implementation("eager")
         self.task.model.save_pretrained(target)
         self.tokenizer.save_pretrained(target)
         text = json.dumps(self._manifest(target, trainer, found), indent=1)
@@ -105,7 +106,7 @@ def new_model(params: TinyMoE) -> Any:
     own = {name: value for name, value in params.config().items() if name != "model_type"}
     config = AutoConfig.for_model(params.config()["model_type"], **own)
     torch.manual_seed(substream(params.seed, "initial weights"))
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation=experts.register())
 
 
 def prepare(params: TinyMoE, device: str) -> TinyMoEJob:

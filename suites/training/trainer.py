@@ -73,7 +73,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         for name, value in {"lr": lr, "gradient_norm": norm, **shown}.items():
-            self.curves.setdefault(name, []).append(float(value))
+            self.curves.setdefault(name, []).append(float(value.detach() if isinstance(value, Tensor) else value))
 
     def _evaluate(self) -> None:
         torch.manual_seed(substream(self.settings.seed, "evaluation", self.step))
