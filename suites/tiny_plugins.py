@@ -41,12 +41,17 @@ class Variant:
     """Held-out windows of the last evaluation."""
 
 
+def _variant(steps: int, warmup: int, judged: int) -> Variant:
+    training = Settings(steps, 4e-3, warmup, final=0.02, evaluate_every=500, checkpoint_every=250)
+    return Variant(2048, 128, 4, 4, 16, 2, 128, 128, windows=4, window=256, training=training, judged=judged)
+
+
+SMOKE = Settings(12, 3e-3, 2, evaluate_every=6, checkpoint_every=4)
+
 VARIANTS: Mapping[str, Variant] = {
-    "standard": Variant(2048, 128, 4, 4, 16, 2, 128, 128, 4, 512, Settings(2500, 3e-3, warmup=100), 128),
-    "short": Variant(2048, 128, 4, 4, 16, 2, 128, 128, 4, 512, Settings(300, 3e-3, warmup=50), 48),
-    "smoke": Variant(
-        512, 32, 2, 2, 4, 2, 16, 16, 2, 64, Settings(12, 3e-3, 2, evaluate_every=6, checkpoint_every=4), 8
-    ),
+    "standard": _variant(8000, 200, 256),
+    "short": _variant(1000, 100, 96),
+    "smoke": Variant(512, 32, 2, 2, 4, 2, 16, 16, windows=2, window=64, training=SMOKE, judged=8),
 }
 
 

@@ -25,7 +25,7 @@ from .judge import Judgement, judge
 from .language import LanguageModelTask, Windows, encode, take_windows
 from .trainer import Trainer
 
-WATCHED = 24
+WATCHED = 48
 """Held-out windows that are judged while the model is trained."""
 
 

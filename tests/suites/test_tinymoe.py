@@ -232,7 +232,7 @@ def test_layers_are_those_of_the_whole_model(smoke):
         layer, block = source.layer(index), model.model.layers[index].mlp
         assert torch.equal(layer.gate_up, block.experts.gate_up_proj)
         assert torch.equal(layer.down, block.experts.down_proj)
-        assert torch.equal(layer.router, block.gate.weight)
+        assert torch.equal(layer.router_EH, block.gate.weight)
         assert layer.shared.gate_H is not None
 
 
@@ -293,14 +293,17 @@ def test_probabilities_sum_to_one(symbols, context):
 
 
 def test_a_trigram_by_hand():
-    """0 1 0 1 0: trigrams 010 (twice) and 101 (once), so n1 = n2 = 1 and the discount is 1/3 at order 3."""
-    model = Trigrams([0, 1, 0, 1, 0], 2)
-    unigram = [(1 - 0.5 + 0.5 * 2 / 2) / 2] * 2 if False else None
-    assert unigram is None
-    lowest = model.probability(0, [])
-    bigram = model.probability(0, [1])
-    assert model.probability(0, [0, 1]) == pytest.approx((2 - 1 / 3 + 1 / 3 * bigram) / 2)
-    assert 0 < lowest < 1
+    """0 1 0 1 0 0: the trigrams are 010 twice, 101 and 100 once each."""
+    model = Trigrams([0, 1, 0, 1, 0, 0], 2)
+    # Order 1 counts kinds of contexts: 0 follows 0 and 1, 1 follows 0 alone; n1 = n2 = 1, so the discount is 1/3.
+    unigram = (2 - 1 / 3 + 1 / 3 * 2 * 1 / 2) / 3
+    assert model.probability(0, []) == pytest.approx(unigram)
+    # Order 2 counts the kinds of trigrams that end so: 10 once (010), 01 once (101), 00 once (100): the discount is 1.
+    assert model.probability(0, [0]) == pytest.approx((0 + 1 * 2 * unigram) / 2)
+    assert model.probability(0, [1]) == pytest.approx(unigram)
+    # Order 3: n1 = 2, n2 = 1, so the discount is 1/2.
+    assert model.probability(0, [0, 1]) == pytest.approx((2 - 1 / 2 + 1 / 2 * model.probability(0, [1])) / 2)
+    assert model.probability(0, [1, 1]) == model.probability(0, [1])
 
 
 @given(st.lists(st.integers(0, 3), min_size=4, max_size=40))
@@ -324,7 +327,7 @@ def test_the_bytes_of_tokens_are_those_of_the_text(smoke):
 def test_information_is_exact_where_it_can_be():
     class_T = torch.arange(len(CLASSES)).repeat(10)
     assert mutual_bits(joint_counts(class_T[:, None], class_T, 8)) == pytest.approx(math.log2(len(CLASSES)))
-    assert mutual_bits(joint_counts(torch.zeros_like(class_T)[:, None], class_T, 8)) == 0
+    assert mutual_bits(joint_counts(torch.zeros_like(class_T)[:, None], class_T, 8)) == pytest.approx(0, abs=1e-12)
     found = information(class_T[:, None], class_T, 8, 0)
     assert found.bits > found.shuffled_max >= found.shuffled_mean > 0
 
