@@ -101,7 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
     models = _add(commands, "models", "commands:models", "fetch or train a model, or say which there are")
     models.add_argument("action", nargs="?", choices=("list", "fetch", "train"), default="list")
     models.add_argument("name", nargs="?")
-    models.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="parameters: model.NAME to fetch, NAME to train")
+    models.add_argument(
+        "settings", nargs="*", metavar="NAME=VALUE", help="parameters: model.NAME to fetch, NAME to train"
+    )
     models.add_argument("--quiet", action="store_true", help="print errors only")
     papers = _add(commands, "papers", "papers:papers", "check the claims of published systems here")
     papers.add_argument("keys", nargs="*", help="which papers (default: all)")

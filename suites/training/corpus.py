@@ -42,9 +42,7 @@ def load(path: str) -> Corpus:
     found = list(passages(re.split(r"\n\s*\n", content), seen))
     if len(found) < HELD_OUT or sum(map(len, found)) < LEAST:
         raise MoebenchError(
-            f"data={path} has less than {LEAST} characters in paragraphs without long lines that repeat; give more text."
+            f"data={path} has less than {LEAST} characters in paragraphs that repeat no long line; give more text."
         )
     kept = [passage for i, passage in enumerate(found) if i % HELD_OUT]
     return Corpus(Text("\n\n".join(kept), (file.name,)), Text("\n\n".join(found[::HELD_OUT]), (file.name,)))
-
-

@@ -21,13 +21,11 @@ def forward(self: Any, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> 
     expert_N = indices_TK.flatten()
     order_N = expert_N.argsort(stable=True)
     counts_E = torch.bincount(expert_N, minlength=self.num_experts).tolist()
-    parts = x_TH[order_N // slots].split(counts_E)
+    parts = torch.split(x_TH[order_N // slots], counts_E)
     sorted_NH = torch.cat(
         [
             _expert(self.act_fn, part_NH, gate_up, down)
-            for part_NH, gate_up, down in zip(
-                parts, self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True
-            )
+            for part_NH, gate_up, down in zip(parts, self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
         ]
     )
     place_N = torch.empty_like(order_N)

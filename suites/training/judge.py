@@ -57,7 +57,10 @@ class Judgement:
 
     def series(self) -> list[Series]:
         """Return what is known of each layer."""
-        kinds = [Series(f"routing_information_{name}", tuple(getattr(one, name) for one in self.information.values()), "bit") for name in ("bits", "shuffled_max")]
+        kinds = [
+            Series(f"routing_information_{name}", tuple(getattr(one, name) for one in self.information.values()), "bit")
+            for name in ("bits", "shuffled_max")
+        ]
         return [*kinds, *(Series("expert_load", load, "1", layer=layer) for layer, load in self.loads.items())]
 
 

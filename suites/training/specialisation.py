@@ -55,7 +55,7 @@ def token_class(text: str) -> int:
 
 def classes_of(tokenizer: Any, ids_N: Tensor) -> Tensor:
     """Return the class of every token, int64."""
-    kinds = {i: token_class(tokenizer.decode([i])) for i in ids_N.unique().tolist()}
+    kinds = {i: token_class(tokenizer.decode([i])) for i in set(ids_N.tolist())}
     return torch.tensor([kinds[i] for i in ids_N.tolist()])
 
 

@@ -67,13 +67,15 @@ class Trainer:
             group["lr"] = lr
         with torch.autocast(self.device, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             loss, shown = self.task.loss(self.task.batch(self.step))
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        for name, value in {"lr": lr, "gradient_norm": norm, **shown}.items():
-            self.curves.setdefault(name, []).append(float(value.detach() if isinstance(value, Tensor) else value))
+        tensors = {"gradient_norm": norm, **shown}
+        found = {"lr": lr, **{name: float(tensor.detach()) for name, tensor in tensors.items()}}
+        for name, value in found.items():
+            self.curves.setdefault(name, []).append(value)
 
     def _evaluate(self) -> None:
         torch.manual_seed(substream(self.settings.seed, "evaluation", self.step))
@@ -134,11 +136,12 @@ def _optimizer(parameters: list[Tensor], settings: Settings) -> torch.optim.Adam
 def deterministic() -> Iterator[None]:
     """Have torch use the algorithms that give the same bits each time until the block ends."""
     before = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # its flag is a property of the module
+    filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]  # a property of the module
+    memory.fill_uninitialized_memory = False  # nothing here reads it, and filling costs time
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[assignment]
+        memory.fill_uninitialized_memory = filled

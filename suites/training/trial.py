@@ -1,4 +1,4 @@
-"""The trial of suite ``pretraining``: one step is SEGMENT steps of training, the last one judges and keeps the model."""
+"""The trial of suite ``pretraining``: a step is SEGMENT steps of training, the last one judges and keeps the model."""
 
 from __future__ import annotations
 
@@ -65,12 +65,11 @@ class PretrainingTrial:
         trainer = self.trainer
         metrics, series = self.judged
         curves = [Series(name, tuple(values), UNITS.get(name, "1")) for name, values in trainer.curves.items()]
-        held_out = [
-            Series(f"held_out_{name}", tuple(values), UNITS.get(name, "1"))
-            for name, values in {"step": trainer.evaluated, **trainer.evaluations}.items()
-        ]
+        held_out = [Series("held_out_step", tuple(map(float, trainer.evaluated)), "1")]
+        for name, values in trainer.evaluations.items():
+            held_out.append(Series(f"held_out_{name}", tuple(values), UNITS.get(name, "1")))
         notes = {"reason": f"went on from step {self.resumed}"} if self.resumed else {}
-        return Facts(tuple(metrics), tuple([*curves, *held_out, *series]), notes=notes)
+        return Facts(tuple(metrics), (*curves, *held_out, *series), notes=notes)
 
     def close(self) -> None:
         """Remove the checkpoints of a training that is done, and let others train the model."""

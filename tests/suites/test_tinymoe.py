@@ -121,7 +121,7 @@ def test_after_kill_9_it_ends_as_if_nothing_had_happened(data, made, tmp_path, m
     assert 0 < begun.step < STEPS
     params, facts = trained(data)
     assert facts.notes["reason"] == f"went on from step {begun.step}"
-    _, whole_params, whole = made
+    whole = made[2]
     assert facts.series == whole.series
     assert facts.metrics == whole.metrics
     mine, theirs = ((cache / "model" / "model.safetensors").read_bytes() for cache in (params.home(), _home(made)))
@@ -271,7 +271,9 @@ def test_a_text_of_ones_own_is_split_without_the_evaluation_text(data, tmp_path)
     assert 0.03 < len(alone.held_out.content) / len(alone.training.content) < 0.08
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"\xff\xfe", "cannot be read as UTF-8"), (b"short", "give more text")])
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"\xff\xfe", "cannot be read as UTF-8"), (b"short", "give more text")]
+)
 def test_a_text_that_cannot_serve_is_told(tmp_path, content, reason):
     file = tmp_path / "corpus.txt"
     file.write_bytes(content)

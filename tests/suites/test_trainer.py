@@ -104,7 +104,7 @@ def test_gradients_are_clipped_and_weights_stay_float32(tmp_path):
     settings = Settings(3, 1e-2, clip=1e-6, weight_decay=0.0, dtype="bfloat16")
     before = {name: value.clone() for name, value in Regression().model.named_parameters()}
     trainer = trained(tmp_path, 3, settings)
-    for name, parameter in trainer.parameters.items():
+    for parameter in trainer.parameters.values():
         assert parameter.dtype == torch.float32
         moment = trainer.optimizer.state[parameter]["exp_avg"]
         assert moment.dtype == torch.float32
