@@ -33,6 +33,7 @@ class PretrainingSuite:
             protocol="once",
             model=model,
             pass_="forward_backward",
+            tokens=params.step_tokens if trained else 1,
             threads=threads,
             evidence=Evidence.MEASURED_GPU if on_gpu else Evidence.MEASURED_CPU,
             seed=params.seed if trained else config.seed,

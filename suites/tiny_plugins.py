@@ -49,8 +49,8 @@ def _variant(steps: int, warmup: int, judged: int) -> Variant:
 SMOKE = Settings(12, 3e-3, 2, evaluate_every=6, checkpoint_every=4)
 
 VARIANTS: Mapping[str, Variant] = {
-    "standard": _variant(8000, 200, 256),
-    "short": _variant(1000, 100, 96),
+    "standard": _variant(4000, 200, 256),
+    "short": _variant(500, 100, 96),
     "smoke": Variant(512, 32, 2, 2, 4, 2, 16, 16, windows=2, window=64, training=SMOKE, judged=8),
 }
 
@@ -76,6 +76,11 @@ class TinyMoE:
     def sizes(self) -> Variant:
         """The sizes of the variant."""
         return VARIANTS[self.variant]
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one step of training."""
+        return self.sizes.windows * self.sizes.window
 
     def config(self) -> dict[str, Any]:
         """Return the architecture's configuration, as config.json has it."""

@@ -83,7 +83,7 @@ class TinyMoEJob:
             "weights_sha256": weights_sha256(target),
             "parameters": sum(p.numel() for p in self.task.model.parameters()),
             "steps": trainer.step,
-            "trained_tokens": trainer.step * self.params.sizes.windows * self.params.sizes.window,
+            "trained_tokens": trainer.step * self.params.step_tokens,
             "device": self.device,
             "threads": torch.get_num_threads(),
             "texts": {
