@@ -27,8 +27,10 @@ def train(options: argparse.Namespace, registry: Registry) -> int:
     if params.missing() is None:
         return _tell(params, options.quiet)
     settings = ["suite=pretraining", f"model={options.name}"]
-    settings += [f"model.{name}={json.dumps(value)}" for name, value in plain(params).items()]
-    settings += [f"{OF_RUN[name]}={json.dumps(value)}" for name, value in given.items() if name in OF_RUN]
+    settings += [f"model.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in plain(params).items()]
+    settings += [
+        f"{OF_RUN[name]}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items() if name in OF_RUN
+    ]
     plan, settled = planned(settings, registry)
     if not plan.cases:
         raise MoebenchError(plan.refused[0].refusal or "the model cannot be trained here.")

@@ -27,7 +27,8 @@ PRUNED = 0.25
 class Judgement:
     """Bits per byte of a model and of 3-grams of its tokens and of bytes, over ``tokens`` predicted tokens.
 
-    ``information`` and ``loads`` (shares of the assignments) are by layer.
+    ``information``, that of the ``untrained`` model, and ``loads`` (shares of the assignments) are by layer: a router
+    of random weights knows tokens apart, too, so it is above the untrained one that training shows.
     """
 
     bits_per_byte: float
@@ -35,12 +36,13 @@ class Judgement:
     byte_trigram: float
     tokens: int
     information: Mapping[int, Information]
+    untrained: Mapping[int, Information]
     loads: Mapping[int, tuple[float, ...]]
     pruning: Pruning
 
     def metrics(self) -> list[Metric]:
         """Return all figures; those of layers as means over layers."""
-        cut, layers = self.pruning, list(self.information.values())
+        cut, layers, before = self.pruning, list(self.information.values()), list(self.untrained.values())
         mean = sum(cut.random) / len(cut.random)
         harm = {"busiest": cut.busiest - cut.whole, "random": mean - cut.whole}
         return [
@@ -49,6 +51,7 @@ class Judgement:
                 for name in ("bits_per_byte", "token_trigram", "byte_trigram")
             ),
             Metric("routing_information", sum(one.bits for one in layers) / len(layers), "bit"),
+            Metric("routing_information_untrained", sum(one.bits for one in before) / len(before), "bit"),
             Metric("routing_information_shuffled", sum(one.shuffled_mean for one in layers) / len(layers), "bit"),
             Metric("pruning_busiest_harm", harm["busiest"], "bit/byte"),
             Metric("pruning_random_harm", harm["random"], "bit/byte", n=len(cut.random)),
@@ -57,27 +60,36 @@ class Judgement:
 
     def series(self) -> list[Series]:
         """Return what is known of each layer."""
-        kinds = [
-            Series(f"routing_information_{name}", tuple(getattr(one, name) for one in self.information.values()), "bit")
-            for name in ("bits", "shuffled_max")
-        ]
-        return [*kinds, *(Series("expert_load", load, "1", layer=layer) for layer, load in self.loads.items())]
+        kinds = {
+            "bits": [one.bits for one in self.information.values()],
+            "untrained": [one.bits for one in self.untrained.values()],
+            "shuffled_max": [one.shuffled_max for one in self.information.values()],
+        }
+        found = [Series(f"routing_information_{name}", tuple(values), "bit") for name, values in kinds.items()]
+        return [*found, *(Series("expert_load", load, "1", layer=layer) for layer, load in self.loads.items())]
 
 
-def judge(model: Any, tokenizer: Any, ids_N: Tensor, judged: Windows, watched: Windows, seed: int) -> Judgement:
+def judge(
+    model: Any, untrained: Any, tokenizer: Any, ids_N: Tensor, judged: Windows, watched: Windows, seed: int
+) -> Judgement:
     """Judge a model that was trained on ``ids_N``; experts are pruned on the windows ``watched`` alone."""
     experts = next(iter(gates(model).values())).num_experts
-    routed = routes(model, judged.ids_BT[:, :-1])
+    routed, before = (routes(one, judged.ids_BT[:, :-1]) for one in (model, untrained))
     class_T = classes_of(tokenizer, judged.ids_BT[:, :-1].flatten())
+    told, told_before = (
+        {
+            layer: information(one_TK, class_T, experts, substream(seed, "information", layer))
+            for layer, one_TK in by_layer.items()
+        }
+        for by_layer in (routed, before)
+    )
     counts = {layer: torch.bincount(one_TK.flatten(), minlength=experts) for layer, one_TK in routed.items()}
     return Judgement(
         bits_per_byte(model, judged),
         *trigram_bits(tokenizer, ids_N, judged),
         tokens=judged.ids_BT[:, 1:].numel(),
-        information={
-            layer: information(one_TK, class_T, experts, substream(seed, "information", layer))
-            for layer, one_TK in routed.items()
-        },
+        information=told,
+        untrained=told_before,
         loads={layer: tuple((count_E / count_E.sum()).tolist()) for layer, count_E in counts.items()},
         pruning=pruning(model, watched, counts, PRUNED, seed),
     )

@@ -59,7 +59,10 @@ class TinyMoEJob:
         """Judge the model, write its folder where there is none yet, and return the figures."""
         self.task.model.eval()
         judged = self._windows(self.params.sizes.judged)
-        found = judge(self.task.model, self.tokenizer, self.ids_N, judged, self.task.held_out, self.params.seed)
+        untrained = new_model(self.params).to(self.device).eval()
+        found = judge(
+            self.task.model, untrained, self.tokenizer, self.ids_N, judged, self.task.held_out, self.params.seed
+        )
         make_once(self.folder / "model", lambda target: self._write(target, trainer, found))
         return found.metrics(), found.series()
 

@@ -52,11 +52,11 @@ def data(tmp_path_factory):
     return str(file)
 
 
-def trial(data):
+def trial(data, device="cpu"):
     registry = Registry.load()
     model = registry.get("model", "tinymoe").choose({"variant": "smoke", "data": data})
     suite = registry.get("suite", "pretraining")
-    config = SuiteConfig("pretraining", suite.version, None, {"model": [model], "threads": [1]})
+    config = SuiteConfig("pretraining", suite.version, None, {"model": [model], "threads": [1]}, device=device)
     (planned,) = suite.create().cases(config, registry)
     assert planned.refusal is None
     return suite.create().prepare(planned.case, registry)
@@ -101,7 +101,7 @@ from moebench.suites.training.tinymoe import prepare
 from moebench.suites.training.trainer import Trainer
 job = prepare(TinyMoE("smoke", sys.argv[1]), "cpu")
 batch = job.task.batch
-job.task.batch = lambda step: time.sleep(0.3) or batch(step)
+job.task.batch = lambda step: time.sleep(0.15) or batch(step)
 Trainer(job.task, job.settings, job.folder / "training" / "checkpoints", job.identity).advance(10**9)
 """
 
@@ -127,6 +127,13 @@ def test_after_kill_9_it_ends_as_if_nothing_had_happened(data, made, tmp_path, m
     mine, theirs = ((cache / "model" / "model.safetensors").read_bytes() for cache in (params.home(), _home(made)))
     assert mine == theirs
     assert not folder.exists()
+
+
+def test_a_device_that_is_not_here_is_told(data):
+    if torch.cuda.is_available():
+        pytest.skip("there is such a device here")
+    with pytest.raises(MoebenchError, match="device=cuda is not here"):
+        trial(data, "cuda")
 
 
 def _home(made):
@@ -172,7 +179,7 @@ def test_the_loss_is_cross_entropy_and_balance(smoke):
     expected = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), ids[:, 1:].flatten())
     assert torch.allclose(shown["loss"], expected, rtol=1e-5)
     assert torch.allclose(loss, expected + 0.01 * shown["balance"], rtol=1e-5)
-    assert 0.9 < float(shown["balance"]) < smoke.sizes.experts
+    assert 0.9 < shown["balance"].item() < smoke.sizes.experts
 
 
 def test_the_experts_of_training_are_those_of_transformers():

@@ -75,7 +75,7 @@ def test_another_seed_gives_other_bits(tmp_path):
     assert trained(tmp_path / "a").curves["loss"] != trained(tmp_path / "b", settings=other).curves["loss"]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(1, SETTINGS.steps - 1), max_size=3))
 def test_interruptions_leave_no_trace(tmp_path_factory, stops):
     """After each stop nothing but the folder is left: steps since the newest checkpoint are made again."""
