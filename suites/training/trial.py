@@ -54,7 +54,8 @@ class PretrainingTrial:
         """A training whose loss is no number has failed."""
         if math.isfinite(output):
             return Check(True)
-        return Check(False, reason=f"the loss is no number after {self.trainer.step} steps; lower the learning rate.")
+        steps = self.trainer.step
+        return Check(False, reason=f"the loss is no number after {steps} steps; delete {self.work}, take another seed.")
 
     def cost(self, step: int) -> Cost:
         """Return nothing: training has no latency to compare work with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,3 +164,9 @@ def test_the_learning_rate_rises_then_falls(steps, warmup, final):
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
     assert warmup < 1 or rates[warmup - 1] == 1
     assert steps - warmup < 2 or rates[-1] == pytest.approx(final)
+
+
+def test_the_core_is_small():
+    folder = Path(checkpoint.__file__).parent
+    core = ("settings", "task", "trainer", "checkpoint", "job", "trial")
+    assert sum(len((folder / f"{name}.py").read_text().splitlines()) for name in core) <= 400
