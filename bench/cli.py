@@ -108,10 +108,13 @@ def make_parser() -> argparse.ArgumentParser:
     names.add_argument("kind", nargs="?", help="only this kind, such as backend or routing")
     names.add_argument("--plugin", action="append", default=[], metavar="FILE")
     _add(commands, "doctor", "commands:doctor", "say what this machine can and cannot do")
-    models = _add(commands, "models", "commands:models", "fetch a model, or say which there are")
-    models.add_argument("action", nargs="?", choices=("list", "fetch"), default="list")
+    models = _add(commands, "models", "commands:models", "fetch or train a model, or say which there are")
+    models.add_argument("action", nargs="?", choices=("list", "fetch", "train"), default="list")
     models.add_argument("name", nargs="?")
-    models.add_argument("settings", nargs="*", metavar="model.NAME=VALUE", help="parameters of the model to fetch")
+    models.add_argument(
+        "settings", nargs="*", metavar="NAME=VALUE", help="parameters: model.NAME to fetch, NAME to train"
+    )
+    models.add_argument("--quiet", action="store_true", help="print errors only")
     papers = _add(commands, "papers", "papers:papers", "check the claims of published systems here")
     papers.add_argument("keys", nargs="*", help="which papers (default: all)")
     papers.add_argument("--list", action="store_true", help="show the claims and what they cost, and run nothing")

@@ -126,14 +126,21 @@ def _problems(store: Path) -> Iterator[str]:
         yield f"only {free / 2**30:.1f} GiB are free at {parent}; make room or choose another store."
 
 
+EXAMPLES = {"fetch": "moebench models fetch smollm2", "train": "moebench models train tinymoe"}
+
+
 def models(options: argparse.Namespace) -> int:
-    """List the models, or fetch one into the cache with progress."""
+    """List the models, or fetch or train one into the cache with progress."""
     registry = Registry.load()
     if options.action == "list":
         options.kind, options.plugin = "model", []
         return list_plugins(options)
     if not options.name:
-        raise MoebenchError("name the model to fetch, for example `moebench models fetch smollm2`.")
+        raise MoebenchError(f"name the model to {options.action}, for example `{EXAMPLES[options.action]}`.")
+    if options.action == "train":
+        from .train import train
+
+        return train(options, registry)
     params = registry.get("model", options.name).params_from(_model_settings(options.settings))
     if not hasattr(params, "fetch"):
         raise MoebenchError(f"model '{options.name}' needs no fetching: its weights are made from a seed or are local.")

@@ -86,10 +86,14 @@ def token_ids(tokenizer: Any, text: Text, tokens: int) -> Tensor:
 
 @torch.inference_mode()
 def ffn_inputs(model: Any, ids_T: Tensor) -> list[Tensor]:
-    """Return x_TH of every FFN (the normed residual stream that it reads), over windows of ``WINDOW`` tokens."""
+    """Return x_TH of every FFN (the normed residual stream that it reads), over windows of ``WINDOW`` tokens.
+
+    Where a model has fewer positions, windows are as long as these.
+    """
+    window_tokens = min(WINDOW, getattr(model.config, "max_position_embeddings", WINDOW))
     caught: list[list[Tensor]] = [[] for _ in model.model.layers]
     with catching(model, caught):
-        for window in torch.split(ids_T, WINDOW):
+        for window in torch.split(ids_T, window_tokens):
             model.model(window[None], use_cache=False)
     return [torch.cat(parts) for parts in caught]
 

@@ -14,10 +14,10 @@ from moebench.contracts import Registry
 from moebench.moe.oracle import reference_gradients
 from moebench.suites import layer
 from moebench.suites.layer import STEPS, LayerTrial
+from moebench.suites.layer_training import TrainingTrial
 from moebench.suites.memory import PeakBytes, saved_bytes
 from moebench.suites.quality.block import MoEBlock
 from moebench.suites.subject import make_batch, prepare_subject
-from moebench.suites.training import TrainingTrial
 
 REGISTRY = Registry.load()
 CACHE_BYTES = 2.0**20
