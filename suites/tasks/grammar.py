@@ -19,12 +19,14 @@ OBJECTS = {
     "table": "tables", "car": "cars", "house": "houses", "picture": "pictures", "door": "doors",
     "letter": "letters", "tree": "trees", "bottle": "bottles", "window": "windows", "shirt": "shirts",
 }  # fmt: skip
-PLACES = "in the garden,near the river,behind the school,at the station,on the hill,in the kitchen".split(",")
-STATES = "old new small beautiful strange expensive".split()
+PLACES = (
+    "in the garden", "near the river", "behind the school", "at the station", "on the hill", "in the kitchen",
+)  # fmt: skip
+STATES = ("old", "new", "small", "beautiful", "strange", "expensive")
 VERBS = {"write": ("wrote", "written"), "eat": ("ate", "eaten"), "break": ("broke", "broken"),
          "take": ("took", "taken"), "see": ("saw", "seen"), "give": ("gave", "given"),
          "steal": ("stole", "stolen"), "choose": ("chose", "chosen")}  # fmt: skip
-HURT = "hurt saw blamed trusted helped described".split()
+HURT = ("hurt", "saw", "blamed", "trusted", "helped", "described")
 THEMSELVES = {"boy": "himself", "king": "himself", "man": "himself", "girl": "herself", "woman": "herself"}
 
 Pair = tuple[str, str]

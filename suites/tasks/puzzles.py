@@ -9,14 +9,19 @@ import random
 
 from .items import Item, chance_of, different, two_options
 
-WORDS = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+WORDS = _words(
     "apple book chair dog engine flower garden horse island jacket kitchen ladder mountain needle ocean paper queen "
     "river silver table uncle village window yellow bridge candle desert eagle forest guitar hammer iron lemon market"
-).split()
+)
 
-NAMES = "Anna Ben Clara David Emma Frank Grace Henry Jack Kate Laura Mark Nora Oscar Paul Rose Sam Tom".split()
+NAMES = _words("Anna Ben Clara David Emma Frank Grace Henry Jack Kate Laura Mark Nora Oscar Paul Rose Sam Tom")
 
-THINGS = "ball bell book bowl box coat cup hat key knife lamp map pen ring rope shoe spoon watch".split()
+THINGS = _words("ball bell book bowl box coat cup hat key knife lamp map pen ring rope shoe spoon watch")
 
 
 def arithmetic(count: int, seed: int) -> list[Item]:
