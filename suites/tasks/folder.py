@@ -13,7 +13,7 @@ from pathlib import Path
 from ...contracts import make_key
 from ..models import cache_dir
 from ..models.cache import make_once
-from ..text import evaluation_text
+from ..text import calibration_text, evaluation_text
 from . import grammar, held_out, puzzles
 from .items import Item
 
@@ -24,13 +24,13 @@ SEED = 2024
 """All models and methods are asked the same."""
 
 TASKS: dict[str, Callable[[int, int], list[Item]]] = {
-    "moebench_cloze": lambda count, seed: held_out.cloze(evaluation_text(), count, seed),
+    "moebench_cloze": lambda count, seed: held_out.cloze(evaluation_text(), calibration_text(), count, seed),
     "moebench_grammar": grammar.grammar,
     "moebench_arithmetic": puzzles.arithmetic,
     "moebench_copying": puzzles.copying,
     "moebench_induction": puzzles.induction,
     "moebench_recall": puzzles.recall,
-    "moebench_bits_per_byte": lambda count, seed: held_out.pieces(evaluation_text(), count, seed),
+    "moebench_bits_per_byte": lambda count, seed: held_out.pieces(evaluation_text(), calibration_text(), count, seed),
 }
 """What makes the items of each task, from their number and the seed."""
 

@@ -27,12 +27,14 @@ def sentences(text: Text) -> list[str]:
     return PROSE.findall(" ".join(text.content.split()))
 
 
-def cloze(text: Text, count: int, seed: int) -> list[Item]:
+def cloze(text: Text, seen: Text, count: int, seed: int) -> list[Item]:
     """A sentence broken off: its next word, against another about as frequent that the context has not.
 
-    Only words of four or more small letters are asked for, so that what is asked is rarely a matter of grammar alone.
+    A context that ``seen`` has, too, is not asked about: the texts repeat themselves. Only words of four or more small
+    letters are asked for, so that what is asked is rarely a matter of grammar alone.
     """
     rng = chance_of(seed, "cloze")
+    known = " ".join(seen.content.split())
     pool = [words for words in map(str.split, sentences(text)) if len(words) > CONTEXT]
     counts = Counter(word for words in pool for word in words if WORD.fullmatch(word))
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
@@ -45,16 +47,21 @@ def cloze(text: Text, count: int, seed: int) -> list[Item]:
         if rank is None:
             return None
         wrong = ranked[min(max(rank + rng.randint(-RANKS, RANKS), 0), len(ranked) - 1)]
-        context = words[at - CONTEXT : at]
-        if wrong == ranked[rank] or wrong in context:
+        before = words[at - CONTEXT : at]
+        context = " ".join(before)
+        if wrong == ranked[rank] or wrong in before or context in known:
             return None
-        return two_options(" ".join(context), f" {ranked[rank]}", f" {wrong}", rng)
+        return two_options(context, f" {ranked[rank]}", f" {wrong}", rng)
 
     return different(count, draw)
 
 
-def pieces(text: Text, count: int, seed: int) -> list[Item]:
-    """Pieces of ``PIECE`` characters and a little more, from all over the text, each at the start of a sentence."""
+def pieces(text: Text, seen: Text, count: int, seed: int) -> list[Item]:
+    """Pieces of ``PIECE`` characters and a little more, from all over the text, each at the start of a sentence.
+
+    None of them is in ``seen``.
+    """
+    known = " ".join(seen.content.split())
     rng = chance_of(seed, "pieces")
     whole = " ".join(sentences(text))
     starts = [0, *(found.end() for found in re.finditer(r"[.!?] ", whole))]
@@ -62,6 +69,6 @@ def pieces(text: Text, count: int, seed: int) -> list[Item]:
     while len(found) < count:
         start = starts[bisect_left(starts, rng.randrange(len(whole) - 2 * PIECE))]
         end = whole.find(" ", start + PIECE)
-        if end > 0:
+        if end > 0 and whole[start:end] not in known:
             found.setdefault(whole[start:end])
     return [{"text": piece} for piece in found]

@@ -17,7 +17,7 @@ from .harness import answer, give, load_tasks, wrap
 from .judging import judge
 from .kept import Kept
 
-SHARD = 25
+SHARD = 50
 """Items of a shard: what is lost at most when an evaluation is killed."""
 
 
@@ -62,6 +62,7 @@ class TaskTrial:
         self.lm = wrap(self.model, tokenizer, workload["batch"], workload["window"])
         self.kept = Kept(case)
         self.tokens, self.resumed, self.done = 0, 0, 0
+        self._unkept: tuple[str, list[Any], int] | None = None
 
     @property
     def blocks(self) -> dict[int, TaskBlock]:
@@ -78,6 +79,7 @@ class TaskTrial:
             block.last = None
         before = self.kept.read(shard.name)
         answers, tokens = before or self._answered(shard)
+        self._unkept = None if before else (shard.name, answers, tokens)
         give(shard.requests, answers)
         self.tokens += tokens
         self.resumed += before is not None
@@ -92,15 +94,18 @@ class TaskTrial:
                 answers = answer(self.lm, shard.requests)
         finally:
             hook.remove()
-        if all(block.last is not None and block.last.check().ok for block in self.blocks.values()):
-            self.kept.write(shard.name, answers, self.rows.tokens)
         return answers, self.rows.tokens
 
     def verify(self, step: int, output: list[Call]) -> Check:
-        """Compare what each changed layer computed last with the float64 oracle; answers from before were compared."""
+        """Compare what each changed layer computed last with the float64 oracle, and keep answers that pass.
+
+        Those from before were compared when they were given.
+        """
         checks = [call.check() for call in output]
         failed = [check for check in checks if not check.ok]
         worst = max(failed or checks, key=lambda check: check.error or 0.0, default=Check(True))
+        if not failed and self._unkept is not None:
+            self.kept.write(*self._unkept)
         return replace(worst, flips=sum(check.flips for check in checks))
 
     def cost(self, step: int) -> Cost:
