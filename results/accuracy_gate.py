@@ -39,7 +39,7 @@ MARGINS: dict[str, Margin] = {
     "bits_per_byte": Margin(worse="higher", unit="bit/byte"),
     "kl_to_dense": Margin(worse="higher", unit="nat/token"),
 }
-"""Metrics of items that are judged: a point of a share of right answers, a hundredth of a nat (1 % perplexity) or bit."""
+"""Metrics of items that are judged: one point of a share of right answers, one hundredth of a nat (1 %) or of a bit."""
 
 
 def judge_items(

@@ -105,8 +105,8 @@ class LmEval:
     tasks: tuple[str, ...] = (
         "moebench_cloze",
         "moebench_grammar",
+        "moebench_arithmetic",
         "moebench_copying",
-        "moebench_recall",
         "moebench_bits_per_byte",
     )
     items: int | None = 300

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -40,7 +41,7 @@ CONTINUATION = "continuation.yaml"
 
 def task_folder() -> Path:
     """Return the folder with all our tasks, made where the cache has it not; its name is the hash of its content."""
-    made = {name: make(ITEMS, SEED) for name, make in TASKS.items()}
+    made = _made()
     templates = {name: _template(TEMPLATES.get(name, CONTINUATION)) for name in TASKS}
     folder = cache_dir() / "tasks" / make_key([made, templates])[:16]
 
@@ -54,6 +55,11 @@ def task_folder() -> Path:
             (aside / f"{name}.yaml").write_text(filled, encoding="utf-8")
 
     return make_once(folder, write)
+
+
+@cache
+def _made() -> dict[str, list[Item]]:
+    return {name: make(ITEMS, SEED) for name, make in TASKS.items()}
 
 
 def _template(name: str) -> str:

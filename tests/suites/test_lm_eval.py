@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ def _cache(cache, monkeypatch):
     monkeypatch.setenv("MOEBENCH_CACHE", str(cache))
 
 
+@cache
 def cases(*given):
     plan = planned([*SETTINGS, *given], REGISTRY)[0]
     return plan.cases, [item.refusal for item in plan.refused]
