@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...contracts import Descriptor, Selection
 from ..plugins import TopK
@@ -13,6 +14,7 @@ from ..shapes import ModelShape
 class OwnWeights:
     """``k`` experts of each token, None as many as the layer's own selection; weights are those of its own rule."""
 
+    pipeline: ClassVar[bool] = True
     k: int | None = None
 
     def rule(self, shape: ModelShape) -> Selection:

@@ -100,4 +100,5 @@ class MoEBlock(nn.Module):
 def relative_error(found_TH: Tensor, expected_TH: Tensor) -> Tensor:
     """Return |found - expected| / |expected| of each row, [T] float64; 0 where both are nothing."""
     off_T = (found_TH.double() - expected_TH.double()).norm(dim=1)
-    return off_T / expected_TH.double().norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    error_T: Tensor = off_T / expected_TH.double().norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    return error_T

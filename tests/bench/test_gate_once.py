@@ -70,9 +70,9 @@ def test_the_same_method_is_the_same_item_by_item(found):
 
 
 def test_a_worse_method_regresses_with_an_interval(found):
-    kl = verdicts(found[0], "worse")["kl_to_dense"]
-    assert (kl.verdict, kl.kind, kl.pairs, kl.margin) == ("regressed", "accuracy", 16, 0.01)
-    assert 0.01 < kl.lo <= kl.ratio <= kl.hi
+    agreement = verdicts(found[0], "worse")["top1_agreement"]
+    assert (agreement.verdict, agreement.kind, agreement.pairs, agreement.margin) == ("regressed", "accuracy", 16, 0.01)
+    assert agreement.lo <= agreement.ratio <= agreement.hi < -0.01
     assert found[0].exit == Exit.REGRESSED
 
 
@@ -87,10 +87,10 @@ def test_it_is_told_and_kept(found):
     result, store = found
     table = gate_table(result)
     assert "candidate - base" in table
-    assert "kl_to_dense" in table
+    assert "top1_agreement (text-" in table
     with reading(store) as connection:
         rows = connection.execute("SELECT kind, metric, verdict FROM comparisons WHERE label = 'worse'").fetchall()
-    assert ("accuracy", verdicts(result, "worse")["kl_to_dense"].metric, "regressed") in rows
+    assert ("accuracy", verdicts(result, "worse")["top1_agreement"].metric, "regressed") in rows
 
 
 def test_a_margin_may_be_given(found, tmp_path):

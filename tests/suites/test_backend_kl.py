@@ -85,7 +85,7 @@ def test_the_error_of_each_expert_is_told_apart():
         term_NH = assigned_output(call.x_TH, store, expert, token_N) * weight_N[:, None]
         off_TH.index_add_(0, token_N, term_NH * float(errors_E[expert]))
     found_E = expert_errors(replace(call, y_TH=call.y_TH + off_TH))
-    torch.testing.assert_close(found_E, errors_E, rtol=0.3, atol=2e-4)
+    torch.testing.assert_close(found_E, errors_E, rtol=0.3, atol=4e-4)
     guilty = blame([replace(call, y_TH=call.y_TH + off_TH)])
     assert (guilty.layer, guilty.expert) == (2, 3)
     assert guilty.error == pytest.approx(2e-3, rel=0.1)

@@ -128,8 +128,6 @@ WITHOUT_PARTS = {
     "comet": "its trees choose on the way from root to leaf, so nothing scores all experts first",
     "hash": "a table says the expert",
     "thor": "chance says the expert",
-    "random": "chance says the experts",
-    "oracle": "the experts' outputs say which they are",
     "peer": "a search scores keys, and no expert but those that it finds",
     "ultramem": "a search scores keys, and no expert but those that it finds",
 }
