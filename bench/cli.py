@@ -26,8 +26,10 @@ Each takes a value, a list, or `all`. `moebench list` shows every name.
 
 COMPARE_HELP = """\
 Runs are taken apart, so their times get no verdict: `moebench gate` gives one. Exit status: 0, or 1 where a metric
-without chance in it, accuracy on the same items, or the correctness of a case regressed from RUN_A to RUN_B. Example:
+without chance in it, accuracy on the same items, or the correctness of a case regressed from RUN_A to RUN_B. Of one
+run alone, the accuracy of its methods is compared item by item with the one that changes least. Examples:
   moebench compare latest~1 latest
+  moebench compare latest
 """
 
 GATE_HELP = """\
@@ -172,9 +174,15 @@ def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    compare = _add(commands, "compare", "compare_runs:compare", "describe two stored runs side by side", COMPARE_HELP)
-    for name in ("a", "b"):
-        compare.add_argument(f"run_{name}", metavar=f"RUN_{name.upper()}", help="id or its beginning, latest, latest~1")
+    compare = _add(
+        commands,
+        "compare",
+        "compare_runs:compare",
+        "describe two stored runs side by side, or the methods of one",
+        COMPARE_HELP,
+    )
+    compare.add_argument("run_a", metavar="RUN_A", help="id or its beginning, latest, latest~1")
+    compare.add_argument("run_b", metavar="RUN_B", nargs="?", help="the same; without it the methods of RUN_A")
     compare.add_argument("--json", action="store_true", help="print everything as JSON")
 
 

@@ -36,9 +36,10 @@ POINT = Margin()
 MARGINS: dict[str, Margin] = {
     **dict.fromkeys(("acc", "acc_norm", "acc_bytes", "exact_match", "f1", "mcc", "top1_agreement"), POINT),
     "nll": Margin(worse="higher", unit="nat/token"),
+    "bits_per_byte": Margin(worse="higher", unit="bit/byte"),
     "kl_to_dense": Margin(worse="higher", unit="nat/token"),
 }
-"""Metrics of items that are judged: one point of a share of right answers, one hundredth of a nat (1 % perplexity)."""
+"""Metrics of items that are judged: one point of a share of right answers, one hundredth of a nat (1 %) or of a bit."""
 
 
 def judge_items(

@@ -25,7 +25,7 @@ class AccuracySuite:
             model = registry.params("model", choice)
             layers = select_layers(config.layers, model.shape(), per_layer=config.layers is None)
             axes = {**config.axes, **self._fixed(config, registry, model.recorded), "model": [choice]}
-            kind = Kind("once", per_layer=False, workload={"window": config.suite_params.window})
+            kind = Kind("once", per_layer=False, workload=self.workload(config.suite_params))
             for planned in expand(replace(config, axes=axes, layers=layers), registry, kind):
                 yield replace(planned, refusal=planned.refusal or _refusal(planned.case, model, registry))
 
@@ -41,6 +41,10 @@ class AccuracySuite:
             "threads": list(config.axes["threads"])[:1],
             "residency": ["warm"],
         }
+
+    def workload(self, params: Any) -> dict[str, Any]:
+        """Return what is asked of every method alike."""
+        return {"window": params.window}
 
     def backends(self, config: SuiteConfig, registry: Registry) -> dict[str, Any]:
         """Return the one backend on which quality is judged."""

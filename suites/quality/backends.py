@@ -65,7 +65,7 @@ class BackendTrial:
     def __init__(self, case: Case, registry: Registry) -> None:
         self.case, self.window = case, int(case.workload["window"])
         self.subjects = {i: prepare_subject(replace(case, layers=(i,)), registry) for i in sorted(case.layers)}
-        self.model, tokenizer = language_model(case, next(iter(self.subjects.values())))
+        self.model, tokenizer = language_model(case, next(iter(self.subjects.values())).source)
         self.passage = take_passage(tokenizer, evaluation_text(), case.tokens, case.seed)
         ids = self.passage.ids
         self.dense = dense_states(self.model, case.weights_sha256, ids[:-1], self.window, min(self.subjects))

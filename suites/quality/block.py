@@ -58,24 +58,27 @@ class MoEBlock(nn.Module):
     @torch.no_grad()
     def forward(self, x_BTH: Tensor) -> Tensor:
         """Return y in the shape and dtype of ``x_BTH``."""
-        layer, spec = self.subject.layer, self.subject.spec
-        x_TH = x_BTH.flatten(0, -2).to(DTYPES[spec.dtype])
+        x_TH = x_BTH.flatten(0, -2).to(DTYPES[self.subject.spec.dtype])
         before = [call.routing for call in self.calls]
-        routing = self._route(x_TH, before) if self.forced is None else self.forced
-        y_TH: Tensor = self.executor(x_TH, *boundary_inputs(spec.boundary, routing, spec), out_TH=None)
-        if layer.shared is not None:
-            y_TH = layer.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
+        routing = self.route(x_TH, before) if self.forced is None else self.forced
+        y_TH = self.computed(x_TH, routing)
         error_T = relative_error(y_TH, self.dense(x_BTH).flatten(0, -2))
         self.calls.append(Call(self, x_TH, routing, y_TH, error_T, self._dense_routing(routing)))
         return y_TH.to(x_BTH.dtype).view_as(x_BTH)
+
+    def computed(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """Return the experts' output, and that of the shared expert where there is one, in the dtype of ``x_TH``."""
+        layer, spec = self.subject.layer, self.subject.spec
+        y_TH: Tensor = self.executor(x_TH, *boundary_inputs(spec.boundary, routing, spec), out_TH=None)
+        return y_TH if layer.shared is None else layer.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
 
     def _dense_routing(self, routing: Routing) -> Routing:
         if self.dense_x_TH is None or self.forced is not None:
             return routing
         x_TH = self.dense_x_TH.to(DTYPES[self.subject.spec.dtype])
-        return self._route(x_TH, [call.dense_routing for call in self.calls])
+        return self.route(x_TH, [call.dense_routing for call in self.calls])
 
-    def _route(self, x_TH: Tensor, before: Sequence[Routing]) -> Routing:
+    def route(self, x_TH: Tensor, before: Sequence[Routing]) -> Routing:
         """Ask the router, with what a window of text says: token ids, one sequence, language alone, and the layers
         ``before``."""
         layer = self.subject.layer

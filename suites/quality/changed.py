@@ -13,7 +13,7 @@ from torch import Tensor
 from ...contracts import Case, MoebenchError, Registry
 from ...moe.fold import Folded, fold_store
 from ...moe.routing import Routing
-from ..models import substream
+from ..models import ModelSource, substream
 from ..models.smollm2_jobs import ffn_of
 from ..subject import Subject
 from .block import Call, MoEBlock
@@ -22,12 +22,12 @@ from .language_model import DenseStates, exchanged, forward_from
 _MODELS: dict[str, tuple[Any, Any]] = {}
 
 
-def language_model(case: Case, subject: Subject) -> tuple[Any, Any]:
+def language_model(case: Case, source: ModelSource) -> tuple[Any, Any]:
     """Return (model, tokenizer), loaded once per worker."""
-    if not hasattr(subject.source, "language_model"):
+    if not hasattr(source, "language_model"):
         raise MoebenchError(f"model '{case.model}' has no language model around its layers; use model=smollm2.")
     if case.weights_sha256 not in _MODELS:
-        _MODELS[case.weights_sha256] = subject.source.language_model()
+        _MODELS[case.weights_sha256] = source.language_model()
     return _MODELS[case.weights_sha256]
 
 
@@ -35,7 +35,13 @@ class Changed:
     """The changed layers of a case, loaded into ``backend``, and the model around them. ``calls`` are of one window."""
 
     def __init__(
-        self, case: Case, registry: Registry, backend: str, subjects: Mapping[int, Subject], model: Any
+        self,
+        case: Case,
+        registry: Registry,
+        backend: str,
+        subjects: Mapping[int, Subject],
+        model: Any,
+        block: type[MoEBlock] = MoEBlock,
     ) -> None:
         self.model = model
         folded = case.execution.folded
@@ -56,7 +62,7 @@ class Changed:
             executor = Folded(executor, stores[index]) if folded else executor
             dense = ffn_of(model.model.layers[index])
             draws = substream(case.seed, "routing", index)
-            self.blocks[index] = MoEBlock(index, subject, executor, self.calls, draws, dense)
+            self.blocks[index] = block(index, subject, executor, self.calls, draws, dense)
 
     def forward(
         self, dense: DenseStates, part: slice, ids_T: Tensor, forced: Mapping[int, Routing] | None = None

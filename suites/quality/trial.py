@@ -37,7 +37,7 @@ class AccuracyTrial:
     def __init__(self, case: Case, registry: Registry) -> None:
         self.case, self.window = case, int(case.workload["window"])
         self.subjects = {i: prepare_subject(replace(case, layers=(i,)), registry) for i in sorted(case.layers)}
-        self.model, tokenizer = language_model(case, next(iter(self.subjects.values())))
+        self.model, tokenizer = language_model(case, next(iter(self.subjects.values())).source)
         self.passage = take_passage(tokenizer, evaluation_text(), case.tokens, case.seed)
         first, *later = sorted(self.subjects)
         ids, weights = self.passage.ids, case.weights_sha256
