@@ -12,6 +12,9 @@ from typing import Any
 from ..contracts import Case, Choice, Evidence, Planned, Registry, Trial, plain
 from .base import SuiteConfig, plain_case, threads_refusal
 
+CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""Without this in the environment, cuBLAS may answer differently each time."""
+
 
 @dataclass(frozen=True)
 class PretrainingSuite:
@@ -39,7 +42,7 @@ class PretrainingSuite:
             seed=params.seed if trained else config.seed,
             weights_sha256=f"training:{params.identity()}" if trained else "",
             workload=plain(params.sizes) if trained else {},
-            environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if on_gpu else {},
+            environment=CUBLAS if on_gpu else {},
         )
 
     def prepare(self, case: Case, registry: Registry) -> Trial:

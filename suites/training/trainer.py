@@ -23,8 +23,6 @@ from .settings import Settings
 from .task import Task
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""Without this in the environment, cuBLAS may answer differently each time."""
 
 
 class Trainer:
@@ -65,7 +63,7 @@ class Trainer:
         lr = settings.lr_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast(self.device, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             loss, shown = self.task.loss(self.task.batch(self.step))
         torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
