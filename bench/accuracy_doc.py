@@ -127,9 +127,9 @@ def _about(run: Run, cases: Sequence[Case], cpu: str) -> str:
     versions = ", ".join(f"{name} {run.packages.get(name)}" for name in ("torch", "transformers", "lm_eval"))
     return (
         f"`moebench run experiment=rounding`: {row['model']}, structure `{row['structure']}` in all layers with all "
-        f"experts active, weights rounded to nearest in groups of 64, {row['dtype']} around them. *As it is*: nothing was "
-        f"done to the model; its file is in 4 bits already (Q4_1). Each row was asked {tokens:.0f} tokens: "
-        f"{seconds} on {row['threads']} thread of {cpu}, which others used, too. {versions}, commit "
+        f"experts active, weights rounded to nearest in groups of 64, {row['dtype']} around them. *As it is*: nothing "
+        f"was done to the model; its file is in 4 bits already (Q4_1). Each was made to read {tokens:.0f} tokens, in "
+        f"{seconds}, with threads={row['threads']} on {cpu}. {versions}, commit "
         f"{str(run.row['git_sha'] or 'unknown')[:12]}, run {run.run_id}."
     )
 
@@ -150,7 +150,7 @@ def _tables(cases: Sequence[Case], judged: Sequence[Judged]) -> Iterator[str]:
         row = " | ".join(_value(of_one[name]) for of_one in of_case)
         yield f"| `{task}`, {kind} | {of_case[0][name]['n']} | {shown} | {row} |"
     yield ""
-    yield "Differences to the model as it is, on the same items; p is McNemar's, exact, where answers are right or wrong:"
+    yield "Differences to the model as it is, on the same items; p is McNemar's, exact, of right and wrong answers:"
     yield ""
     yield "| task | " + " | ".join(map(_name, cases[1:])) + " |"
     yield "|---|" + "---|" * (len(cases) - 1)
