@@ -34,8 +34,8 @@ moebench compare latest
 ```
 
 - `model.layers=[]` changes no layer: the model as it is, item by item what lm-eval says of it.
-- Any task, group or tag of lm-eval is known by its name, where the hub can be reached; no code of a hub's is run. Tasks
-  that begin with `moebench_` are our own and need no network.
+- Any task of lm-eval is known by its name where the hub can be reached, groups and tags as the tasks in them; no code
+  from the hub is run. Tasks that begin with `moebench_` are our own and need no network.
 - A case is estimated by `--plan` and tells what is left; where it was killed, the next run goes on after the last 50
   items that passed the oracle. Requests of a task are built once for all methods of a run.
 - The unit of chance is the item: intervals of tasks are bootstrapped over items, and two methods are compared on the

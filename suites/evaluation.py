@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from ..contracts import Case, Planned, Registry, Trial
 from ..moe.shapes import ModelShape
@@ -32,6 +32,8 @@ CHANGES = ("quantization", "sparsity")
 @dataclass(frozen=True)
 class LmEvalSuite(AccuracySuite):
     """The suite; which tasks, and how many items of each, are its parameters in the configuration."""
+
+    without_layers: ClassVar[bool] = True
 
     def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
         """Yield one case per method and dtype; all are refused where lm-eval is not installed."""
