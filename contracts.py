@@ -686,13 +686,14 @@ class Planned:
     """A case of a plan; with ``refusal`` it will not run, and the row says why.
 
     ``method_bytes`` is what the layer of its method takes, shared by all cases of that method and dtype in a worker;
-    ``own_bytes`` what the case takes besides.
+    ``own_bytes`` what the case takes besides; ``seconds`` roughly how long a case of protocol ``once`` takes.
     """
 
     case: Case
     refusal: str | None = None
     method_bytes: float = 0.0
     own_bytes: float = 0.0
+    seconds: float = 20.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

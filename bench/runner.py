@@ -184,10 +184,11 @@ class Runner:
     def _once_in(self, sitting: Sitting, waiting: list[Case], results: list[tuple[list[Member], list[str]]]) -> None:
         while waiting:
             member = Member(waiting[0])
-            what = describe(member.case)
+            what, started = describe(member.case), time.perf_counter()
 
-            def told(step: int, of: int, what: str = what) -> None:
-                self.progress.tell(f"{what}: {step}/{of}")
+            def told(step: int, of: int, what: str = what, started: float = started) -> None:
+                left = (time.perf_counter() - started) / step * (of - step)
+                self.progress.tell(f"{what}: {step}/{of}, about {left / 60:.1f} minutes left")
 
             sitting.run_once(member, told)
             results.append(([member], [""]))

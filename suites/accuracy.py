@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from ..contracts import Case, Planned, Registry, Trial
 from .base import Kind, SuiteConfig, expand, select_layers
@@ -19,6 +19,9 @@ from .base import Kind, SuiteConfig, expand, select_layers
 class AccuracySuite:
     """Suite ``accuracy``; how much text is judged, in windows of what length, is said by its parameters."""
 
+    without_layers: ClassVar[bool] = False
+    """Whether a model none of whose layers change may be judged."""
+
     def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
         """Yield one case per method and dtype; models without text are refused."""
         for choice in config.axes["model"]:
@@ -27,7 +30,13 @@ class AccuracySuite:
             axes = {**config.axes, **self._fixed(config, registry, model.recorded), "model": [choice]}
             kind = Kind("once", per_layer=False, workload=self.workload(config.suite_params))
             for planned in expand(replace(config, axes=axes, layers=layers), registry, kind):
-                yield replace(planned, refusal=planned.refusal or _refusal(planned.case, model, registry))
+                refusal = planned.refusal or self._layerless(planned.case) or _refusal(planned.case, model, registry)
+                yield replace(planned, refusal=refusal)
+
+    def _layerless(self, case: Case) -> str | None:
+        if case.layers or self.without_layers:
+            return None
+        return "model.layers=[] changes no layer; name some, or ask the model as it is by suite=lm_eval."
 
     def _fixed(self, config: SuiteConfig, registry: Registry, recorded: bool) -> dict[str, Any]:
         """Return the axes that do not multiply quality."""

@@ -9,11 +9,21 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from ..contracts import Case, Planned, Registry, Trial
+from ..moe.shapes import ModelShape
 from .accuracy import AccuracySuite
 from .base import SuiteConfig
+
+TOKENS = 24
+"""Tokens that an item makes the model read, of our own tasks: both options where they have more than one token."""
+
+UNKNOWN_ITEMS = 1000
+"""Items of a task that is taken whole, for the estimate."""
+
+FLOPS = 2e10
+"""What a core does a second, for the estimate."""
 
 CHANGES = ("quantization", "sparsity")
 """Axes that say nothing of a model none of whose layers change."""
@@ -23,10 +33,14 @@ CHANGES = ("quantization", "sparsity")
 class LmEvalSuite(AccuracySuite):
     """The suite; which tasks, and how many items of each, are its parameters in the configuration."""
 
+    without_layers: ClassVar[bool] = True
+
     def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
         """Yield one case per method and dtype; all are refused where lm-eval is not installed."""
         for planned in super().cases(config, registry):
-            yield replace(planned, refusal=planned.refusal or _refusal(planned.case))
+            case = planned.case
+            seconds = _seconds(registry.params("model", case.model).shape(), case)
+            yield replace(planned, refusal=planned.refusal or _refusal(case), seconds=seconds)
 
     def workload(self, params: Any) -> dict[str, Any]:
         """Return the tasks and how they are asked."""
@@ -37,6 +51,14 @@ class LmEvalSuite(AccuracySuite):
         from .tasks.trial import TaskTrial
 
         return TaskTrial(case, registry)
+
+
+def _seconds(shape: ModelShape, case: Case) -> float:
+    """Return about how long a case takes: two operations for each weight of a token's layers, the head left out."""
+    active = shape.width * (min(shape.top_k, shape.experts) or 1) + shape.shared_width
+    weights = shape.layers * shape.hidden * (4 * shape.hidden + 3 * active)
+    tokens = len(case.workload["tasks"]) * (case.workload["items"] or UNKNOWN_ITEMS) * TOKENS
+    return 20.0 + tokens * 2 * weights / FLOPS
 
 
 def _refusal(case: Case) -> str | None:

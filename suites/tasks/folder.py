@@ -41,7 +41,7 @@ CONTINUATION = "continuation.yaml"
 
 def task_folder() -> Path:
     """Return the folder with all our tasks, made where the cache has it not; its name is the hash of its content."""
-    made = _made()
+    made = made_items()
     templates = {name: _template(TEMPLATES.get(name, CONTINUATION)) for name in TASKS}
     folder = cache_dir() / "tasks" / make_key([made, templates])[:16]
 
@@ -58,7 +58,8 @@ def task_folder() -> Path:
 
 
 @cache
-def _made() -> dict[str, list[Item]]:
+def made_items() -> dict[str, list[Item]]:
+    """Return the items of every task, made once in a process."""
     return {name: make(ITEMS, SEED) for name, make in TASKS.items()}
 
 

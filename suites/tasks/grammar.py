@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from .items import Item, chance_of, different, two_options
 
@@ -39,7 +40,8 @@ def agreement(rng: random.Random) -> Pair:
     state, plural = rng.choice(STATES), rng.randrange(2)
     subject, between = (many, near) if plural else (one, nears)
     right, wrong = ("are", "is") if plural else ("is", "are")
-    return tuple(f"The {subject} near the {between} {verb} {state}." for verb in (right, wrong))  # type: ignore[return-value]
+    start = f"The {subject} near the {between}"
+    return f"{start} {right} {state}.", f"{start} {wrong} {state}."
 
 
 def simple_agreement(rng: random.Random) -> Pair:
@@ -111,6 +113,11 @@ def grammar(count: int, seed: int) -> list[Item]:
     found: list[Item] = []
     for number, paradigm in enumerate(PARADIGMS):
         share = count // len(PARADIGMS) + (number < count % len(PARADIGMS))
-        found += different(share, lambda paradigm=paradigm: two_options("", *paradigm(rng), rng))  # type: ignore[misc]
+        found += different(share, partial(_item, paradigm, rng))
     rng.shuffle(found)
     return found
+
+
+def _item(paradigm: Callable[[random.Random], Pair], rng: random.Random) -> Item:
+    right, wrong = paradigm(rng)
+    return two_options("", right, wrong, rng)

@@ -17,6 +17,7 @@ from moebench.contracts import MoebenchError, Registry
 from moebench.suites.model_plugins import SmolLM2
 from moebench.suites.models.smollm2 import SmolLM2Model
 from moebench.suites.models.smollm2_jobs import ffn_of
+from moebench.suites.quality.language_model import exchanged
 
 pytest.importorskip("transformers")
 lm_eval = pytest.importorskip("lm_eval")
@@ -162,6 +163,18 @@ def test_a_batch_of_sequences_is_each_sequence_by_itself():
         assert torch.equal(block(x_BTH[row : row + 1])[0], together_BTH[row])
 
 
+def test_changed_layers_generate_what_the_models_own_do():
+    one = prepared("model.layers=all", "suite.tasks=[moebench_recall]")
+    ids_BT = torch.tensor([list(b"Anna has the hat. Ben has the")])
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected_BT = one.model.generate(ids_BT, **settings)
+    hook = one.model.register_forward_pre_hook(one.rows.begin, with_kwargs=True)
+    with exchanged(one.model, one.blocks):
+        assert torch.equal(one.model.generate(ids_BT, **settings), expected_BT)
+    hook.remove()
+    assert one.rows.tokens == ids_BT.numel() + 4  # the first pass reads all, the others one token each
+
+
 def test_the_models_own_layers_come_back():
     one = prepared("model.layers=all", "suite.tasks=[moebench_recall]")
     before = [ffn_of(layer) for layer in one.model.model.layers]
@@ -261,6 +274,13 @@ def test_quantization_of_no_layer_is_refused():
     assert refused == [
         "model.layers=[] changes no layer, and so no quantization; name layers, or leave quantization out."
     ]
+
+
+@pytest.mark.parametrize("suite", ["accuracy", "backend_kl"])
+def test_other_suites_refuse_a_model_without_changed_layers(suite):
+    plan = planned([f"suite={suite}", "model=tiny-olmoe", "model.layers=[]", "axes.backend=eager"], REGISTRY)[0]
+    reason = "model.layers=[] changes no layer; name some, or ask the model as it is by suite=lm_eval."
+    assert [item.refusal for item in plan.refused] == [reason]
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
