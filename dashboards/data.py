@@ -215,9 +215,11 @@ class Case:
 
     @property
     def quality(self) -> list[Row]:
-        """The metrics of quality that a case without a time was run for."""
+        """The metrics of quality that a case without a time was run for: of tasks, all that have an interval."""
         if not self.ok or self.median_ns is not None:
             return []
+        if self.row["suite"] == "lm_eval":
+            return [metric for metric in self.metrics if metric["lo"] is not None]
         return [metric for name in QUALITY_METRICS for metric in self.metrics if metric["name"] == name]
 
 

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import datetime
 import io
 
@@ -189,3 +190,19 @@ def test_capped_samples_say_how_many_there_were():
     assert (kept["ns"], kept["of"], kept["step"]) == ([0, 3, 6, 9], 10, 3)
     whole = thinned(row, limit=10)
     assert (whole["ns"], whole["of"], whole["step"]) == (row["ns"], 10, 1)
+
+
+@pytest.mark.parametrize(
+    ("suite", "shown"), [("lm_eval", ["cloze.acc", "perplexity"]), ("accuracy", ["perplexity", "bits_per_byte"])]
+)
+def test_a_case_of_tasks_is_told_by_all_that_has_an_interval(suite, shown):
+    given = [
+        ("cloze.acc", 0.5, 0.4),
+        ("cloze.chance", 0.5, None),
+        ("bits_per_byte", 1.0, None),
+        ("perplexity", 9.0, 8.0),
+    ]
+    metrics = tuple({"name": name, "value": value, "lo": lo} for name, value, lo in given)
+    case = data.Case("key", {"suite": suite, "status": "ok", "median_ns": None}, {}, metrics=metrics)
+    assert [metric["name"] for metric in case.quality] == shown
+    assert dataclasses.replace(case, row={**case.row, "median_ns": 1.0}).quality == []
