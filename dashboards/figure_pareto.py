@@ -125,7 +125,7 @@ def _add_front(figure: go.Figure, shown: Shown, x: Axis, size: float) -> None:
 
 def _hover(answer: Answer, shown: Shown, case: Case) -> str:
     row, placed = case.row, shown.placed(case)
-    names = ", ".join(shown.names(placed.by[:3])) + (", …" if len(placed.by) > 3 else "")
+    names = shown.first_names(placed.by)
     verdict = f"{PLACES[placed.place]}{' by' if placed.place == Place.DOMINATED else ' with' if names else ''}"
     lines = [
         case.label,

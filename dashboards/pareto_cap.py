@@ -67,7 +67,7 @@ def _row(row: Row, case: Case, shown: Shown) -> str:
         _number((row["s_mfu"], row["s_mfu_lo"], row["s_mfu_hi"])),
     ]
     placed = shown.placed(case)
-    told = f"<small>{esc(', '.join(shown.names(placed.by)) or placed.why)}</small>"
+    told = f"<small>{esc(shown.first_names(placed.by) or placed.why)}</small>"
     return (
         f'<tr><th scope="row">{esc(case.label)}</th>{"".join(f"<td class=number>{cell}</td>" for cell in cells)}'
         f"<td>{esc(PLACES[placed.place])}{told if placed.by or placed.why else ''}</td></tr>"

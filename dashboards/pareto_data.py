@@ -24,6 +24,12 @@ PLACES = {Place.FRONT: "on the front", Place.TIE: "tied", Place.DOMINATED: "domi
 Names = Mapping[str, Mapping[str, str]]
 """The shown axes of cases by case key."""
 
+FEW = 3
+"""Others that a mark or a row names at most."""
+
+OF_THE_TEXT = ("ppl", "bpb")
+"""Qualities whose intervals hold how hard the text is, on top of how good the method is."""
+
 IN_REPORT = ("tpot", "bytes")
 """What quality is drawn against in the report of a run; the page of the fronts has all."""
 
@@ -44,6 +50,10 @@ class Shown:
         """Return the names of cases."""
         known = {case.key: case.label for case in self.cases}
         return [known[key] for key in keys]
+
+    def first_names(self, keys: Sequence[str]) -> str:
+        """Return the names of the first ``FEW`` cases, and that there are more."""
+        return ", ".join(self.names(keys[:FEW])) + (", …" if len(keys) > FEW else "")
 
 
 @dataclass(frozen=True)
@@ -192,4 +202,7 @@ def caveats(shown: Shown) -> list[str]:
     other = sorted({str(row["quality_dtype"]) for row in rows} - {str(rows[0]["dtype"])})
     modes = sorted({mode for row in rows for mode in str(row["mode"] or "").split()} - {"interleaved"})
     told = [f"Speed is that of {rows[0]['dtype']}, quality that of {', '.join(other)}."] if other else []
+    if shown.front.y.name in OF_THE_TEXT:
+        shared = "are mostly those of the text, which all share: KL tells more apart."
+        told.append(f"Intervals of {shown.front.y.title} {shared}")
     return told + ([f"Not all of it took turns call by call: {', '.join(modes)}."] if modes else [])
