@@ -55,10 +55,12 @@ CHOICE = """\
 The tasks that a case is asked where none are named were chosen by a pilot of 60 items: SmolLM2 as it is had more right
 answers than with all weights rounded to 2 bits, by .47 of the items of copying, .37 of grammar, .35 of arithmetic, .32
 of induction, .27 of cloze and .22 of recall. Induction asks for what copying asks for, so cloze, the one on real text,
-stands in its place. With bits per byte a model is made to read some 25 thousand tokens.
+stands in its place. With bits per byte a model is made to read some 30 thousand tokens.
 """
 
 RESULTS = "## What rounding weights costs"
+
+PACKAGES = ("torch", "transformers", "lm-eval")
 
 METRICS = (".acc", ".bits_per_byte")
 
@@ -124,12 +126,12 @@ def _about(run: Run, cases: Sequence[Case], cpu: str) -> str:
     row = cases[-1].row
     seconds = ", ".join(f"{_name(case)} {float(case.row['elapsed_s']):.0f} s" for case in cases)
     tokens = next(metric["value"] for metric in cases[0].metrics if metric["name"] == "tokens_read")
-    versions = ", ".join(f"{name} {run.packages.get(name)}" for name in ("torch", "transformers", "lm_eval"))
+    versions = ", ".join(f"{name} {run.packages[name]}" for name in PACKAGES if name in run.packages)
     return (
         f"`moebench run experiment=rounding`: {row['model']}, structure `{row['structure']}` in all layers with all "
         f"experts active, weights rounded to nearest in groups of 64, {row['dtype']} around them. *As it is*: nothing "
-        f"was done to the model; its file is in 4 bits already (Q4_1). Each was made to read {tokens:.0f} tokens, in "
-        f"{seconds}, with threads={row['threads']} on {cpu}. {versions}, commit "
+        f"was done to the model; its file is in 4 bits already (Q4_1). Each was made to read {tokens:.0f} tokens "
+        f"({seconds}), with threads={row['threads']} on {cpu}. {versions}, commit "
         f"{str(run.row['git_sha'] or 'unknown')[:12]}, run {run.run_id}."
     )
 

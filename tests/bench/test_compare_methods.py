@@ -94,7 +94,7 @@ def test_the_page_shows_values_differences_and_where_they_are_from(store):
     assert int8.startswith("+0.000 [")
     assert int2.startswith("-0.200 [")
     assert int2.endswith(f"p = {mcnemar_p(RIGHT, WORSE):.2g} |")
-    assert "5000 tokens, in as it is 90 s, int8 90 s, int2 90 s, with threads=1 on toy" in results
+    assert "5000 tokens (as it is 90 s, int8 90 s, int2 90 s), with threads=1 on toy" in results
     assert run_id in results
     assert results_in(accuracy_page(results)) == results
 
