@@ -6,9 +6,9 @@ torch reads them with ``weights_only``, which builds tensors and runs nothing th
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors.torch import save_file
@@ -34,7 +34,7 @@ def _convert(folder: Path, target: Path) -> None:
     for number, file in enumerate(files, 1):
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except (UnpicklingError, RuntimeError, EOFError) as error:
             raise MoebenchError(f"{file} is no file of plain weights ({type(error).__name__}); get another.") from None
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         # tensors that share memory are stored one by one, as safetensors wants it
