@@ -42,7 +42,7 @@ def gated(tmp_path, *pairs, plugins=(), **config):
 
 @pytest.fixture(scope="module")
 def found(cache, tmp_path_factory):
-    """One gate over three pairs of methods; returns (result, store)."""
+    """One gate over three pairs of methods, with a margin of its own for KL; returns (result, store)."""
     folder = tmp_path_factory.mktemp("gated")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEBENCH_CACHE", str(cache))
@@ -55,7 +55,7 @@ def found(cache, tmp_path_factory):
         )
         other_text = replace(plain, seed=1)
         pairs = (("same", plain, plain), ("worse", plain, four), ("other text", plain, other_text))
-        return gated(folder, *pairs), folder / "store"
+        return gated(folder, *pairs, item_margins={"kl_to_dense": 0.001}), folder / "store"
 
 
 def verdicts(result, label):
@@ -73,6 +73,9 @@ def test_a_worse_method_regresses_with_an_interval(found):
     agreement = verdicts(found[0], "worse")["top1_agreement"]
     assert (agreement.verdict, agreement.kind, agreement.pairs, agreement.margin) == ("regressed", "accuracy", 16, 0.01)
     assert agreement.lo <= agreement.ratio <= agreement.hi < -0.01
+    kl = verdicts(found[0], "worse")["kl_to_dense"]
+    assert (kl.verdict, kl.margin) == ("regressed", 0.001)
+    assert 0.001 < kl.lo <= kl.hi < 0.01, "the margin that nobody gives would not be passed"
     assert found[0].exit == Exit.REGRESSED
 
 
@@ -93,12 +96,7 @@ def test_it_is_told_and_kept(found):
     assert ("accuracy", verdicts(result, "worse")["top1_agreement"].metric, "regressed") in rows
 
 
-def test_a_margin_may_be_given(found, tmp_path):
-    plain = case_of("suite=accuracy")
-    int8 = case_of("suite=accuracy", "axes.quantization=int8")
-    strict = gated(tmp_path, ("int8", plain, int8), item_margins={"kl_to_dense": 0.0})
-    assert verdicts(strict, "int8")["kl_to_dense"].verdict == "regressed"
-    assert verdicts(strict, "int8")["nll"].verdict == "equivalent"
+def test_a_margin_is_of_a_metric_that_is_judged():
     with pytest.raises(MoebenchError, match="items of 'ac' are not judged"):
         GateConfig(item_margins={"ac": 0.1})
 

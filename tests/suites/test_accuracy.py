@@ -294,7 +294,7 @@ def test_fewer_experts_are_farther_from_the_dense_model(judged):
 
 
 def test_each_further_expert_brings_the_model_nearer_within_intervals(judged):
-    curve = [judged(f"params.routing.topk.k={k}")[0]["kl_to_dense"] for k in (1, 2, 4, 6, 8)]
+    curve = [judged(f"params.routing.topk.k={k}")[0]["kl_to_dense"] for k in (1, 3, 6, 8)]
     for fewer, more in itertools.pairwise(curve):
         assert more.lo <= fewer.hi
         assert more.value < fewer.value
