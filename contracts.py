@@ -293,6 +293,8 @@ BUILTIN_PLUGINS = (
     "moebench.moe.transforms.params",
     "moebench.backends.plugins",
     "moebench.suites.plugins",
+    "moebench.suites.hub_plugins",
+    "moebench.suites.tiny_plugins",
     "moebench.suites.routing_plugins",
     "moebench.suites.claims_plugins",
     "moebench.suites.traffic_params",
@@ -684,13 +686,14 @@ class Planned:
     """A case of a plan; with ``refusal`` it will not run, and the row says why.
 
     ``method_bytes`` is what the layer of its method takes, shared by all cases of that method and dtype in a worker;
-    ``own_bytes`` what the case takes besides.
+    ``own_bytes`` what the case takes besides; ``seconds`` roughly how long a case of protocol ``once`` takes.
     """
 
     case: Case
     refusal: str | None = None
     method_bytes: float = 0.0
     own_bytes: float = 0.0
+    seconds: float = 20.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

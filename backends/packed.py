@@ -103,7 +103,8 @@ def unpackable(spec: LayerSpec) -> str:
     if scheme.codec == "none":
         return "packed runs quantized weights; choose quantization=int8 or quantization=int4"
     if scheme.codec not in CODECS or scheme.bits not in (4, 8) or scheme.act_bits is not None:
-        return f"packed reads 8 or 4 bit codes of {', '.join(CODECS)}, not {scheme.codec} of {scheme.bits:g} bits"
+        codes = f"8 or 4 bit codes of {', '.join(CODECS)}, not {scheme.codec} of {scheme.bits:g} bits"
+        return f"packed reads {codes}; use eager, which runs any scheme dequantized"
     if scheme.bits == 8:
         return _unpackable_int8(spec, scheme)
     return _unpackable_int4(spec, scheme)

@@ -26,8 +26,10 @@ Each takes a value, a list, or `all`. `moebench list` shows every name.
 
 COMPARE_HELP = """\
 Runs are taken apart, so their times get no verdict: `moebench gate` gives one. Exit status: 0, or 1 where a metric
-without chance in it, accuracy on the same items, or the correctness of a case regressed from RUN_A to RUN_B. Example:
+without chance in it, accuracy on the same items, or the correctness of a case regressed from RUN_A to RUN_B. Of one
+run alone, the accuracy of its methods is compared item by item with the one that changes least. Examples:
   moebench compare latest~1 latest
+  moebench compare latest
 """
 
 GATE_HELP = """\
@@ -36,6 +38,15 @@ Exit status: 0 not regressed, 1 regressed, 3 inconclusive, 4 too noisy to tell, 
   moebench gate --base HEAD~1 --candidate HEAD suite=throughput model=small axes.tokens=64 --budget 8m
   moebench gate --base-backend eager --candidate-backend grouped suite=selftest
   moebench gate --base main --target my_package.bench:make_trial
+"""
+
+
+PARETO_HELP = """\
+Axes x: tpot latency throughput bytes resident energy. Axes y: ppl kl bpb agreement error accuracy:TASK. A condition is
+SQL over the columns of view latest, and x, y, their bounds x_lo, x_hi, y_lo, y_hi. Examples:
+  moebench pareto
+  moebench pareto --x bytes --y kl --where "backend = 'eager' AND quantization <> 'none'"
+  moebench pareto --page pareto.html --price-per-hour 0.35
 """
 
 
@@ -81,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_gate(commands)
     _add_compare(commands)
     _add_trend(commands)
+    _add_pareto(commands)
     report = _add(commands, "report", "commands:report", "write the interactive HTML report")
     report.add_argument("--output", "-o", help="file to write (default: report.html in the store)")
     report.add_argument("--run", help="run id (default: the latest)")
@@ -98,9 +110,13 @@ def make_parser() -> argparse.ArgumentParser:
     names.add_argument("kind", nargs="?", help="only this kind, such as backend or routing")
     names.add_argument("--plugin", action="append", default=[], metavar="FILE")
     _add(commands, "doctor", "commands:doctor", "say what this machine can and cannot do")
-    models = _add(commands, "models", "commands:models", "fetch a model, or say which there are")
-    models.add_argument("action", nargs="?", choices=("list", "fetch"), default="list")
+    models = _add(commands, "models", "commands:models", "fetch or train a model, or say which there are")
+    models.add_argument("action", nargs="?", choices=("list", "fetch", "train"), default="list")
     models.add_argument("name", nargs="?")
+    models.add_argument(
+        "settings", nargs="*", metavar="NAME=VALUE", help="parameters: model.NAME to fetch, NAME to train"
+    )
+    models.add_argument("--quiet", action="store_true", help="print errors only")
     papers = _add(commands, "papers", "papers:papers", "check the claims of published systems here")
     papers.add_argument("keys", nargs="*", help="which papers (default: all)")
     papers.add_argument("--list", action="store_true", help="show the claims and what they cost, and run nothing")
@@ -143,6 +159,13 @@ def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     gate.add_argument(
         "--metric-margin", metavar="NAME=FRACTION", action="append", default=[], help="let a metric move, as bytes=0.02"
     )
+    gate.add_argument(
+        "--item-margin",
+        metavar="NAME=NUMBER",
+        action="append",
+        default=[],
+        help="what the mean of a metric of items may lose, as acc=0.02",
+    )
     gate.add_argument("--devices", metavar="LIST", help="share the cases over these devices, such as 0,1")
     for name in ("junit", "markdown", "json"):
         gate.add_argument(f"--{name}", metavar="FILE", help=f"write the result as {name}")
@@ -151,9 +174,15 @@ def _add_gate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    compare = _add(commands, "compare", "compare_runs:compare", "describe two stored runs side by side", COMPARE_HELP)
-    for name in ("a", "b"):
-        compare.add_argument(f"run_{name}", metavar=f"RUN_{name.upper()}", help="id or its beginning, latest, latest~1")
+    compare = _add(
+        commands,
+        "compare",
+        "compare_runs:compare",
+        "describe two stored runs side by side, or the methods of one",
+        COMPARE_HELP,
+    )
+    compare.add_argument("run_a", metavar="RUN_A", help="id or its beginning, latest, latest~1")
+    compare.add_argument("run_b", metavar="RUN_B", nargs="?", help="the same; without it the methods of RUN_A")
     compare.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -164,6 +193,18 @@ def _add_trend(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     trend.add_argument("--case", metavar="KEY", help="only the case with this key, or all whose keys begin so")
     trend.add_argument("--metric", default="time", metavar="NAME", help="time (default), or a metric such as bytes")
     trend.add_argument("--host", metavar="KEY|all", help="host key or its beginning, or all (default: this host)")
+
+
+def _add_pareto(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    pareto = _add(commands, "pareto", "pareto:pareto", "show which methods are worth having", PARETO_HELP)
+    pareto.add_argument("--x", default="tpot", metavar="AXIS", help="speed or size (default: tpot)")
+    pareto.add_argument("--y", default="ppl", metavar="AXIS", help="quality (default: ppl)")
+    pareto.add_argument("--where", metavar="SQL", help="only the cases that fit this condition")
+    pareto.add_argument("--format", choices=("text", "json", "csv"), default="text")
+    pareto.add_argument("--page", metavar="FILE", help="write all axes as one HTML file that needs no network instead")
+    pareto.add_argument(
+        "--price-per-hour", type=float, metavar="PRICE", help="what an hour of the machine costs, for costs of tokens"
+    )
 
 
 def _add(

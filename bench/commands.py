@@ -6,9 +6,10 @@ import argparse
 import importlib.util
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ..contracts import KINDS, Descriptor, MoebenchError, Registry, unknown
 from . import host
@@ -125,16 +126,34 @@ def _problems(store: Path) -> Iterator[str]:
         yield f"only {free / 2**30:.1f} GiB are free at {parent}; make room or choose another store."
 
 
+EXAMPLES = {"fetch": "moebench models fetch smollm2", "train": "moebench models train tinymoe"}
+
+
 def models(options: argparse.Namespace) -> int:
-    """List the models, or fetch one into the cache with progress."""
+    """List the models, or fetch or train one into the cache with progress."""
     registry = Registry.load()
     if options.action == "list":
         options.kind, options.plugin = "model", []
         return list_plugins(options)
     if not options.name:
-        raise MoebenchError("name the model to fetch, for example `moebench models fetch smollm2`.")
-    params = registry.get("model", options.name).params_from()
+        raise MoebenchError(f"name the model to {options.action}, for example `{EXAMPLES[options.action]}`.")
+    if options.action == "train":
+        from .train import train
+
+        return train(options, registry)
+    params = registry.get("model", options.name).params_from(_model_settings(options.settings))
     if not hasattr(params, "fetch"):
         raise MoebenchError(f"model '{options.name}' needs no fetching: its weights are made from a seed or are local.")
     print(params.fetch(lambda line: print(line, file=sys.stderr, flush=True)))
     return 0
+
+
+def _model_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Return the parameters in settings such as ``model.path=owner/name``."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.startswith("model."):
+            raise MoebenchError(f"'{setting}' sets nothing of a model; write it as model.path=owner/name.")
+        values[name.removeprefix("model.")] = {"true": True, "false": False}.get(value, value)
+    return values

@@ -1,4 +1,4 @@
-"""``moebench compare``: two stored runs side by side.
+"""``moebench compare``: two stored runs side by side, or the methods of one.
 
 Their times were taken apart, in other processes and at another hour, so they are described and get no verdict. What has
 no chance in it is judged, and so is accuracy on the same items.
@@ -90,11 +90,19 @@ class ComparedRuns:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Print what two runs of the store have in common and in what they differ; exit 1 where B regressed."""
+    """Print what two runs of the store have in common and in what they differ; exit 1 where B regressed.
+
+    Of one run alone the methods are compared, of which none regressed.
+    """
+    from .compare_methods import compare_methods, methods_json, methods_table
     from .compare_text import compare_table
 
     with reading(existing_store(options.store)) as connection:
         runs = {run.run_id: run for run in load_runs(connection) if run.row["cases"]}
+        if options.run_b is None:
+            methods = compare_methods(connection, find_run(options.run_a, list(runs)))
+            print(methods_json(methods) if options.json else methods_table(methods))
+            return int(Exit.NOT_REGRESSED)
         a, b = (find_run(given, list(runs)) for given in (options.run_a, options.run_b))
         if a == b:
             raise MoebenchError(

@@ -24,7 +24,7 @@ def compare_table(found: ComparedRuns) -> str:
     if found.a.row["host_key"] != found.b.row["host_key"]:
         lines.append("the hosts differ, and so do their times whatever the code")
     if found.times:
-        lines += ["", *_aligned([HEAD, *map(_row, found.times)])]
+        lines += ["", *aligned([HEAD, *map(_row, found.times)])]
     for kind, title in (("metric", "deterministic metrics"), ("accuracy", "accuracy on the same items")):
         lines += _section(title, [one for one in found.judged if one.kind == kind])
     lines += _listed("not compared, and why", found.apart)
@@ -45,10 +45,13 @@ def _row(one: Times) -> tuple[str, ...]:
     return label, units.time(one.a_ns), units.time(one.b_ns), ratio, clean(", ".join(one.flags))
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(width(row[column]) for row in rows) for column in range(len(HEAD))]
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table: a head, a rule, and rows whose middle columns stand at the right."""
+    columns = range(len(rows[0]))
+    widths = [max(width(row[column]) for row in rows) for column in columns]
+    last = len(rows[0]) - 1
     lines = [
-        "  ".join(pad(cell, size, 0 < place < 4) for place, (cell, size) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(pad(cell, size, 0 < place < last) for place, (cell, size) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]
     rule = "-" * min(WIDTH, max(map(width, lines)))

@@ -14,7 +14,19 @@ from typing import Any
 
 from ..contracts import KINDS, make_key
 
-PACKAGES = ("torch", "numpy", "transformers", "triton", "duckdb", "pyarrow", "plotly", "hydra-core", "safetensors")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "lm-eval",
+    "triton",
+    "duckdb",
+    "pyarrow",
+    "plotly",
+    "hydra-core",
+    "safetensors",
+)
 """The packages whose versions every run stores by name; the plan hash covers all that are installed."""
 
 SOURCE_SUFFIXES = (".py", ".yaml", ".cpp", ".cu", ".h", ".sql")

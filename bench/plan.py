@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..contracts import Case, MoebenchError, Planned, Registry, make_key
@@ -35,12 +35,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run will do."""
+    """Everything that a run will do; ``seconds`` is roughly how long each case of protocol ``once`` takes."""
 
     groups: tuple[Group, ...]
     engine: EngineConfig
     seed: int
     config: Mapping[str, Any]
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def cases(self) -> list[Case]:
@@ -60,7 +61,8 @@ class Plan:
             timed = [case for case in group.cases if case.protocol == "timed"]
             if timed:
                 total += engine.processes * (SPAWN_SECONDS + len(timed) * (PREPARE_SECONDS + 1.3 * engine.seconds))
-            total += sum(SPAWN_SECONDS + 20 for case in group.cases if case.protocol == "once")
+            once = [case.case_key for case in group.cases if case.protocol == "once"]
+            total += sum(SPAWN_SECONDS + self.seconds.get(key, Planned.seconds) for key in once)
         return total
 
     def resolved(self) -> dict[str, Any]:
@@ -86,7 +88,8 @@ def make_plan(config: RunConfig, registry: Registry, memory_bytes: float) -> Pla
         groups.setdefault(item.case.group_key, []).append(item)
     pieces = [piece for key, items in groups.items() for piece in _split(key, items, memory_bytes)]
     seed = config.blocks[0].seed if config.blocks else 0
-    return Plan(tuple(pieces), config.engine, seed, config.shown)
+    seconds = {key: item.seconds for key, item in planned.items()}
+    return Plan(tuple(pieces), config.engine, seed, config.shown, seconds)
 
 
 def _split(key: str, items: Sequence[Planned], memory_bytes: float) -> list[Group]:

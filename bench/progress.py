@@ -68,3 +68,18 @@ class Progress:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class Countdown:
+    """What is left of equal steps, by the time of those after the first, before which things are made ready."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+
+    def left(self, step: int, of: int) -> str:
+        """Return what to say after ``step`` of ``of`` steps; nothing after the first and the last."""
+        now = time.perf_counter()
+        if self._began is None:
+            self._began = now
+        seconds = (now - self._began) / max(1, step - 1) * (of - step)
+        return f", about {seconds / 60:.1f} minutes left" if seconds else ""

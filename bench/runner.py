@@ -12,7 +12,7 @@ from ..results.parts import blob_row, write_part
 from . import rows
 from .flags import Limits, flags_of, phases_of
 from .plan import Group, Plan
-from .progress import Progress
+from .progress import Countdown, Progress
 from .ring import Ring, WorkerStartError
 from .rundir import RunFolder
 from .sampling import Member, Phases, RingLostError, Sitting, describe
@@ -184,10 +184,10 @@ class Runner:
     def _once_in(self, sitting: Sitting, waiting: list[Case], results: list[tuple[list[Member], list[str]]]) -> None:
         while waiting:
             member = Member(waiting[0])
-            what = describe(member.case)
+            what, countdown = describe(member.case), Countdown()
 
-            def told(step: int, of: int, what: str = what) -> None:
-                self.progress.tell(f"{what}: {step}/{of}")
+            def told(step: int, of: int, what: str = what, countdown: Countdown = countdown) -> None:
+                self.progress.tell(f"{what}: {step}/{of}{countdown.left(step, of)}")
 
             sitting.run_once(member, told)
             results.append(([member], [""]))

@@ -124,14 +124,6 @@ GROUP BY s.name, c.method_key, c.traffic, c.tokens, s.layer, s.step, s.values
 ORDER BY c.method_key, c.traffic, c.tokens, s.layer, s.step
 """
 
-QUALITY = """
-SELECT case_key, method_key, group_key, evidence, name, value, unit, lo, hi, n
-FROM metrics
-WHERE run_id = $run_id AND suite = 'accuracy' AND status = 'ok' AND value IS NOT NULL
-  AND name IN ('kl_to_dense', 'perplexity', 'bits_per_byte')
-ORDER BY name, case_key
-"""
-
 CLAIMS = """
 SELECT c.run_id, c.key, c.title, c.claim, c.kind, c.figure, c.ours, c.model, c.unit, c.direction, c.margin, c.seeds,
        c.a, c.b, c.estimate, c.lo, c.hi, c.verdict, c.reason, c.spec
@@ -223,9 +215,11 @@ class Case:
 
     @property
     def quality(self) -> list[Row]:
-        """The metrics of quality that a case without a time was run for."""
+        """The metrics of quality that a case without a time was run for: of tasks, all that have an interval."""
         if not self.ok or self.median_ns is not None:
             return []
+        if self.row["suite"] == "lm_eval":
+            return [metric for metric in self.metrics if metric["lo"] is not None]
         return [metric for name in QUALITY_METRICS for metric in self.metrics if metric["name"] == name]
 
 
@@ -240,7 +234,7 @@ def load_cases(connection: duckdb.DuckDBPyConnection, run_id: str) -> tuple[list
     metrics: dict[str, list[Row]] = defaultdict(list)
     for row in ask(connection, METRICS, run_id=run_id).rows:
         metrics[row["case_key"]].append(row)
-    shown = [_shown_axes(row, differing) for row, differing in _with_parameters(answer.rows)]
+    shown = shown_axes(answer.rows)
     cases = [
         Case(row["case_key"], row, axes, label, tuple(row["flags"] or ()), tuple(metrics[row["case_key"]]))
         for row, axes, label in zip(answer.rows, shown, labels(shown), strict=True)
@@ -267,6 +261,11 @@ def _tagged(axis: str, value: str) -> str:
     """Return a value that can be understood without its column's header."""
     prefix = {"tokens": "T=", "threads": "threads=", "layers": "layer ", "seed": "seed "}
     return prefix.get(axis, "") + value
+
+
+def shown_axes(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Return the axes of each case as shown, with those of its parameters that differ among ``rows``."""
+    return [_shown_axes(row, differing) for row, differing in _with_parameters(rows)]
 
 
 def _shown_axes(row: Mapping[str, Any], differing: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

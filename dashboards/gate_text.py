@@ -20,7 +20,7 @@ ANSWERS = {
 }
 
 TIME_HEAD = ("case", "base", "candidate", "candidate / base", "verdict")
-ACCURACY_HEAD = ("case", "base", "candidate", "candidate - base", "verdict")
+ACCURACY_HEAD = ("metric: case", "base", "candidate", "candidate - base", "verdict")
 LEAST_LABEL = 24
 
 RED, GREEN, DIM, PLAIN = "\x1b[1;31m", "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -150,7 +150,7 @@ def _table(head: tuple[str, ...], judged: Sequence[Judged], color: bool) -> list
     cells = [head[1:], *(_cells(one) for one in judged)]
     widths = [max(width(row[column]) for row in cells) for column in range(len(head) - 1)]
     room = max(LEAST_LABEL, WIDTH - sum(widths) - 2 * len(widths))
-    labels = [fit(name, room) for name in (head[0], *(_told(one.label) for one in judged))]
+    labels = [fit(name, room) for name in (head[0], *map(_name, judged))]
     longest = max(map(width, labels))
     codes = ["", *(COLORS[one.verdict] if color else "" for one in judged)]
     lines = []
@@ -161,9 +161,16 @@ def _table(head: tuple[str, ...], judged: Sequence[Judged], color: bool) -> list
     return ["", lines[0], "-" * (longest + sum(widths) + 2 * len(widths)), *lines[1:]]
 
 
+def _name(one: Judged) -> str:
+    """Return whose line it is; an accuracy has one for each metric of a case, which stands first lest it be cut."""
+    return _told(f"{one.metric}: {one.label}" if one.kind == "accuracy" else one.label)
+
+
 def _cells(one: Judged) -> tuple[str, ...]:
-    values = (value_text(value, one.unit) for value in (one.base_value, one.candidate_value))
-    return (*values, ratio_text(one), verdict_text(one))
+    values = [one.base_value, one.candidate_value]
+    if one.kind == "accuracy":
+        values = [None if value is None else float(f"{value:.4g}") for value in values]
+    return (*(value_text(value, one.unit) for value in values), ratio_text(one), verdict_text(one))
 
 
 def _metrics(judged: Sequence[Judged], color: bool) -> list[str]:

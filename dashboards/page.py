@@ -1,33 +1,28 @@
-"""The page put together: sections, payloads, styles and scripts in one file, each script pinned by its hash."""
+"""The report of a run put together: its sections, and the payloads behind them."""
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-from plotly.offline import get_plotlyjs
 
 from ..results.errors import ResultsError
 from . import data, tables, units
-from .chart import Chart, Style, figure_json, script_json
+from .chart import Chart, Style
 from .data import Case, Run, flatten
 from .details import payload
 from .figure_compare import compare
 from .figure_gate import paired_ratios
 from .figure_loads import loads, requested
-from .figure_quality import quality
+from .figure_pareto import pareto
 from .figure_roofline import roofline
 from .figure_scaling import scaling
 from .gate_data import Gate, load_gate
 from .gate_html import gate_html
-from .query import Answer, ask, parse_json, to_csv
+from .pareto_data import IN_REPORT, answers
+from .query import Answer, ask, parse_json
 from .ratios import Ratio, paired_ratio, turn_minima
 from .tables import esc, text
+from .template import chart_html, csv_texts, data_script, disclosure, figure_scripts, fill, section
 
 if TYPE_CHECKING:
     import duckdb
@@ -40,7 +35,7 @@ SECTIONS = {
     "scaling": "Scaling",
     "roofline": "Roofline",
     "loads": "Expert load",
-    "quality": "Quality",
+    "pareto": "Pareto",
     "claims": "Claims",
 }
 """Sections of every run that has cases."""
@@ -73,11 +68,11 @@ def render(connection: duckdb.DuckDBPyConnection, run_id: str | None, store: str
     if charts or claims.rows:
         sections["claims"] = _claims(claims, run)
     samples = ask(connection, data.SAMPLES, run_id=run.run_id)
-    texts = {"cases": answer, "claims": claims, **({"gate": gate.comparisons} if gate else {})}
+    texts = {"cases": answer.rows, "claims": claims.rows, **({"gate": gate.comparisons.rows} if gate else {})}
     payloads = [
-        _json_script("details", payload(run.run_id, cases, samples)),
-        _json_script("csv", _csv_texts([*judged, *charts], texts)),
-        *(_figure_script(chart, index) for chart in (*judged, *charts) for index in range(len(chart.variants))),
+        data_script("details", payload(run.run_id, cases, samples)),
+        data_script("csv", csv_texts([*judged, *charts], texts)),
+        *figure_scripts([*judged, *charts]),
     ]
     titles = {**SECTIONS, **GATE_SECTIONS}
     links = "".join(f'<a href="#{key}">{titles[key]}</a>' for key in sections if key in titles)
@@ -109,14 +104,14 @@ def make_charts(
     points = ask(connection, data.ROOFLINE, run_id=run_id)
     ceilings = ask(connection, data.CEILINGS, run_id=run_id)
     series = ask(connection, data.LOADS, run_id=run_id)
-    measured = ask(connection, data.QUALITY, run_id=run_id)
+    named = {case.key: case.axes for case in cases}
     return [
         compare(cases, (answer.sql, minima.sql), ratio, style),
         scaling(cases, (answer.sql,), style),
         roofline(cases, points, ceilings, style, run_id),
         loads(cases, series),
         requested(cases, series),
-        quality(cases, measured, answer.sql, style),
+        pareto("pareto", "Pareto", answers(connection, IN_REPORT, run_id=run_id, named=named), style),
     ]
 
 
@@ -124,62 +119,26 @@ def make_charts(
 # Sections
 
 
-def _section(key: str, title: str, content: str, caption: str = "") -> str:
-    lead = f'<p class="lead">{esc(caption)}</p>' if caption else ""
-    heading = f'<h2 id="{key}-title">{esc(title)}</h2>'
-    return f'<section id="{key}" aria-labelledby="{key}-title">{heading}{lead}{content}</section>'
-
-
-def chart_html(chart: Chart) -> str:
-    """Return the section of a chart: selector, a place to draw in, its SQL and its CSV; or why there is none."""
-    if not chart.variants:
-        return _section(chart.key, chart.title, f'<p class="empty">{esc(chart.empty)}</p>{disclosure("", chart.sql)}')
-    options = "".join(f'<option value="{i}">{esc(v.label)}</option>' for i, v in enumerate(chart.variants))
-    hidden = "" if len(chart.variants) > 1 else " hidden"
-    only = "" if len(chart.variants) > 1 else f'<p class="which">{esc(chart.variants[0].label)}</p>'
-    notes = "".join(
-        f'<p class="note" data-variant="{index}"{"" if index == 0 else " hidden"}>{esc(variant.note)}</p>'
-        for index, variant in enumerate(chart.variants)
-        if variant.note
-    )
-    height = chart.variants[0].figure.layout.height
-    content = (
-        f'<p class="choose"{hidden}><label>{esc(chart.selector)} '
-        f'<select data-chart="{chart.key}">{options}</select></label></p>'
-        f'{only}<figure><div class="plot" id="plot-{chart.key}" data-chart="{chart.key}" role="img" '
-        f'aria-label="{esc(chart.title)}: {esc(chart.caption)}" style="min-height:{height}px"></div>'
-        f"<figcaption>{notes}</figcaption></figure>{disclosure(chart.key, chart.sql)}"
-    )
-    return _section(chart.key, chart.title, content, chart.caption)
-
-
-def disclosure(key: str, sql: Sequence[str]) -> str:
-    """Return the queries behind something, folded away, and a button that copies its rows as CSV."""
-    queries = "".join(f"<pre><code>{esc(one)}</code></pre>" for one in sql)
-    copy = f'<button type="button" class="copy" data-csv="{esc(key)}">Copy CSV</button>' if key else ""
-    return f'<div class="source">{copy}<details><summary>SQL</summary>{queries}</details></div>'
-
-
 def _cases(cases: Sequence[Case], answer: Answer) -> str:
     if not cases:
-        return _section("cases", "Cases", '<p class="empty">This run has no cases.</p>')
+        return section("cases", "Cases", '<p class="empty">This run has no cases.</p>')
     content = (
         '<form class="filters" id="filters"><label>Search <input type="search" id="search" '
         f'placeholder="any text in a row"></label>{tables.filters(cases)}<button type="reset">Clear</button>'
         f'<output id="shown">{len(cases)} of {len(cases)} cases</output></form>'
         f"{tables.cases_table(cases)}{disclosure('cases', (answer.sql,))}"
     )
-    return _section("cases", "Cases", content, tables.shared_axes(cases))
+    return section("cases", "Cases", content, tables.shared_axes(cases))
 
 
 def _claims(claims: Answer, run: Run) -> str:
     content = tables.claims_table(claims.rows, run.run_id) + disclosure("claims", (claims.sql,))
-    return _section("claims", "Claims", content)
+    return section("claims", "Claims", content)
 
 
 def _gate(gate: Gate) -> str:
     content = gate_html(gate) + disclosure("gate", (gate.comparisons.sql,))
-    return _section("gate", "Gate", content, "Is the candidate slower, larger or less exact than the base?")
+    return section("gate", "Gate", content, "Is the candidate slower, larger or less exact than the base?")
 
 
 def _problems(cases: Sequence[Case]) -> str:
@@ -190,7 +149,7 @@ def _problems(cases: Sequence[Case]) -> str:
     if cases and not any(case.ok for case in cases):
         content = f'<p class="empty">No case of this run is ok, so this page has no times.</p>{content}'
     kind = " class=attention" if bad else ""
-    return _section("problems", "What did not run, and why", f"<div{kind}>{content}</div>")
+    return section("problems", "What did not run, and why", f"<div{kind}>{content}</div>")
 
 
 def _subtitle(run: Run, cases: Sequence[Case], gate: Gate) -> str:
@@ -221,7 +180,7 @@ def _summary(
         f"{_folded('Packages', _facts(run.packages))}{_folded('Configuration', _configuration(run))}"
         f"{_other_runs(run, runs)}"
     )
-    return _section("summary", "Summary", content)
+    return section("summary", "Summary", content)
 
 
 def _left_out(connection: duckdb.DuckDBPyConnection) -> str:
@@ -306,53 +265,8 @@ def _empty_page(store: str) -> dict[str, str]:
         "heading": "No run yet",
         "subtitle": "",
         "navigation": "",
-        "sections": _section("summary", "Summary", message),
+        "sections": section("summary", "Summary", message),
         "version": "",
         "store": f"<code>{esc(store)}</code>",
-        "payloads": _json_script("details", {}) + _json_script("csv", {}),
+        "payloads": data_script("details", {}) + data_script("csv", {}),
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Payloads and the template
-
-
-def _json_script(name: str, value: Any) -> str:
-    return f'<script type="application/json" id="data-{name}">{script_json(value)}</script>'
-
-
-def _figure_script(chart: Chart, index: int) -> str:
-    variant = chart.variants[index]
-    content = figure_json(variant.figure, variant.narrow)
-    return f'<script type="application/json" id="figure-{chart.key}-{index}">{content}</script>'
-
-
-def _csv_texts(charts: Iterable[Chart], answers: Mapping[str, Answer]) -> dict[str, list[str]]:
-    texts = {chart.key: [to_csv(variant.rows) for variant in chart.variants] for chart in charts if chart.variants}
-    return {**texts, **{key: [to_csv(answer.rows)] for key, answer in answers.items()}}
-
-
-@functools.cache
-def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def fill(parts: Mapping[str, str]) -> str:
-    """Return the template with its places filled, once each: nothing that is put in is looked at again."""
-    scripts = {
-        "plotly": _inline(get_plotlyjs()),
-        "report_js": _inline(_file("report.js")),
-        "table_js": _inline(_file("table.js")),
-    }
-    hashes = " ".join(_hash(script) for script in scripts.values())
-    places = {**parts, **scripts, "css": _file("report.css"), "script_hashes": hashes}
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: places[match[1]], _file("template.html"))
-
-
-def _inline(script: str) -> str:
-    """Return a script as the browser will see it, so that its hash is that of what runs."""
-    return script.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -65,3 +65,13 @@ def storage(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g} {name}"
     return f"{value:.4g} B"
+
+
+def scale(value: float, unit: str) -> tuple[float, str]:
+    """Return (how much of ``unit`` is one of the shown unit, its name) for a value of this size."""
+    if unit == "ns":
+        return time_unit(value)
+    prefixes = BINARY if unit == "byte" else tuple((size, f"{prefix}{unit}") for size, prefix in SI)
+    if unit != "byte" and not unit.endswith("/s"):
+        return 1.0, "" if unit == "1" else unit
+    return next(((float(size), name) for size, name in prefixes if abs(value) >= size), (1.0, unit))

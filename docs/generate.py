@@ -1,7 +1,8 @@
 """Writes the pages that are made from the code: ``plugins.md`` from descriptors, ``results.md`` from the schema.
 
 ``python docs/generate.py`` writes them; with ``--check`` it only says which are out of date, and exits 1 if any is.
-With ``--claims STORE`` it writes ``papers.md`` from the latest verdict of every claim in that store.
+With ``--claims STORE`` it writes ``papers.md`` from the latest verdict of every claim in that store, with
+``--accuracy STORE`` ``accuracy.md`` from the latest run of experiment ``rounding``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moebench.bench.accuracy_doc import accuracy_page, results_in, results_of
 from moebench.bench.routing_doc import costs_in, costs_of, routing_page
 from moebench.contracts import BUILTIN_PLUGINS, KINDS, Descriptor, plain
 from moebench.results.database import connect_parts
@@ -268,7 +270,14 @@ def routings_page(store: Path | None = None) -> str:
     return NOTICE + routing_page(builtin(), costs, FOLDER.parent / "tests")
 
 
-PAGES = {"plugins.md": plugins_page, "results.md": results_page, "routing.md": routings_page}
+def tasks_page(store: Path | None = None) -> str:
+    """Return the page of accuracy on tasks, with the results in ``store``, or those that the page has already."""
+    page = FOLDER / "accuracy.md"
+    results = results_of(store) if store else results_in(page.read_text() if page.exists() else "")
+    return NOTICE + accuracy_page(results)
+
+
+PAGES = {"accuracy.md": tasks_page, "plugins.md": plugins_page, "results.md": results_page, "routing.md": routings_page}
 
 
 def stale(folder: Path = FOLDER) -> list[str]:
@@ -291,7 +300,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
     parser.add_argument("--claims", type=Path, metavar="STORE", help="write papers.md from the claims of this store")
     parser.add_argument("--routing", type=Path, metavar="STORE", help="write routing.md with the costs in this store")
+    parser.add_argument(
+        "--accuracy", type=Path, metavar="STORE", help="write accuracy.md with the results in this store"
+    )
     options = parser.parse_args()
+    if options.accuracy:
+        (FOLDER / "accuracy.md").write_text(tasks_page(options.accuracy))
+        print("docs/accuracy.md")
+        return 0
     if options.routing:
         (FOLDER / "routing.md").write_text(routings_page(options.routing))
         print("docs/routing.md")

@@ -276,6 +276,18 @@ class Int4:
         return Scheme("rtn", 4.0, self.group, self.symmetric)
 
 
+@dataclass(frozen=True)
+class Int2:
+    """Round to nearest, 2 bits, four codes per byte; ``group`` input channels share a scale (and a zero point)."""
+
+    group: int | None = 64
+    symmetric: bool = False
+
+    def scheme(self) -> Scheme:
+        """Return the scheme."""
+        return Scheme("rtn", 2.0, self.group, self.symmetric)
+
+
 # --- sparsity --------------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +358,7 @@ DESCRIPTORS = [
     Descriptor("quantization", "none", "weights in the case's dtype", "moebench.moe.quantization:keep", NoQuantization),
     Descriptor("quantization", "int8", "RTN 8 bit", "moebench.moe.quantization:rtn", Int8),
     Descriptor("quantization", "int4", "RTN 4 bit per group", "moebench.moe.quantization:rtn", Int4),
+    Descriptor("quantization", "int2", "RTN 2 bit per group", "moebench.moe.quantization:rtn", Int2),
     Descriptor("sparsity", "none", "every activation is used", "moebench.moe.sparsity:keep", NoSparsity),
     Descriptor("sparsity", "teal", "TEAL magnitude thresholds", "moebench.moe.sparsity:teal", Teal),
 ]

@@ -21,11 +21,11 @@ from .experts import ExpertStore, QTensor
 
 @dataclass(frozen=True, eq=False)
 class IntTensor:
-    """A weight matrix [out, in] of 8 or 4 bit integer codes with one scale per output row and group.
+    """A weight matrix [out, in] of 8, 4 or 2 bit integer codes with one scale per output row and group.
 
-    ``codes`` is int8 [out, in] for 8 bits; for 4 bits it is uint8 [out, ceil(in / 2)] and holds q = c + 8 in 0..15, the
-    even column in the low half of a byte. ``scales`` and ``zeros`` (None = symmetric) are [out, groups]:
-    w = c * scale + zero, so for 4 bits w = (q - 8) * scale + zero, as torch's int4 kernels have it.
+    ``codes`` is int8 [out, in] for 8 bits; for b = 4 or 2 bits it is uint8 [out, ceil(in b / 8)] and holds
+    q = c + 2^(b-1), the first column in the lowest bits of a byte. ``scales`` and ``zeros`` (None = symmetric) are
+    [out, groups]: w = c * scale + zero, so for 4 bits w = (q - 8) * scale + zero, as torch's int4 kernels have it.
     """
 
     codes: Tensor
@@ -39,26 +39,36 @@ class IntTensor:
         """Bytes of codes, scales and zeros as stored."""
         return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
 
+    @property
+    def offset(self) -> int:
+        """What the stored codes exceed c by: 0 for 8 bits, 2^(b-1) for b = 4 or 2."""
+        return 0 if self.codes.dtype == torch.int8 else 2 ** (int(self.scheme.bits) - 1)
+
     def unpack(self) -> Tensor:
-        """Return the stored codes as int32 [out, in]: c in -128..127 for 8 bits, q in 0..15 for 4 bits."""
+        """Return the stored codes as int32 [out, in]: c in -128..127 for 8 bits, q in 0..15 or 0..3 for fewer."""
         if self.codes.dtype == torch.int8:
             return self.codes.to(torch.int32)
-        pairs = torch.stack([self.codes & 15, self.codes >> 4], dim=-1)
-        return pairs.flatten(1)[:, : self.shape[1]].to(torch.int32)
+        bits = int(self.scheme.bits)
+        parts = torch.stack([(self.codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
+        return parts.flatten(1)[:, : self.shape[1]].to(torch.int32)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return [out, in]: code * scale + zero, computed in float32 and then rounded to ``dtype``."""
-        codes = self.unpack() if self.codes.dtype == torch.int8 else self.unpack() - 8
+        codes = self.unpack() - self.offset
         grouped: Tensor = codes.float().view(*self.scales.shape, -1) * self.scales.float()[:, :, None]
         if self.zeros is not None:
             grouped = grouped + self.zeros.float()[:, :, None]
         return grouped.flatten(1).to(dtype)
 
 
-def pack_nibbles(q: Tensor) -> Tensor:
-    """Return q [out, in] of 0..15 as uint8 [out, ceil(in / 2)]: two codes a byte, even column low."""
-    q = torch.nn.functional.pad(q.to(torch.uint8), (0, q.shape[1] % 2))
-    return q[:, ::2] | (q[:, 1::2] << 4)
+def pack_codes(q: Tensor, bits: int) -> Tensor:
+    """Return q [out, in] of 0..2^bits - 1 as uint8 [out, ceil(in bits / 8)]: the first code of a byte lies lowest."""
+    per_byte = 8 // bits
+    q = torch.nn.functional.pad(q.to(torch.uint8), (0, -q.shape[1] % per_byte))
+    packed = q[:, ::per_byte].clone()
+    for place in range(1, per_byte):
+        packed |= q[:, place::per_byte] << (place * bits)
+    return packed
 
 
 def usable_groups(group: int, *widths: int) -> str:
@@ -77,7 +87,7 @@ def check_group(group: int | None, *widths: int) -> None:
 
 
 def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.bfloat16) -> IntTensor:
-    """Return ``weight`` [out, in] rounded to nearest under ``scheme`` (8 or 4 bits).
+    """Return ``weight`` [out, in] rounded to nearest under ``scheme`` (8, 4 or 2 bits).
 
     Symmetric: s = max|w| / (2^(b-1) - 1). Asymmetric: s = (max - min) / (2^b - 1), z = min + 2^(b-1) s. With s and z
     rounded to ``scale_dtype`` (relative error u, 2^-8 for bfloat16) a weight is off by at most
@@ -86,8 +96,8 @@ def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.bf
     Float32 scales are for measuring what bfloat16 costs.
     """
     check_group(scheme.group, weight.shape[1])
-    if scheme.bits not in (4, 8):
-        raise ValueError(f"{scheme.bits:g} bits cannot be packed; use 4 or 8.")
+    if scheme.bits not in (2, 4, 8):
+        raise ValueError(f"{scheme.bits:g} bits cannot be packed; use 2, 4 or 8.")
     top = 2 ** (int(scheme.bits) - 1)
     grouped = weight.float().reshape(weight.shape[0], -1, scheme.group or weight.shape[1])
     if scheme.symmetric:
@@ -100,7 +110,7 @@ def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.bf
     if not bool(scales.isfinite().all()):
         raise ValueError("the weights contain NaN or infinity and cannot be quantized; repair the checkpoint.")
     codes = _codes(grouped, scales, zeros, top).flatten(1)
-    stored = codes.to(torch.int8) if scheme.bits == 8 else pack_nibbles(codes + top)
+    stored = codes.to(torch.int8) if scheme.bits == 8 else pack_codes(codes + top, int(scheme.bits))
     return IntTensor(stored, scales, zeros, scheme, (weight.shape[0], weight.shape[1]))
 
 
@@ -117,7 +127,7 @@ def keep(params: Any) -> Callable[[ExpertStore], ExpertStore]:
 
 
 def rtn(params: Any) -> Callable[[ExpertStore], ExpertStore]:
-    """Quantization ``int8`` and ``int4``: every FFN expert rounded to nearest under ``params.scheme()``."""
+    """Quantization ``int8``, ``int4`` and ``int2``: every FFN expert rounded to nearest under ``params.scheme()``."""
     scheme: Scheme = params.scheme()
 
     def quantized(store: ExpertStore) -> ExpertStore:

@@ -39,25 +39,37 @@ def split(params: Split) -> StructureStep:
     """
 
     def build(weights: LayerWeights, activations_TH: Tensor, seed: int) -> LayerWeights:
-        if not weights.is_dense or not weights.gated or weights.shared is not None:
-            raise ValueError("'split' wants one dense gated FFN; choose structure 'none' for a model with experts.")
-        if weights.down.shape[1] % params.experts:
-            raise ValueError(f"width {weights.down.shape[1]} cannot be cut into {params.experts} equal experts.")
-        if len(activations_TH) == 0:
-            raise ValueError("'split' fits its router on activations and got no tokens; ask for calibration tokens.")
+        check_cut(weights, activations_TH, params.experts, "split")
         x_TH = activations_TH.float()
         contribution_TF = channel_contributions(weights, x_TH)
         channels_EC = assign_channels(contribution_TF, params.experts, params.assignment, seed)
         rate_E = activation_rates(contribution_TF, channels_EC, (params.k + params.shared) / params.experts)
         ranked_E = torch.argsort(rate_E, descending=True, stable=True)
-        shared_C = channels_EC[ranked_E[: params.shared]].flatten()
-        routed_EC = channels_EC[ranked_E[params.shared :].sort().values]
-        gate_up, down = cut(weights, routed_EC)
-        target_TE = contribution_targets(gate_up, down, x_TH, weights.activation)
-        shared = shared_slice(weights, shared_C) if params.shared else None
-        return replace(weights, gate_up=gate_up, down=down, router_EH=fit_router(x_TH, target_TE), shared=shared)
+        shared_S = channels_EC[ranked_E[: params.shared]].flatten()
+        return slices_with_router(weights, x_TH, channels_EC[ranked_E[params.shared :].sort().values], shared_S)
 
     return build
+
+
+def check_cut(weights: LayerWeights, activations_TH: Tensor, experts: int, name: str) -> None:
+    """Raise ValueError where structure ``name`` cannot cut the layer, or has no tokens to fit its router on."""
+    if not weights.is_dense or not weights.gated or weights.shared is not None:
+        raise ValueError(f"'{name}' wants one dense gated FFN; choose structure 'none' for a model with experts.")
+    if weights.down.shape[1] % experts:
+        raise ValueError(f"width {weights.down.shape[1]} cannot be cut into {experts} equal experts.")
+    if len(activations_TH) == 0:
+        raise ValueError(f"'{name}' fits its router on activations and got no tokens; ask for calibration tokens.")
+
+
+def slices_with_router(weights: LayerWeights, x_TH: Tensor, routed_EC: Tensor, shared_S: Tensor) -> LayerWeights:
+    """Return the channels of each row as an expert, those of ``shared_S`` (it may be empty) as the shared one.
+
+    The router is fitted on ``x_TH`` float32 to tell the experts' contributions.
+    """
+    gate_up, down = cut(weights, routed_EC)
+    router_EH = fit_router(x_TH, contribution_targets(gate_up, down, x_TH, weights.activation))
+    shared = shared_slice(weights, shared_S) if len(shared_S) else None
+    return replace(weights, gate_up=gate_up, down=down, router_EH=router_EH, shared=shared)
 
 
 def channel_contributions(weights: LayerWeights, x_TH: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""Is the candidate's accuracy at most a margin worse? Asked of the same items on both sides, one by one."""
+"""Is the candidate's accuracy at most a margin worse? Asked of the same items on both sides, one by one.
+
+Right and wrong answers get the interval of Bonett & Price and McNemar's exact p; other values, which neighbouring items
+may share in part, a paired block bootstrap over the items in their order.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .gate import Judged
-from .statistics import Interval, paired_difference
+from .statistics import Interval, mcnemar_p, paired_block_difference, paired_difference
 from .verdict import Verdict
 
 ItemKey = tuple[str, str, str]
@@ -32,9 +36,10 @@ POINT = Margin()
 MARGINS: dict[str, Margin] = {
     **dict.fromkeys(("acc", "acc_norm", "acc_bytes", "exact_match", "f1", "mcc", "top1_agreement"), POINT),
     "nll": Margin(worse="higher", unit="nat/token"),
+    "bits_per_byte": Margin(worse="higher", unit="bit/byte"),
     "kl_to_dense": Margin(worse="higher", unit="nat/token"),
 }
-"""Metrics of items that are judged: one point of a share of right answers, one hundredth of a nat (1 % perplexity)."""
+"""Metrics of items that are judged: one point of a share of right answers, one hundredth of a nat (1 %) or of a bit."""
 
 
 def judge_items(
@@ -60,7 +65,8 @@ def judge_items(
     named = Judged(label, case_key, base_case, "accuracy", "", Verdict.INCONCLUSIVE)
     found = []
     for (task, metric), items in sorted(groups.items()):
-        values = [(base.get((task, item, metric)), candidate.get((task, item, metric))) for item in sorted(items)]
+        order = sorted(items, key=lambda item: (len(item), item))  # numbers as texts, in the order of the numbers
+        values = [(base.get((task, item, metric)), candidate.get((task, item, metric))) for item in order]
         judged = _judged(values, margins[plain_name(metric)], level)
         found.append(replace(named, metric=f"{metric} ({task})", **judged))
     return found
@@ -70,8 +76,13 @@ def _judged(values: Sequence[tuple[float | None, float | None]], margin: Margin,
     """Return the fields of the verdict on the values of base and candidate, one pair for each item."""
     pairs = [(a, b) for a, b in values if a is not None and b is not None and math.isfinite(a) and math.isfinite(b)]
     a_N, b_N = [a for a, _ in pairs], [b for _, b in pairs]
-    interval = paired_difference(a_N, b_N, level)
+    binary = {*a_N, *b_N} <= {0.0, 1.0}
+    interval = (paired_difference if binary else paired_block_difference)(a_N, b_N, level)
     verdict, reason = item_verdict(interval, margin, len(values) - len(pairs), bool(pairs) and a_N == b_N)
+    p = mcnemar_p(a_N, b_N) if binary and pairs else None
+    if p is not None and interval.lo is not None and a_N != b_N:
+        lost, won = (sum(x > y for x, y in zip(one, other, strict=True)) for one, other in ((a_N, b_N), (b_N, a_N)))
+        reason = "; ".join(filter(None, (reason, f"{lost} items lost and {won} won, McNemar's exact p = {p:.2g}")))
     return {
         "verdict": verdict,
         "reason": reason,
@@ -81,6 +92,7 @@ def _judged(values: Sequence[tuple[float | None, float | None]], margin: Margin,
         "ratio": interval.value,
         "lo": interval.lo,
         "hi": interval.hi,
+        "p": p,
         "pairs": len(pairs),
         "margin": margin.margin,
         "asked": margin.margin,
@@ -112,6 +124,19 @@ def _of_interval(interval: Interval, margin: Margin) -> tuple[Verdict, str]:
     if best < -margin.margin:
         return Verdict.REGRESSED, ""
     return Verdict.INCONCLUSIVE, f"a loss of {margin.margin:g} is neither shown nor excluded by {interval.n} items"
+
+
+def with_margins(margins: Mapping[str, float]) -> dict[str, Margin]:
+    """Return MARGINS with those of ``margins`` (name -> absolute margin) in place of our own.
+
+    ValueError with a sentence for a metric whose items are not judged, or a margin that is negative.
+    """
+    for name, margin in margins.items():
+        if name not in MARGINS:
+            raise ValueError(f"items of '{name}' are not judged: known are {', '.join(sorted(MARGINS))}.")
+        if not 0 <= margin < math.inf:
+            raise ValueError(f"the margin of {name} must be a number from 0, such as 0.02.")
+    return {**MARGINS, **{name: replace(MARGINS[name], margin=margin) for name, margin in margins.items()}}
 
 
 def plain_name(metric: str) -> str:

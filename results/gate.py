@@ -33,7 +33,8 @@ class Judged:
     ``kind``: ``time`` (interleaved turn minima, ``clock`` says which clock), ``metric`` (deterministic) or
     ``accuracy`` (paired items). Values of times are medians of turn minima in ns. ``ratio`` is candidate / base with
     its interval for times; for accuracies ``ratio``, ``lo`` and ``hi`` hold the difference candidate - base instead.
-    ``p`` is one-sided against "slower by at most the margin", ``q`` after Benjamini-Hochberg over the cases.
+    ``p`` is one-sided against "slower by at most the margin", ``q`` after Benjamini-Hochberg over the cases; of right
+    and wrong answers ``p`` is McNemar's, exact and two-sided.
     ``margin`` is the least effect that counts as a regression, ``asked`` the one that must be excluded for "not
     regressed". ``moved`` names what else changed between the sides, first things first; empty where the case did not
     regress.

@@ -1,14 +1,15 @@
-"""Suite ``accuracy``: a language model's quality with some FFNs changed. Imports torch only in workers.
+"""Suites of a language model with some FFNs changed: ``accuracy`` and ``backend_kl``. Torch is imported in workers.
 
-A case is a method: whatever the axes say of backends, traffic or tokens, it is judged once, on ``eager``, on text of
-the suite's own length. Its layer is the one that layer suites take, so that quality and speed meet on ``method_key``.
+A case of ``accuracy`` is a method: whatever the axes say of backends, traffic or tokens, it is judged once, on
+``eager``, on text of the suite's own length. ``backend_kl`` asks of each backend whether it runs a method as
+``reference`` does. The layer is the one that layer suites take, so that quality and speed meet on ``method_key``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from ..contracts import Case, Planned, Registry, Trial
 from .base import Kind, SuiteConfig, expand, select_layers
@@ -16,7 +17,10 @@ from .base import Kind, SuiteConfig, expand, select_layers
 
 @dataclass(frozen=True)
 class AccuracySuite:
-    """The suite; how much text is judged, in windows of what length, are its parameters in the configuration."""
+    """Suite ``accuracy``; how much text is judged, in windows of what length, is said by its parameters."""
+
+    without_layers: ClassVar[bool] = False
+    """Whether a model none of whose layers change may be judged."""
 
     def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
         """Yield one case per method and dtype; models without text are refused."""
@@ -24,15 +28,21 @@ class AccuracySuite:
             model = registry.params("model", choice)
             layers = select_layers(config.layers, model.shape(), per_layer=config.layers is None)
             axes = {**config.axes, **self._fixed(config, registry, model.recorded), "model": [choice]}
-            kind = Kind("once", per_layer=False, workload={"window": config.suite_params.window})
+            kind = Kind("once", per_layer=False, workload=self.workload(config.suite_params))
             for planned in expand(replace(config, axes=axes, layers=layers), registry, kind):
-                yield replace(planned, refusal=planned.refusal or _refusal(planned.case, model, registry))
+                refusal = planned.refusal or self._layerless(planned.case) or _refusal(planned.case, model, registry)
+                yield replace(planned, refusal=refusal)
+
+    def _layerless(self, case: Case) -> str | None:
+        if case.layers or self.without_layers:
+            return None
+        return "model.layers=[] changes no layer; name some, or ask the model as it is by suite=lm_eval."
 
     def _fixed(self, config: SuiteConfig, registry: Registry, recorded: bool) -> dict[str, Any]:
         """Return the axes that do not multiply quality."""
         traffic = "recorded" if recorded else "gaussian"
         return {
-            "backend": [registry.get("backend", "eager").choose()],
+            **self.backends(config, registry),
             "traffic": [registry.get("traffic", traffic).choose()],
             "tokens": [config.suite_params.tokens],
             "pass": ["forward"],
@@ -41,11 +51,34 @@ class AccuracySuite:
             "residency": ["warm"],
         }
 
+    def workload(self, params: Any) -> dict[str, Any]:
+        """Return what is asked of every method alike."""
+        return {"window": params.window}
+
+    def backends(self, config: SuiteConfig, registry: Registry) -> dict[str, Any]:
+        """Return the one backend on which quality is judged."""
+        return {"backend": [registry.get("backend", "eager").choose()]}
+
     def prepare(self, case: Case, registry: Registry) -> Trial:
         """Return the model with its layers changed, and the dense model's states on the text."""
         from .quality.trial import AccuracyTrial
 
         return AccuracyTrial(case, registry)
+
+
+@dataclass(frozen=True)
+class BackendSuite(AccuracySuite):
+    """Suite ``backend_kl``: one case per method, dtype and backend."""
+
+    def backends(self, config: SuiteConfig, registry: Registry) -> dict[str, Any]:
+        """Return nothing: the backends are those that the axes say."""
+        return {}
+
+    def prepare(self, case: Case, registry: Registry) -> Trial:
+        """Return the model with its layers on the case's backend, and on ``reference``."""
+        from .quality.backends import BackendTrial
+
+        return BackendTrial(case, registry)
 
 
 def _refusal(case: Case, model: Any, registry: Registry) -> str | None:
@@ -64,5 +97,10 @@ def _refusal(case: Case, model: Any, registry: Registry) -> str | None:
 
 
 def create(params: Any) -> AccuracySuite:
-    """Make the suite; cases carry what of ``params`` they need."""
+    """Make suite ``accuracy``; cases carry what of ``params`` they need."""
     return AccuracySuite()
+
+
+def backend_kl(params: Any) -> BackendSuite:
+    """Make suite ``backend_kl``; cases carry what of ``params`` they need."""
+    return BackendSuite()

@@ -304,26 +304,36 @@ class SmolLM2:
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """The MoE layers of a transformers model saved as safetensors in the local folder ``path``; no code of it is run.
+    """A transformers MoE model: ``path`` is a local folder, or its name on the hub where that was fetched before.
 
-    Known: OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 (greedy), DeepSeek-V3, GraniteMoE.
+    Known: OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 (greedy), DeepSeek-V3, GraniteMoE. Weights are read from
+    safetensors, or where ``pickle`` allows it and there are none from ``*.bin``; no code of a model is ever run. With a
+    tokenizer beside them they can be judged on text.
     """
 
     path: str = ""
+    pickle: bool = False
 
-    recorded: ClassVar[bool] = False
+    @property
+    def recorded(self) -> bool:
+        """Whether the folder has a tokenizer, so that text can be given to the whole model."""
+        try:
+            folder = self._folder()
+        except MoebenchError:
+            return False
+        return any((folder / name).is_file() for name in TOKENIZERS)
 
     def shape(self) -> ModelShape:
         """Return the sizes that config.json tells."""
         from .models.hf_config import read_shape
 
-        return read_shape(self._folder())
+        return read_shape(self._folder(), self._kinds())
 
     def weights_sha256(self) -> str:
-        """Return one hash of all safetensors files, which are read for it once per process."""
+        """Return one hash of all files with weights, which are read for it once per process."""
         from .models.hf_config import weights_sha256
 
-        return weights_sha256(self._folder())
+        return weights_sha256(self._folder(), self._kinds())
 
     def base(self) -> str:
         """Return nothing: quantized folders are refused."""
@@ -337,10 +347,41 @@ class HuggingFace:
             return str(error)
         return None
 
+    def fetch(self, progress: Callable[[str], None]) -> Path:
+        """Download a model of the hub into its local cache and return the folder; a folder is left as it is."""
+        from .models.hub import download
+
+        self._folder_named()
+        return download(self.path, self.pickle, progress)
+
+    def folder(self) -> Path:
+        """Return the folder with safetensors: the model's own, or one in the cache made of its pickles."""
+        folder = self._folder()
+        if not self.pickle or any(folder.glob("*.safetensors")):
+            return folder
+        from .models.unpickle import as_safetensors
+
+        return as_safetensors(folder, self.home() / "safetensors")
+
+    def home(self) -> Path:
+        """Return where the cache keeps what is made of the model."""
+        return cache_dir() / "models" / "hf" / self.weights_sha256()[:16]
+
+    def _kinds(self) -> tuple[str, ...]:
+        return ("*.safetensors", "*.bin") if self.pickle else ("*.safetensors",)
+
     def _folder(self) -> Path:
+        from .models.hub import cached_folder
+
+        self._folder_named()
+        return cached_folder(self.path)
+
+    def _folder_named(self) -> None:
         if not self.path:
-            raise MoebenchError("model 'hf' needs a folder; add model.path=FOLDER.")
-        return Path(self.path).expanduser()
+            raise MoebenchError("model 'hf' needs a folder or a name of the hub; add model.path=FOLDER.")
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------
@@ -508,7 +549,11 @@ DESCRIPTORS = [
         requires=("gguf", "transformers"),
     ),
     Descriptor(
-        "model", "hf", "a transformers MoE model in a local folder", "moebench.suites.models.hf:build", HuggingFace
+        "model",
+        "hf",
+        "a transformers MoE model, local or fetched from the hub",
+        "moebench.suites.models.hf:build",
+        HuggingFace,
     ),
     *TRAFFIC,
 ]

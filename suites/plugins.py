@@ -81,6 +81,55 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class BackendKL(Accuracy):
+    """Each backend against ``reference`` on ``tokens`` tokens of text, in windows of ``window``, with equal Routings.
+
+    A case fails where the model's predictions diverge by more than rounding in its dtype explains; the layer and the
+    expert that are off the most are named.
+    """
+
+    tokens: int = 512
+
+    AXES: ClassVar[Mapping[str, Any]] = {**Accuracy.AXES, "backend": list(DENSE_BACKENDS)}
+
+
+@dataclass(frozen=True)
+class LmEval:
+    """``tasks`` of lm-eval on a model with some FFNs changed, by its own ``HFLM``: the first ``items`` of each.
+
+    Tasks whose names begin with ``moebench_`` are our own and need no network; any other is lm-eval's, by its name.
+    A request may have ``window`` tokens; ``batch`` of them are answered at once, padded, which changes last digits.
+    `model.layers=[]` changes no layer: the model as it is.
+    """
+
+    tasks: tuple[str, ...] = (
+        "moebench_cloze",
+        "moebench_grammar",
+        "moebench_arithmetic",
+        "moebench_copying",
+        "moebench_bits_per_byte",
+    )
+    items: int | None = 300
+    window: int = 256
+    batch: int = 1
+
+    AXES: ClassVar[Mapping[str, Any]] = {**LayerSuite.AXES, "model": ["smollm2"], "backend": ["eager"]}
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks must be names, each once")
+        if self.window < 2 or self.batch < 1 or (self.items is not None and self.items < 1):
+            raise ValueError(
+                f"items and batch must be at least 1 and window 2, not {self.items}, {self.batch}, {self.window}"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that a changed layer sees at once."""
+        return self.window
+
+
+@dataclass(frozen=True)
 class BalanceOptimum:
     """The least balance loss of MoE++ for ``ffn_experts`` FFN experts and the other experts of the routing."""
 
@@ -146,6 +195,21 @@ SUITES = [
     Descriptor("suite", "training", "forward and backward of one layer", "moebench.suites.speed:training", Training),
     Descriptor(
         "suite", "accuracy", "perplexity and distance to the dense model", "moebench.suites.accuracy:create", Accuracy
+    ),
+    Descriptor(
+        "suite",
+        "backend_kl",
+        "whether a backend says what the reference says",
+        "moebench.suites.accuracy:backend_kl",
+        BackendKL,
+    ),
+    Descriptor(
+        "suite",
+        "lm_eval",
+        "tasks of lm-eval, our own among them",
+        "moebench.suites.evaluation:create",
+        LmEval,
+        requires=("lm-eval",),
     ),
     Descriptor(
         "suite",

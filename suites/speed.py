@@ -21,7 +21,7 @@ class LayerSpeed:
     def prepare(self, case: Case, registry: Registry) -> Trial:
         """Return the layer on its backend, with inputs and references."""
         if case.pass_ == "forward_backward":
-            from .training import TrainingTrial
+            from .layer_training import TrainingTrial
 
             return TrainingTrial(case, registry)
         from .layer import LayerTrial

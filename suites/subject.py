@@ -64,7 +64,7 @@ def _build(case: Case, registry: Registry) -> Subject:
         recipe,
         source.layer(index),
         shape,
-        calibration_states(case, registry, source, index),
+        calibration_states(case, registry, source, index, recipe.changes),
         case.seed,
         DTYPES[case.dtype],
         {"weights": case.weights_sha256, "layer": index},
@@ -73,10 +73,13 @@ def _build(case: Case, registry: Registry) -> Subject:
     return Subject(source, shape, layer, layer_spec(case, shape, registry))
 
 
-def calibration_states(case: Case, registry: Registry, source: ModelSource, index: int) -> Tensor:
-    """Return x_TH float32 for calibration: recorded ones where the model has them, gaussian ones otherwise."""
+def calibration_states(case: Case, registry: Registry, source: ModelSource, index: int, wanted: bool = True) -> Tensor:
+    """Return x_TH float32 for calibration: recorded ones where the model has them, gaussian ones otherwise.
+
+    Where they are not ``wanted``, since no stage of the recipe looks at them, nothing is recorded for them.
+    """
     tokens = int(case.calibration.get("tokens", 1024))
-    if registry.params("model", case.model).recorded:
+    if wanted and registry.params("model", case.model).recorded:
         return source.hidden_states(index, "calibration", tokens, substream(case.seed, "calibration"))
     rng = torch.Generator().manual_seed(substream(case.seed, "calibration", index))
     return torch.randn(tokens, source.shape.hidden, generator=rng)

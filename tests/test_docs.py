@@ -28,7 +28,7 @@ from moebench.results.statistics import PERCENTILES, quantile_n_required
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 README, CONTRIBUTING, MEASURING = ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "measuring.md"
-GATE = ROOT / "docs" / "gate.md"
+GATE, MODELS = ROOT / "docs" / "gate.md", ROOT / "docs" / "models.md"
 FENCE = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 FAST = ("engine.processes=1", "engine.seconds=0.05", "engine.warmup_seconds=0.05")
@@ -95,7 +95,7 @@ def test_the_readme_shows_every_command():
     assert set(subcommands) == {words[0] for words in commands(README)}
 
 
-@pytest.mark.parametrize("page", [README, CONTRIBUTING, MEASURING, GATE], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, CONTRIBUTING, MEASURING, GATE, MODELS], ids=lambda page: page.name)
 def test_commands_are_understood(page):
     found = commands(page)
     assert found

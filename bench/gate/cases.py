@@ -20,15 +20,19 @@ NONE = Choice("none")
 
 @dataclass(frozen=True)
 class Cases:
-    """What a gate measures: batches whose cases share their workers, and what will not run, with the reason."""
+    """What a gate measures: batches whose cases share their workers, and what will not run, with the reason.
+
+    ``once`` are evaluations, which have no times: each side runs them once, and their items are judged in pairs.
+    """
 
     batches: tuple[tuple[PairedCase, ...], ...]
     refused: tuple[tuple[PairedCase, str], ...] = ()
+    once: tuple[PairedCase, ...] = ()
 
     @property
     def count(self) -> int:
         """Number of cases that will run."""
-        return sum(map(len, self.batches))
+        return sum(map(len, self.batches)) + len(self.once)
 
 
 def target_cases(targets: Sequence[str], device: str = "cpu") -> Cases:
@@ -71,18 +75,18 @@ def target_case(target: str, arguments: Sequence[Any] = (), device: str = "cpu")
 
 
 def planned_cases(config: RunConfig, registry: Registry, memory_bytes: float) -> Cases:
-    """Return the timed cases of a configuration; three workers hold each of them at once."""
-    runnable, refused = [], []
+    """Return the cases of a configuration; three workers hold each timed one at once."""
+    runnable, refused, once = [], [], []
     for planned in _all(config.blocks, registry):
         case = planned.case
         paired = PairedCase(_label(case, registry), case, case)
         if planned.refusal is not None:
             refused.append((paired, planned.refusal))
         elif case.protocol == "once":
-            refused.append((paired, "runs once and has no times; compare its metrics with `moebench compare`."))
+            once.append(paired)
         else:
             runnable.append((paired, planned.method_bytes + planned.own_bytes))
-    return Cases(_in_batches(runnable, memory_bytes / 3), tuple(refused))
+    return Cases(_in_batches(runnable, memory_bytes / 3), tuple(refused), tuple(once))
 
 
 def backend_cases(config: RunConfig, registry: Registry, memory_bytes: float, base: str, candidate: str) -> Cases:
@@ -94,7 +98,7 @@ def backend_cases(config: RunConfig, registry: Registry, memory_bytes: float, ba
         if planned.case.backend.name in sides:
             raise MoebenchError(f"backend {planned.case.backend.name} has several settings here; name one of them.")
         sides[planned.case.backend.name] = planned
-    runnable, refused = [], []
+    runnable, refused, once = [], [], []
     for pair in found.values():
         if base not in pair or candidate not in pair:
             continue
@@ -104,9 +108,11 @@ def backend_cases(config: RunConfig, registry: Registry, memory_bytes: float, ba
         reason = next((one.refusal for one in both if one.refusal is not None), None)
         if reason is not None:
             refused.append((paired, reason))
+        elif paired.base.protocol == "once":
+            once.append(paired)
         else:
             runnable.append((paired, sum(one.method_bytes + one.own_bytes for one in both)))
-    return Cases(_in_batches(runnable, memory_bytes / 3), tuple(refused))
+    return Cases(_in_batches(runnable, memory_bytes / 3), tuple(refused), tuple(once))
 
 
 def _all(blocks: Sequence[SuiteConfig], registry: Registry) -> Iterator[Planned]:

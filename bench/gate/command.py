@@ -23,6 +23,7 @@ from .cases import Cases, backend_cases, planned_cases, target_cases
 from .config import GateConfig, PairedCase
 from .measure import LEFT_OUT, Measured, Measurement
 from .moved import moved
+from .once import Evaluations
 from .outputs import deliver
 from .record import open_run, past_noise, write
 from .sides import Side, cleanup, environment_side, revision_side, wheel_side
@@ -67,12 +68,14 @@ def run_gate(
     progress = Progress(cases.count, quiet)
     try:
         measured = Measurement(chosen, plugins, settled, progress.tell, environment).run(batches)
+        left = None if settled.budget is None else settled.budget - (time.monotonic() - started)
+        evaluated = Evaluations(chosen, plugins, settled, progress.tell, environment, left).run(cases.once)
         result = GateResult(
             run_id=folder.run_id,
             base=chosen["base"].name,
             candidate=chosen["candidate"].name,
-            judged=tuple(judged_of(cases, measured, settled.tolerances)),
-            skipped=tuple(skipped_of(cases, measured)),
+            judged=(*judged_of(cases, measured, settled.tolerances), *evaluated.judged),
+            skipped=(*skipped_of(cases, measured), *evaluated.skipped),
             noise=measured.worst_noise,
             seconds=time.monotonic() - started,
             asked_cases=cases.count + len(cases.refused),
@@ -201,9 +204,9 @@ def cases_of(options: argparse.Namespace, settings: Sequence[str], plugins: Sequ
         cases = backend_cases(settled, registry, memory, options.base_backend, options.candidate_backend)
     else:
         cases = planned_cases(settled, registry, memory)
-    if not cases.batches:
+    if not cases.count:
         reasons = "; ".join(sorted({reason for _, reason in cases.refused})[:3])
-        raise MoebenchError(f"nothing of the plan can be gated: {reasons or 'it has no timed cases; choose others.'}")
+        raise MoebenchError(f"nothing of the plan can be gated: {reasons or 'it has no cases; choose others.'}")
     return cases
 
 
@@ -220,17 +223,18 @@ def gate_config(options: argparse.Namespace) -> GateConfig:
         detect=options.detect,
         fail_on=tuple(options.fail_on),
         metric_margins=dict(margin_of(text) for text in options.metric_margin),
+        item_margins=dict(margin_of(text, "--item-margin", "acc=0.02") for text in options.item_margin),
         devices=tuple(options.devices.split(",")) if options.devices else (),
     )
 
 
-def margin_of(text: str) -> tuple[str, float]:
-    """Return (metric, fraction) of ``NAME=FRACTION``."""
+def margin_of(text: str, option: str = "--metric-margin", example: str = "bytes=0.02") -> tuple[str, float]:
+    """Return (metric, number) of ``NAME=NUMBER``."""
     name, _, value = text.partition("=")
     try:
         return name, float(value)
     except ValueError:
-        raise MoebenchError(f"--metric-margin {text} is not understood; write it as bytes=0.02.") from None
+        raise MoebenchError(f"{option} {text} is not understood; write it as {example}.") from None
 
 
 def duration(text: str) -> float:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...contracts import Case, MoebenchError
+from ...results import accuracy_gate
+from ...results.accuracy_gate import Margin
 from ...results.deterministic import Tolerance, with_margins
 from ...results.judge import Rule
 from ..config import EngineConfig
@@ -27,7 +29,8 @@ class GateConfig:
     ``max_seconds``: the same where a case stays undecided and gets five more pairs, once or twice. ``budget``: wall
     time of measuring; a process pair that began is finished. ``margin`` and ``detect`` are fractions: a slow-down above
     ``margin`` is a regression, one of ``detect`` must be excluded for "not regressed". ``metric_margins`` are fractions
-    by which a deterministic metric may move, by its name.
+    by which a deterministic metric may move, by its name; ``item_margins`` what the mean of a metric of items may lose,
+    in its own unit.
     """
 
     seconds: float = 10.0
@@ -40,6 +43,7 @@ class GateConfig:
     fail_on: Sequence[str] = ()
     devices: Sequence[str] = ()
     metric_margins: Mapping[str, float] = field(default_factory=dict)
+    item_margins: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("seconds", "max_seconds"):
@@ -55,11 +59,20 @@ class GateConfig:
             with_margins(self.metric_margins)
         except ValueError as error:
             raise MoebenchError(f"--metric-margin: {error}") from error
+        try:
+            accuracy_gate.with_margins(self.item_margins)
+        except ValueError as error:
+            raise MoebenchError(f"--item-margin: {error}") from error
 
     @property
     def tolerances(self) -> dict[str, Tolerance]:
         """What deterministic metrics may move by."""
         return with_margins(self.metric_margins)
+
+    @property
+    def margins(self) -> dict[str, Margin]:
+        """What metrics of items may lose."""
+        return accuracy_gate.with_margins(self.item_margins)
 
     @property
     def looks(self) -> int:

@@ -16,7 +16,7 @@ from .pairs import PairedMember
 PHASE_FACTOR = 1.25
 """Preparing and warming up are timed once per process: below this they are called equal."""
 
-ROUTING_SERIES = ("load", "requested_share")
+ROUTING_SERIES = ("load", "requested_share", "tokens_per_expert")
 
 
 def moved(members: Sequence[PairedMember], versions: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
@@ -29,6 +29,16 @@ def moved(members: Sequence[PairedMember], versions: Mapping[str, Mapping[str, A
         *_path(base, candidate),
         *_cost(base, candidate),
         *_phases(members),
+    )
+
+
+def moved_once(member: PairedMember, versions: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the same of a case that ran once on each side: its wall time is no phase of anything."""
+    base, candidate = member.members["base"], member.members["candidate"]
+    return (
+        *_versions(versions.get("base", {}), versions.get("candidate", {})),
+        *_routing(base, candidate),
+        *_path(base, candidate),
     )
 
 
@@ -50,7 +60,13 @@ def _routing(base: Member, candidate: Member) -> Iterator[str]:
 
 
 def _series(member: Member) -> dict[str, Any]:
-    return {series["name"]: series["values"] for series in (member.facts or {}).get("series", ())}
+    found = (member.facts or {}).get("series", ())
+    return {_series_name(series): series["values"] for series in found}
+
+
+def _series_name(series: Mapping[str, Any]) -> str:
+    layer = series.get("layer")
+    return str(series["name"]) if layer is None else f"{series['name']} of layer {layer}"
 
 
 def _path(base: Member, candidate: Member) -> Iterator[str]:

@@ -15,6 +15,7 @@ from .moex import DESCRIPTORS as MOEX
 from .mofme import DESCRIPTORS as MOFME
 from .nucleus import DESCRIPTORS as NUCLEUS
 from .null import DESCRIPTORS as NULL
+from .oracle import DESCRIPTORS as ORACLE
 from .positive import DESCRIPTORS as POSITIVE
 from .pregate import DESCRIPTORS as PREGATE
 from .presets import DESCRIPTORS as PRESETS
@@ -48,4 +49,5 @@ DESCRIPTORS = [
     *GATHER,
     *SLICES,
     *ATTENTION,
+    *ORACLE,
 ]

@@ -16,16 +16,25 @@ def fluctuation(routing: Routing, other: Routing) -> list[Metric]:
     set of experts is another (both after Graph of Tokens, arXiv 2505.00792), and ``jaccard_mean`` the mean over tokens
     of common experts over all experts of both, 1 where neither routing has any.
     """
-    tokens = routing.num_tokens
     names = ("fluctuation_top1", "fluctuation_set", "jaccard_mean")
-    common_T = torch.bincount(routing.token_N[kept_entries(routing, other)], minlength=tokens)
+    tokens = routing.num_tokens
+    top1_T, set_T, jaccard_T = agreement_per_token(routing, other).unbind(1)
     if tokens == 0:
         return [Metric(name, None, "share", n=0) for name in names]
+    values = (1 - top1_T.mean(), 1 - set_T.mean(), jaccard_T.mean())
+    return [Metric(name, float(value), "share", n=tokens) for name, value in zip(names, values, strict=True)]
+
+
+def agreement_per_token(routing: Routing, other: Routing) -> Tensor:
+    """Return [T, 3] float64: whether the heaviest expert is the same, whether the set is, and common over all experts.
+
+    The last is the Jaccard index, 1 where neither routing has any expert.
+    """
+    common_T = torch.bincount(routing.token_N[kept_entries(routing, other)], minlength=routing.num_tokens)
     union_T = routing.k_T + other.k_T - common_T
     jaccard_T = torch.where(union_T > 0, common_T.double() / union_T.clamp(min=1), 1.0)
-    moved_T = heaviest(routing) != heaviest(other)
-    values = (moved_T.double().mean(), (common_T != union_T).double().mean(), jaccard_T.mean())
-    return [Metric(name, float(value), "share", n=tokens) for name, value in zip(names, values, strict=True)]
+    same_T = heaviest(routing) == heaviest(other)
+    return torch.stack([same_T.double(), (common_T == union_T).double(), jaccard_T], dim=1)
 
 
 def heaviest(routing: Routing) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...contracts import Descriptor, Selection
+from ..plugins import Split
 from ..shapes import ModelShape
 
 
@@ -83,10 +84,35 @@ class Upcycle:
         return shape.with_(experts=self.experts, selection=Selection("softmax", self.k, renormalize=True))
 
 
+@dataclass(frozen=True)
+class TaylorSplit(Split):
+    """A dense FFN cut as by ``split``, its most important channels always on (after Dense2MoE, arXiv 2510.09094).
+
+    Importance is the first-order Taylor term |a dL/da| of a channel's activation a, mean over calibration tokens. A
+    structure sees one layer's weights and inputs, so L is not the model's loss but the layer's: half the squared error
+    of the output as a part of the output, at the layer left out. The first ``shared`` / ``experts`` of the channels
+    become the shared expert, the others routed experts.
+    """
+
+    shared: int = 2
+    assignment: Literal["contiguous", "coactivation"] = "coactivation"
+
+    def __post_init__(self) -> None:
+        if self.shared < 1:
+            raise ValueError(f"shared={self.shared} must be at least 1; structure 'split' does without")
+
+
 _STEPS = "moebench.moe.transforms.steps:"
 
 DESCRIPTORS = [
     Descriptor("structure", "prune", "some of the experts, the gate restricted to them", _STEPS + "pruned", Prune),
     Descriptor("structure", "aggregate", "the experts of a layer and of its copy", _STEPS + "aggregated", Aggregate),
+    Descriptor(
+        "structure",
+        "taylor",
+        "dense FFN cut by channel, the important ones always on",
+        "moebench.moe.transforms.taylor:taylor",
+        TaylorSplit,
+    ),
     Descriptor("structure", "upcycle", "copies of a dense FFN as experts", _STEPS + "upcycled", Upcycle),
 ]

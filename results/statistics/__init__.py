@@ -9,7 +9,7 @@ from .arrays import Interval
 from .bootstrap import bootstrap_interval, cluster_bootstrap_interval
 from .changes import Change, change_points
 from .multiple import benjamini_hochberg
-from .noninferiority import mcnemar_p, paired_difference
+from .noninferiority import mcnemar_p, paired_block_difference, paired_difference
 from .order import (
     PERCENTILES,
     correlated_median_interval,
@@ -56,6 +56,7 @@ __all__ = [
     "mcnemar_p",
     "median_interval",
     "median_se",
+    "paired_block_difference",
     "paired_difference",
     "paired_effect",
     "paired_log_ratio",

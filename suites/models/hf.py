@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +17,9 @@ from torch import Tensor
 from ...contracts import MoebenchError
 from ...moe.layer import LayerWeights, SharedExpert
 from ...moe.shapes import ModelShape
-from ..model_plugins import HuggingFace
-from . import Split
+from ..model_plugins import TOKENIZERS, HuggingFace
+from .fetch import Progress
+from .recorded import Recorded, to_stderr
 
 EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """Gate, up and down of one expert: most models, and Mixtral."""
@@ -34,17 +35,56 @@ SHARED_NAMES = ("shared_experts", "shared_expert")
 BLOCK_NAMES = ("mlp", "block_sparse_moe")
 
 
-class HuggingFaceModel:
-    """A ModelSource that maps the tensors of the layer that is asked for, in the dtype in which they are stored."""
+class Folder(Protocol):
+    """The parameters of a model in a transformers folder."""
 
-    def __init__(self, params: HuggingFace) -> None:
+    def shape(self) -> ModelShape:
+        """Return the sizes."""
+
+    def weights_sha256(self) -> str:
+        """Return the identity of the weights."""
+
+    def folder(self) -> Path:
+        """Return the folder with config.json and safetensors."""
+
+    def home(self) -> Path:
+        """Return where the cache keeps what is made of the model."""
+
+
+class HuggingFaceModel(Recorded):
+    """A ModelSource that maps the tensors of the layer that is asked for, in the dtype in which they are stored.
+
+    The whole model is loaded in float32, whatever it is stored in: rounding of the layers around is no part of a
+    method.
+    """
+
+    def __init__(self, params: Folder, name: str = "hf", progress: Progress = to_stderr) -> None:
         self.params = params
-        self.folder = Path(params.path).expanduser()
+        super().__init__(name, progress)
 
     @cached_property
-    def shape(self) -> ModelShape:
+    def shape(self) -> ModelShape:  # type: ignore[override]  # read when it is first asked for, and kept
         """Sizes, from config.json."""
         return self.params.shape()
+
+    def identity(self) -> str:
+        """Return the hash of all files with weights."""
+        return self.params.weights_sha256()
+
+    def home(self) -> Path:
+        """Return where the cache keeps what is made of the model."""
+        return self.params.home()
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder with config.json and safetensors."""
+        return self.params.folder()
+
+    def convert(self) -> Path:
+        """Return the model's own folder; MoebenchError where it has no tokenizer to give text to."""
+        if not any((self.folder / name).is_file() for name in TOKENIZERS):
+            raise MoebenchError(f"{self.folder} has no tokenizer; save it there too, or use traffic=gaussian.")
+        return self.folder
 
     def layer(self, index: int) -> LayerWeights:
         """Return experts [E, 2F, H] and [E, H, F], the router, and the shared expert where there is one.
@@ -63,10 +103,6 @@ class HuggingFaceModel:
             self._shared(tensors),
             self.shape.activation,
         )
-
-    def hidden_states(self, index: int, split: Split, tokens: int, seed: int) -> Tensor:
-        """Raise: only smollm2 has recorded states."""
-        raise MoebenchError("no hidden states are recorded for model 'hf'; use traffic=gaussian or model=smollm2.")
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:

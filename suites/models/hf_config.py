@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,20 @@ from ...moe.shapes import ModelShape
 
 Config = Mapping[str, Any]
 
+SAFE = ("*.safetensors",)
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a local folder with safetensors, or raise a sentence that says what is wrong."""
+
+def read_config(folder: Path, kinds: Sequence[str] = SAFE) -> dict[str, Any]:
+    """Return the config.json of a local folder with weights of ``kinds``, or raise a sentence that says what is wrong.
+
+    Pickles are named as the way out where there is nothing else.
+    """
     if not folder.is_dir():
         remedy = f"download the model (hf download {folder} --local-dir DIR) and give that folder as path."
         raise MoebenchError(f"'{folder}' is no local folder; {remedy}")
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    if not (folder / "config.json").is_file() or not weight_files(folder, kinds):
+        if weight_files(folder, ("*.bin",)):
+            raise MoebenchError(f"{folder} has weights as pickles alone; add model.pickle=true if you trust them.")
         raise MoebenchError(f"{folder} lacks config.json or *.safetensors; give a folder that save_pretrained wrote.")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -37,22 +44,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_shape(folder: Path) -> ModelShape:
+def weight_files(folder: Path, kinds: Sequence[str]) -> list[Path]:
+    """Return the files of the first of ``kinds`` (glob patterns) that the folder has any of."""
+    return next((found for kind in kinds if (found := sorted(folder.glob(kind)))), [])
+
+
+def read_shape(folder: Path, kinds: Sequence[str] = SAFE) -> ModelShape:
     """Return the sizes of the MoE layers of the model in ``folder``."""
-    config = read_config(folder)
+    config = read_config(folder, kinds)
     try:
-        return READERS[config["model_type"]](config)
+        return shape_of(config)
     except KeyError as error:
         raise MoebenchError(
             f"config.json in {folder} does not say {error}; save it with transformers again."
         ) from error
 
 
-def weights_sha256(folder: Path) -> str:
-    """Return one hash of the content of all safetensors files, by name; each file is read once per process."""
-    read_config(folder)
+def shape_of(config: Config) -> ModelShape:
+    """Return the sizes of the MoE layers that a configuration describes; KeyError names what it lacks."""
+    return READERS[config["model_type"]](config)
+
+
+def weights_sha256(folder: Path, kinds: Sequence[str] = SAFE) -> str:
+    """Return one hash of the content of all files with weights, by name; each file is read once per process."""
+    read_config(folder, kinds)
     found = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder, kinds):
         stat = file.stat()
         found[file.name] = _file_sha256(file, stat.st_size, stat.st_mtime_ns)
     return make_key(found)

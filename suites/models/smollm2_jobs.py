@@ -1,4 +1,4 @@
-"""What is done once with the whole of SmolLM2, in a process of its own: conversion and recording.
+"""What is done once with a whole language model, in a process of its own: converting SmolLM2, and recording.
 
 ``python -m moebench.suites.models.smollm2_jobs convert GGUF FOLDER THREADS`` and ``record MODEL FOLDER THREADS``.
 Shape letters: T tokens, H hidden.
@@ -22,20 +22,28 @@ from ..model_plugins import RECORDED_TOKENS
 from ..text import Text, calibration_text, evaluation_text
 from .cache import make_once
 from .gguf_llama import as_transformers, read_config, read_tensors
-from .smollm2 import WINDOW
+from .recorded import WINDOW
 from .tensors import save_checked
+
+FFN_NAMES = ("mlp", "block_sparse_moe")
+"""Of a decoder layer's FFN: nearly all models, and GraniteMoE."""
 
 CHARACTERS_PER_TOKEN = 8
 """More than the texts have on average (about 4), so that a prefix of this length holds enough tokens."""
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """Return the transformers model in float32 and its tokenizer; weights are mapped, not read."""
+    """Return the transformers model in float32 and its tokenizer; float32 weights are mapped, not read.
+
+    Only safetensors are read, and no code that lies beside them is run.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -60,7 +68,7 @@ def record(model_folder: Path, folder: Path) -> None:
     found: dict[str, list[Tensor]] = {}
     for split, text in texts.items():
         tokens = RECORDED_TOKENS[split]
-        print(f"smollm2: recording the hidden states of {tokens} {split} tokens (once)", flush=True)
+        print(f"recording the hidden states of {tokens} {split} tokens (once)", flush=True)
         found[split] = ffn_inputs(model, token_ids(tokenizer, text, tokens))
     folder.mkdir()
     for index in range(len(model.model.layers)):
@@ -78,12 +86,29 @@ def token_ids(tokenizer: Any, text: Text, tokens: int) -> Tensor:
 
 @torch.inference_mode()
 def ffn_inputs(model: Any, ids_T: Tensor) -> list[Tensor]:
-    """Return x_TH of every FFN (the normed residual stream that it reads), over windows of ``WINDOW`` tokens."""
+    """Return x_TH of every FFN (the normed residual stream that it reads), over windows of ``WINDOW`` tokens.
+
+    Where a model has fewer positions, windows are as long as these.
+    """
+    window_tokens = min(WINDOW, getattr(model.config, "max_position_embeddings", WINDOW))
     caught: list[list[Tensor]] = [[] for _ in model.model.layers]
     with catching(model, caught):
-        for window in torch.split(ids_T, WINDOW):
+        for window in torch.split(ids_T, window_tokens):
             model.model(window[None], use_cache=False)
     return [torch.cat(parts) for parts in caught]
+
+
+def ffn_name(layer: Any) -> str:
+    """Return the name by which a decoder layer knows its FFN or MoE block; MoebenchError where it has none we know."""
+    for name in FFN_NAMES:
+        if hasattr(layer, name):
+            return name
+    raise MoebenchError(f"{type(layer).__name__} has no {' or '.join(FFN_NAMES)}; judge a model of another kind.")
+
+
+def ffn_of(layer: Any) -> Any:
+    """Return the FFN or MoE block of a decoder layer."""
+    return getattr(layer, ffn_name(layer))
 
 
 @contextlib.contextmanager
@@ -94,7 +119,7 @@ def catching(model: Any, caught: list[list[Tensor]]) -> Iterator[None]:
         return lambda module, inputs: parts.append(inputs[0][0].clone())
 
     pairs = zip(model.model.layers, caught, strict=True)
-    hooks = [layer.mlp.register_forward_pre_hook(hook(parts)) for layer, parts in pairs]
+    hooks = [ffn_of(layer).register_forward_pre_hook(hook(parts)) for layer, parts in pairs]
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,18 @@ from ..subject import DTYPES, Subject, boundary_inputs
 
 @dataclass(frozen=True)
 class Call:
-    """What one changed layer did for one window."""
+    """What one changed layer did for one window.
+
+    ``error_T`` float64 is |y - y'| / |y'| of each token, y' what the dense model's layer makes of the same input;
+    ``dense_routing`` what the router says of that which the layer reads in the dense model.
+    """
 
     block: MoEBlock
     x_TH: Tensor
     routing: Routing
     y_TH: Tensor
+    error_T: Tensor
+    dense_routing: Routing
 
     def check(self) -> Check:
         """Compare the output with the oracle's, from the same inputs and routing."""
@@ -33,38 +40,65 @@ class MoEBlock(nn.Module):
     """Router, executor and shared expert, in the case's dtype; the model around it keeps its own.
 
     ``calls`` is shared by the changed layers of a model: a block finds its predecessor's Routing at its end, for
-    routers with a gating residual, and appends its own call. ``token_ids_T`` are those of the window to come; a router
-    that draws begins each window at ``seed``.
+    routers with a gating residual, and appends its own call. ``dense`` is the layer that it stands in for.
+    ``token_ids_T`` are those of the window to come, ``dense_x_TH`` what the layer reads of it in the dense model (None:
+    the same), ``forced`` a Routing in the place of the router's. A router that draws begins each window at ``seed``.
     """
 
-    def __init__(self, index: int, subject: Subject, executor: Any, calls: list[Call], seed: int) -> None:
+    def __init__(
+        self, index: int, subject: Subject, executor: Any, calls: list[Call], seed: int, dense: nn.Module
+    ) -> None:
         super().__init__()
         self.index, self.subject, self.executor, self.calls, self.seed = index, subject, executor, calls, seed
+        self.dense = dense
         self.token_ids_T = torch.empty(0, dtype=torch.int64)
+        self.dense_x_TH: Tensor | None = None
+        self.forced: Routing | None = None
 
     @torch.no_grad()
     def forward(self, x_BTH: Tensor) -> Tensor:
         """Return y in the shape and dtype of ``x_BTH``."""
-        layer, spec = self.subject.layer, self.subject.spec
-        x_TH = x_BTH.flatten(0, -2).to(DTYPES[spec.dtype])
-        routing = layer.router(x_TH, self._context(len(x_TH)))
-        y_TH: Tensor = self.executor(x_TH, *boundary_inputs(spec.boundary, routing, spec), out_TH=None)
-        if layer.shared is not None:
-            y_TH = layer.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
-        self.calls.append(Call(self, x_TH, routing, y_TH))
+        x_TH = x_BTH.flatten(0, -2).to(DTYPES[self.subject.spec.dtype])
+        before = [call.routing for call in self.calls]
+        routing = self.route(x_TH, before) if self.forced is None else self.forced
+        y_TH = self.computed(x_TH, routing)
+        error_T = relative_error(y_TH, self.dense(x_BTH).flatten(0, -2))
+        self.calls.append(Call(self, x_TH, routing, y_TH, error_T, self._dense_routing(routing)))
         return y_TH.to(x_BTH.dtype).view_as(x_BTH)
 
-    def _context(self, tokens: int) -> Context:
-        """Return what a window of text says: its token ids, one sequence, language alone, and the layers before."""
+    def computed(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """Return the experts' output, and that of the shared expert where there is one, in the dtype of ``x_TH``."""
+        layer, spec = self.subject.layer, self.subject.spec
+        y_TH: Tensor = self.executor(x_TH, *boundary_inputs(spec.boundary, routing, spec), out_TH=None)
+        return y_TH if layer.shared is None else layer.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
+
+    def _dense_routing(self, routing: Routing) -> Routing:
+        if self.dense_x_TH is None or self.forced is not None:
+            return routing
+        x_TH = self.dense_x_TH.to(DTYPES[self.subject.spec.dtype])
+        return self.route(x_TH, [call.dense_routing for call in self.calls])
+
+    def route(self, x_TH: Tensor, before: Sequence[Routing]) -> Routing:
+        """Ask the router, with what a window of text says: token ids, one sequence, language alone, and the layers
+        ``before``."""
         layer = self.subject.layer
-        once = layer.router.scope == "model" and bool(self.calls)
-        return Context(
+        once = layer.router.scope == "model" and bool(before)
+        ctx = Context(
             layer=self.index,
             experts=layer.store,
             token_ids_T=self.token_ids_T,
-            segment_T=torch.zeros(tokens, dtype=torch.int64),
-            modality_T=torch.zeros(tokens, dtype=torch.int64),
+            segment_T=torch.zeros(len(x_TH), dtype=torch.int64),
+            modality_T=torch.zeros(len(x_TH), dtype=torch.int64),
             rng=torch.Generator().manual_seed(self.seed),
-            prev=self.calls[-1].routing if self.calls else None,
-            plan={self.index: self.calls[0].routing} if once else None,
+            prev=before[-1] if before else None,
+            plan={self.index: before[0]} if once else None,
         )
+        routing: Routing = layer.router(x_TH, ctx)
+        return routing
+
+
+def relative_error(found_TH: Tensor, expected_TH: Tensor) -> Tensor:
+    """Return |found - expected| / |expected| of each row, [T] float64; 0 where both are nothing."""
+    off_T = (found_TH.double() - expected_TH.double()).norm(dim=1)
+    error_T: Tensor = off_T / expected_TH.double().norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    return error_T

@@ -2,7 +2,7 @@
 
 What lies before that layer is the same for every method, so the dense model's residual stream at its input is computed
 once, kept in the cache, and every method begins there: the same operations on the same numbers as a whole forward
-pass. Models are of the LLaMA kind: ``model.model.layers[i].mlp``, ``model.model.norm`` and ``model.lm_head``.
+pass. Models are of the LLaMA kind: ``model.model.layers`` with an FFN or MoE block each, and ``model.lm_head``.
 
 Shape letters: T tokens of one window, H hidden, V vocabulary.
 """
@@ -10,8 +10,8 @@ Shape letters: T tokens of one window, H hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ...contracts import make_key
 from ..digest import sha256_of
 from ..models import cache_dir
 from ..models.cache import make_once
+from ..models.smollm2_jobs import ffn_name, ffn_of
 from ..models.tensors import read_checked, save_checked
 
 
@@ -29,26 +30,28 @@ from ..models.tensors import read_checked, save_checked
 class DenseStates:
     """What the dense model makes of a text, window by window: all [tokens, H] float32.
 
-    ``entering`` is the residual stream at the input of decoder layer ``first``; ``final`` is what the head reads.
+    ``entering`` is the residual stream at the input of decoder layer ``first``; ``final`` is what the head reads;
+    ``reading`` is what the FFNs of later layers that change read.
     """
 
     first: int
     entering: Tensor
     final: Tensor
+    reading: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
 def exchanged(model: Any, blocks: Mapping[int, nn.Module]) -> Iterator[None]:
     """Put ``blocks`` in the place of the FFNs of their layers until the block ends; the very modules come back."""
     layers = model.model.layers
-    originals = {index: layers[index].mlp for index in blocks}
+    originals = {index: ffn_of(layers[index]) for index in blocks}
     try:
         for index, block in blocks.items():
-            layers[index].mlp = block
+            setattr(layers[index], ffn_name(layers[index]), block)
         yield
     finally:
         for index, original in originals.items():
-            layers[index].mlp = original
+            setattr(layers[index], ffn_name(layers[index]), original)
 
 
 @torch.no_grad()
@@ -64,27 +67,39 @@ def forward_from(model: Any, first: int, entering_TH: Tensor) -> Tensor:
     return final_TH
 
 
-def dense_states(model: Any, weights_sha256: str, ids: Tensor, window: int, first: int) -> DenseStates:
-    """Return the states of the dense model on ``ids`` [tokens], made once per text, window and first layer."""
+def dense_states(
+    model: Any, weights_sha256: str, ids: Tensor, window: int, first: int, later: Sequence[int] = ()
+) -> DenseStates:
+    """Return the states of the dense model on ``ids`` [tokens], made once per text, window, first and later layers."""
     import transformers
 
     versions = [torch.__version__, transformers.__version__]
-    key = make_key([weights_sha256, sha256_of(ids), window, first, versions])
+    key = make_key([weights_sha256, sha256_of(ids), window, first, *([list(later)] if later else []), versions])
     file = make_once(
-        cache_dir() / "quality" / f"{key[:32]}.safetensors", lambda target: _record(model, ids, window, first, target)
+        cache_dir() / "quality" / f"{key[:32]}.safetensors",
+        lambda target: _record(model, ids, window, first, later, target),
     )
     tensors = read_checked(file)
-    return DenseStates(first, tensors["entering"], tensors["final"])
+    reading = {index: tensors[f"reading.{index}"] for index in later}
+    return DenseStates(first, tensors["entering"], tensors["final"], reading)
 
 
 @torch.no_grad()
-def _record(model: Any, ids: Tensor, window: int, first: int, target: Path) -> None:
-    entering: list[Tensor] = []
-    final: list[Tensor] = []
-    hook = model.model.layers[first].register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0][0]))
+def _record(model: Any, ids: Tensor, window: int, first: int, later: Sequence[int], target: Path) -> None:
+    caught: dict[str, list[Tensor]] = {"entering": [], "final": []}
+    layers = model.model.layers
+    hooks = [layers[first].register_forward_pre_hook(_into(caught["entering"]))]
+    for index in later:
+        caught[f"reading.{index}"] = []
+        hooks.append(ffn_of(layers[index]).register_forward_pre_hook(_into(caught[f"reading.{index}"])))
     try:
         for part in torch.split(ids, window):
-            final.append(model.model(part[None], use_cache=False).last_hidden_state[0])
+            caught["final"].append(model.model(part[None], use_cache=False).last_hidden_state[0])
     finally:
-        hook.remove()
-    save_checked({"entering": torch.cat(entering).contiguous(), "final": torch.cat(final).contiguous()}, target)
+        for hook in hooks:
+            hook.remove()
+    save_checked({name: torch.cat(parts).contiguous() for name, parts in caught.items()}, target)
+
+
+def _into(parts: list[Tensor]) -> Callable[[Any, Any], None]:
+    return lambda module, inputs: parts.append(inputs[0][0].clone())

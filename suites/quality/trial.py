@@ -5,27 +5,28 @@ Shape letters: T tokens, H hidden, C columns of scores.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...contracts import Case, Check, Cost, Facts, Item, Metric, MoebenchError, Registry, Series
-from ...moe.fold import Folded, fold_store
+from ...contracts import Case, Check, Cost, Facts, Item, Metric, Registry, Series
 from ...moe.metrics import load_series, routing_metrics
 from ...moe.routing import Routing
 from ...moe.sparsity import density
 from ..digest import sha256_of
 from ..models import substream
-from ..subject import Subject, prepare_subject
+from ..subject import prepare_subject
 from ..text import evaluation_text
-from .block import Call, MoEBlock
-from .language_model import dense_states, exchanged, forward_from
+from .block import Call
+from .bootstrap import BLOCK
+from .changed import Changed, language_model
+from .distance import columns_of, distance_metrics, error_series
+from .language_model import dense_states
 from .passage import take_passage
 from .scores import COLUMNS, quality_metrics, score
-
-_MODELS: dict[str, tuple[Any, Any]] = {}
 
 
 class AccuracyTrial:
@@ -36,52 +37,35 @@ class AccuracyTrial:
     def __init__(self, case: Case, registry: Registry) -> None:
         self.case, self.window = case, int(case.workload["window"])
         self.subjects = {i: prepare_subject(replace(case, layers=(i,)), registry) for i in sorted(case.layers)}
-        self.model, tokenizer = _language_model(case, next(iter(self.subjects.values())))
+        self.model, tokenizer = language_model(case, next(iter(self.subjects.values())).source)
         self.passage = take_passage(tokenizer, evaluation_text(), case.tokens, case.seed)
-        first = min(self.subjects)
-        self.dense = dense_states(self.model, case.weights_sha256, self.passage.ids[:-1], self.window, first)
+        first, *later = sorted(self.subjects)
+        ids, weights = self.passage.ids, case.weights_sha256
+        self.dense = dense_states(self.model, weights, ids[:-1], self.window, first, later)
         self.steps = case.tokens // self.window
-        self.input_sha256 = sha256_of(self.passage.ids)
-        self._open(registry)
+        self.input_sha256 = sha256_of(ids)
+        self.changed = Changed(case, registry, case.backend.name, self.subjects, self.model)
         self.scores: list[Tensor] = []
         self.routings: dict[int, list[Routing]] = {index: [] for index in self.subjects}
+        self.distances: dict[int, list[Tensor]] = {index: [] for index in self.subjects}
         self.densities: dict[int, list[Metric]] = {}
-
-    def _open(self, registry: Registry) -> None:
-        """Load the changed layers into the backend, and make the modules that stand in for the FFNs."""
-        folded = self.case.execution.folded
-        stores = {index: subject.layer.store for index, subject in self.subjects.items()}
-        backend = registry.get("backend", self.case.backend.name).create(self.case.backend.params)
-        self.session = backend.load(
-            {index: fold_store(store) if folded else store for index, store in stores.items()},
-            {i: subject.spec.folded() if folded else subject.spec for i, subject in self.subjects.items()},
-        )
-        self.calls: list[Call] = []
-        self.blocks = {}
-        for index, subject in self.subjects.items():
-            executor = self.session.layer(index)
-            executor = Folded(executor, stores[index]) if folded else executor
-            draws = substream(self.case.seed, "routing", index)
-            self.blocks[index] = MoEBlock(index, subject, executor, self.calls, draws)
 
     def begin_turn(self) -> None:
         """Nothing to make ready: every step writes anew."""
 
     def run(self, step: int) -> list[Call]:
         """Judge the window ``step``; return what the changed layers did."""
-        self.calls.clear()
         part = slice(step * self.window, (step + 1) * self.window)
-        for block in self.blocks.values():
-            block.token_ids_T = self.passage.ids[:-1][part]
-        with exchanged(self.model, self.blocks):
-            final_TH = forward_from(self.model, self.dense.first, self.dense.entering[part])
+        final_TH = self.changed.forward(self.dense, part, self.passage.ids[:-1])
         ids, bytes_T = self.passage.ids[1:][part], self.passage.bytes_T[part]
         self.scores.append(score(self.model.lm_head, final_TH, self.dense.final[part], ids, bytes_T))
-        for call in self.calls:
-            self.routings[call.block.index].append(call.routing)
-            if call.block.index not in self.densities:
-                self.densities[call.block.index] = density(call.block.subject.layer.store, call.routing, call.x_TH)
-        return list(self.calls)
+        for call in self.changed.calls:
+            index = call.block.index
+            self.routings[index].append(call.routing)
+            self.distances[index].append(columns_of(call))
+            if index not in self.densities:
+                self.densities[index] = density(call.block.subject.layer.store, call.routing, call.x_TH)
+        return list(self.changed.calls)
 
     def verify(self, step: int, output: list[Call]) -> Check:
         """Compare every changed layer with the float64 oracle on the inputs that it had; return the worst."""
@@ -95,43 +79,46 @@ class AccuracyTrial:
         return Cost(0.0, 0.0)
 
     def facts(self) -> Facts:
-        """Return quality with intervals and by window, and what routing and sparsity did.
+        """Return quality with intervals and by block of tokens, and what routing and sparsity did.
 
         Routing figures are over all windows, densities over the first; with several layers they are means over layers.
         """
+        seed = substream(self.case.seed, "bootstrap")
         joined = {index: _joined(parts) for index, parts in self.routings.items()}
         per_layer = [[*routing_metrics(joined[index]), *self.densities[index]] for index in self.subjects]
         expert_bytes = sum(subject.layer.store.nbytes for subject in self.subjects.values())
         metrics = [
-            *quality_metrics(torch.cat(self.scores), substream(self.case.seed, "bootstrap")),
+            *quality_metrics(torch.cat(self.scores), seed),
+            *distance_metrics(self.distances, seed),
             *_means(per_layer),
             Metric("expert_bytes", float(expert_bytes), "byte"),
         ]
         series: list[Series] = [replace(load_series(joined[i], i), step=0) for i in joined]
-        return Facts(tuple(metrics), tuple(series), tuple(self._items()), self.session.executed())
+        series.append(error_series(self.distances))
+        return Facts(tuple(metrics), tuple(series), tuple(self._items()), self.changed.session.executed())
 
     def _items(self) -> list[Item]:
-        """Return each window's mean scores, so that two methods can be compared window by window."""
-        names = {"nll": "nll", "kl": "kl_to_dense", "agree": "top1_agreement"}
-        task = f"text-{self.input_sha256[:12]}"
-        return [
-            Item(task, str(window), name, float(scores_TC[:, COLUMNS.index(column)].mean()))
-            for window, scores_TC in enumerate(self.scores)
-            for column, name in names.items()
-        ]
+        """Return the mean scores of each BLOCK of tokens, so that two methods can be compared block by block."""
+        return block_items(self.scores, f"text-{self.input_sha256[:12]}", ITEMS)
 
     def close(self) -> None:
         """Free the backend's session."""
-        self.session.close()
+        self.changed.close()
 
 
-def _language_model(case: Case, subject: Subject) -> tuple[Any, Any]:
-    """Return (model, tokenizer), loaded once per worker."""
-    if not hasattr(subject.source, "language_model"):
-        raise MoebenchError(f"model '{case.model}' has no language model around its layers; use model=smollm2.")
-    if case.weights_sha256 not in _MODELS:
-        _MODELS[case.weights_sha256] = subject.source.language_model()
-    return _MODELS[case.weights_sha256]
+ITEMS = {"nll": "nll", "kl": "kl_to_dense", "agree": "top1_agreement"}
+"""Columns of the scores that are kept, and the metrics' names."""
+
+
+def block_items(windows: Sequence[Tensor], task: str, names: Mapping[str, str]) -> list[Item]:
+    """Return items named by their first token: the means of columns over BLOCK tokens of one window, or its rest."""
+    found, start = [], 0
+    for scores_TC in windows:
+        for part_TC in torch.split(scores_TC, BLOCK):
+            means = {name: float(part_TC[:, COLUMNS.index(column)].mean()) for column, name in names.items()}
+            found += [Item(task, str(start), name, value) for name, value in means.items()]
+            start += len(part_TC)
+    return found
 
 
 def _joined(parts: list[Routing]) -> Routing:

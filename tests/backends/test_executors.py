@@ -78,7 +78,7 @@ def test_packed_agrees_with_the_oracle(lab, scheme, archetype, count, boundary, 
 
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", [INT8, INT4])
+@pytest.mark.parametrize("scheme", [INT8, INT4, Scheme("rtn", 2.0, 32, symmetric=False)])
 def test_dense_backends_run_dequantized_weights(lab, name, dtype, scheme):
     store = lab.store(3, dtype, scheme)
     spec = lab.spec(store, str(dtype).removeprefix("torch."))

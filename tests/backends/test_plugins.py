@@ -89,6 +89,7 @@ REFUSED = [
     ("packed", layer("bfloat16", Scheme("rtn", 4.0)), "groups of 32, 64, 128, 256, not None"),
     ("packed", layer("bfloat16", INT4, width=192), "do not divide"),
     ("packed", layer("bfloat16", Scheme("nf4", 4.0, 64)), "not nf4 of 4 bits"),
+    ("packed", layer("bfloat16", Scheme("rtn", 2.0, 64, False)), "not rtn of 2 bits; use eager"),
     ("packed", layer("bfloat16", INT8, backward=True), "no backward"),
 ]
 

@@ -33,7 +33,8 @@ class Trial:
         boost = 0.8 if self.at % 5 < 0.7 else 1.0
         slower = 1.4 if self.device == "1" else 1.0                # no two devices are alike
         noise = 1 + 0.01 * self.random.random()
-        return int(1e6 * self.work * slower * drift * throttle * boost * noise)
+        ns = int(1e6 * self.work * slower * drift * throttle * boost * noise)
+        return ns // 2 * 2 + int(self.device)                      # odd times are those of device 1
 
 FACTOR = float(os.environ.get("SLOWER", "1"))
 
@@ -81,13 +82,9 @@ def test_both_sides_of_every_pair_are_on_one_device_and_both_devices_work(gated,
     rows = query(
         gated[1],
         """
-        SELECT case_key, max(ratio), min(level) FROM (
-            SELECT case_key, pair, max(list_median(ns)) / min(list_median(ns)) AS ratio, min(list_min(ns)) AS level
-            FROM turns WHERE clock = 'device' GROUP BY case_key, pair
-        ) GROUP BY case_key
+        SELECT case_key, pair, list_sort(list(DISTINCT one % 2)) AS devices
+        FROM (SELECT case_key, pair, unnest(ns) AS one FROM turns WHERE clock = 'device') GROUP BY case_key, pair
         """,
     )
-    assert len(rows) == len(TARGETS)
-    assert all(ratio < 1.35 for _, ratio, _ in rows), "another device would be 1.4 times slower"
-    levels = [level for _, _, level in rows]
-    assert max(levels) > 1.2 * min(levels), "the slower device had cases too"
+    assert len({case_key for case_key, _, _ in rows}) == len(TARGETS)
+    assert {tuple(devices) for _, _, devices in rows} == {(0,), (1,)}

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from moebench.dashboards.report import write_report
+from moebench.dashboards.pareto_page import render_pareto
+from moebench.dashboards.report import write_page, write_report
+from moebench.results.pareto_axes import X_AXES, Y_AXES
+from moebench.results.query import reading
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -91,7 +94,7 @@ def test_every_chart_is_drawn_and_the_page_does_not_scroll_sideways(visit, page,
         place.scroll_into_view_if_needed()
         until(tab, "place => place.dataset.drawn === 'yes'", place)
         assert place.query_selector("svg.main-svg")
-    assert {"summary", "problems", "cases", "compare", "scaling", "roofline", "loads", "quality", "claims"} <= {
+    assert {"summary", "problems", "cases", "compare", "scaling", "roofline", "loads", "pareto", "claims"} <= {
         section.get_attribute("id") for section in tab.query_selector_all("section")
     }
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -197,4 +200,24 @@ def test_the_page_of_a_gate_draws_its_pairs_and_runs_nothing_of_its_names(visit,
     assert tab.locator("#gate-table tbody tr").count() == 6
     assert "<script>document.title=3</script>" in tab.text_content("#gate-table")
     assert tab.title() == "moebench: 20260315-101010-9a7e00"
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (420, "dark")])
+def test_the_page_of_the_fronts_draws_every_method_offline(visit, build, tmp_path, width, scheme):
+    store = build.pareto_store(tmp_path / "store")
+    with reading(store) as connection:
+        page = render_pareto(connection, X_AXES["tpot"], Y_AXES["ppl"], str(store))
+    tab = visit(write_page(page, tmp_path / "pareto.html"), width, scheme)
+    for place in tab.query_selector_all(".plot"):
+        place.scroll_into_view_if_needed()
+        until(tab, "place => place.dataset.drawn === 'yes'", place)
+        assert place.query_selector("svg.main-svg")
+    assert tab.query_selector("#plot-pareto-tpot")
+    marks = "() => document.querySelectorAll('#plot-pareto-tpot .scatterlayer .points path').length"
+    assert tab.evaluate(marks) >= 144
+    for bars in ("xerror", "yerror"):
+        assert tab.evaluate(f"() => document.querySelectorAll('#plot-pareto-tpot .{bars}').length") >= 144
+    assert tab.locator("#cap-table tbody tr").count() == 144
+    assert tab.title() == "moebench: Pareto fronts"
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

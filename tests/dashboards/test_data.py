@@ -1,7 +1,7 @@
 import csv
+import dataclasses
 import datetime
 import io
-from itertools import pairwise
 
 import duckdb
 import pytest
@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from moebench.dashboards import data, units
 from moebench.dashboards.details import thinned
-from moebench.dashboards.figure_quality import dominated
 from moebench.dashboards.query import ask, literal, to_csv
 from moebench.dashboards.ratios import baseline_of, paired_ratio, turn_minima
 from moebench.results.database import connect_parts
@@ -185,17 +184,25 @@ def test_the_baseline_is_eager_and_plain_and_not_flagged(opened):
     assert (base.axes["backend"], base.axes["routing"], base.axes["sparsity"]) == ("eager", "topk", "none")
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans()), max_size=12))
-def test_what_is_not_dominated_is_a_staircase(points):
-    front = sorted({p[:2] for p, worse in zip(points, dominated(points), strict=True) if p[2] and not worse})
-    assert all(a < c and b > d for (a, b), (c, d) in pairwise(front))
-    if any(may for _, _, may in points):
-        assert front
-
-
 def test_capped_samples_say_how_many_there_were():
     row = {"case_key": "k", "clock": "wall", "ns": list(range(10)), "turn": [0] * 10}
     kept = thinned(row, limit=4)
     assert (kept["ns"], kept["of"], kept["step"]) == ([0, 3, 6, 9], 10, 3)
     whole = thinned(row, limit=10)
     assert (whole["ns"], whole["of"], whole["step"]) == (row["ns"], 10, 1)
+
+
+@pytest.mark.parametrize(
+    ("suite", "shown"), [("lm_eval", ["cloze.acc", "perplexity"]), ("accuracy", ["perplexity", "bits_per_byte"])]
+)
+def test_a_case_of_tasks_is_told_by_all_that_has_an_interval(suite, shown):
+    given = [
+        ("cloze.acc", 0.5, 0.4),
+        ("cloze.chance", 0.5, None),
+        ("bits_per_byte", 1.0, None),
+        ("perplexity", 9.0, 8.0),
+    ]
+    metrics = tuple({"name": name, "value": value, "lo": lo} for name, value, lo in given)
+    case = data.Case("key", {"suite": suite, "status": "ok", "median_ns": None}, {}, metrics=metrics)
+    assert [metric["name"] for metric in case.quality] == shown
+    assert dataclasses.replace(case, row={**case.row, "median_ns": 1.0}).quality == []

@@ -230,14 +230,20 @@ def test_expert_load_is_a_share_and_backends_share_a_row(charts):
     assert {row["expert"] for row in charts["requested"].variants[0].rows} == set(range(64))
 
 
-def test_quality_is_joined_by_method(charts, connection):
-    quality = dict(
-        connection.execute("SELECT method_key, value FROM metrics WHERE name = 'kl_to_dense'").fetchall(),
-    )
-    method = dict(connection.execute("SELECT case_key, method_key FROM cases").fetchall())
-    rows = [row for v in charts["quality"].variants for row in v.rows if row["metric"] == "kl_to_dense"]
-    assert len(rows) > 50
-    assert all(row["value"] == quality[method[row["case_key"]]] for row in rows)
+def test_the_report_draws_the_fronts_of_its_run_in_the_colours_of_its_backends(charts, connection):
+    variants = charts["pareto"].variants
+    rows = [row for variant in variants for row in variant.rows]
+    assert {row["x_axis"] for row in rows} == {"tpot"}
+    assert {row["y_axis"] for row in rows} == {"ppl", "kl"}
+    assert {row["run_id"] for row in rows} == {RUN}
+    flagged = [row for row in rows if row["flags"]]
+    assert flagged
+    assert {row["place"] for row in flagged} == {"unjudged"}
+    backends = [row[0] for row in connection.execute("SELECT DISTINCT backend FROM cases").fetchall()]
+    style = Style.of(backends)
+    legend = {trace.name: trace.marker.color for trace in variants[0].figure.data if trace.name}
+    assert legend == {name: style.color(name) for name in legend}
+    assert len(legend) > 3
 
 
 def test_colours_are_the_same_wherever_a_backend_stands():
@@ -267,15 +273,16 @@ def test_a_run_without_an_ok_row_says_so_in_every_section(opened):
     assert len(empty) >= 7
 
 
-def test_quality_says_which_half_is_missing(opened, build, tmp_path):
+def test_the_front_says_which_half_is_missing(opened, build, tmp_path):
     builder, open_store = opened
     run = builder()
     run.timings(run.case(), 50)
-    assert "run the suite &#x27;accuracy&#x27;" in render(open_store(run), None, "store")
+    assert "run `moebench run suite=accuracy` on the same methods" in render(open_store(run), None, "store")
     other = build.Builder(tmp_path / "other")
     row = other.case(suite="accuracy", protocol="once")
     other.metric(row, "perplexity", 17.0, "")
-    assert "Quality was measured in this run, but no speed." in render(connect_parts(other.write()), None, "store")
+    page = render(connect_parts(other.write()), None, "store")
+    assert "No ok row here has a value of time per token: run a suite of speed" in page
 
 
 def test_an_unknown_run_is_one_sentence_with_those_that_exist(connection):

@@ -5,14 +5,16 @@ import torch
 
 from moebench.backends.packed import pack
 from moebench.contracts import Scheme
-from moebench.moe.quantization import pack_nibbles, quantize
+from moebench.moe.quantization import pack_codes, quantize
 
 SCHEMES = {
     "int8": Scheme("rtn", 8.0),
     "int4": Scheme("rtn", 4.0, 32),
     "int4-asymmetric": Scheme("rtn", 4.0, 32, symmetric=False),
+    "int2": Scheme("rtn", 2.0, 32, symmetric=False),
 }
 by_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+of_products = pytest.mark.parametrize("scheme", [s for s in SCHEMES.values() if s.bits > 2], ids=list(SCHEMES)[:3])
 
 
 @by_scheme
@@ -29,7 +31,7 @@ def test_quantize(benchmark, layer, scheme):
 def test_dequantize(benchmark, layer, scheme):
     made = quantize(layer.normal(256, 256), scheme)
     dense = benchmark(made.dequantize)
-    codes = made.unpack().double() - (8 if scheme.bits == 4 else 0)
+    codes = made.unpack().double() - made.offset
     group = 256 // made.scales.shape[1]
     expected = codes * made.scales.double().repeat_interleave(group, dim=1)
     if made.zeros is not None:
@@ -37,15 +39,15 @@ def test_dequantize(benchmark, layer, scheme):
     assert torch.allclose(dense.double(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_pack_nibbles(benchmark, layer):
+def test_pack_codes(benchmark, layer):
     q = (layer.normal(256, 256) * 4 + 8).clamp(0, 15).to(torch.uint8)
-    packed = benchmark(pack_nibbles, q)
+    packed = benchmark(pack_codes, q, 4)
     assert torch.equal(packed & 15, q[:, ::2])
     assert torch.equal(packed >> 4, q[:, 1::2])
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
-@by_scheme
+@of_products
 def test_packed_product(benchmark, layer, scheme, tokens):
     weight = quantize(layer.normal(256, 256), scheme)
     x_TI = layer.normal(tokens, 256, seed=tokens).bfloat16()

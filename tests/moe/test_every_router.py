@@ -51,6 +51,7 @@ NO_GRADIENT = {
 SEQUENCE_BOUND = {
     "capped": lambda params: params.policy != "probs",
     "thor": lambda params: params.draw != "segment",
+    "random": lambda params: True,
     "uoe": lambda params: not params.weighted or params.select == "expert" or params.batch_norm_epsilon is not None,
     "got_similarity": lambda params: params.causal,
     "got_attention": lambda params: True,

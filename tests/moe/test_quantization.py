@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from moebench.contracts import Scheme
 from moebench.moe.experts import ExpertStore, QTensor
-from moebench.moe.plugins import Int4, Int8, NoQuantization
-from moebench.moe.quantization import IntTensor, keep, pack_nibbles, quantize, rtn, stack, unstack
+from moebench.moe.plugins import Int2, Int4, Int8, NoQuantization
+from moebench.moe.quantization import IntTensor, keep, pack_codes, quantize, rtn, stack, unstack
 
 BF16_ROUNDING = 2.0**-8
 FLOAT32_SLACK = 2.0**-20
 
 schemes = st.builds(
-    Scheme, st.just("rtn"), st.sampled_from([4.0, 8.0]), st.sampled_from([2, 4, 8, None]), st.booleans()
+    Scheme, st.just("rtn"), st.sampled_from([2.0, 4.0, 8.0]), st.sampled_from([2, 4, 8, None]), st.booleans()
 )
 values = st.floats(-1e4, 1e4, width=32, allow_subnormal=False).map(lambda v: 0.0 if abs(v) < 1e-20 else v)
 matrices = st.lists(values, min_size=16, max_size=16).map(lambda v: torch.tensor(v).reshape(2, 8))
@@ -66,10 +66,10 @@ def test_dequantize_is_code_times_scale_plus_zero(weight, scheme):
     tensor = quantize(weight, scheme)
     codes = tensor.unpack()
     assert codes.dtype == torch.int32
-    if scheme.bits == 4:
+    if scheme.bits < 8:
         assert codes.min() >= 0
-        assert codes.max() <= 15
-        codes = codes - 8
+        assert codes.max() < 2**scheme.bits
+        codes = codes - 2 ** (int(scheme.bits) - 1)
     wanted = codes.float() * per_weight(tensor.scales, 8)
     if not scheme.symmetric:
         wanted = wanted + per_weight(tensor.zeros, 8)
@@ -80,7 +80,7 @@ def test_dequantize_is_code_times_scale_plus_zero(weight, scheme):
 
 
 @settings(deadline=None, max_examples=100)
-@given(matrices, st.sampled_from([4.0, 8.0]), st.sampled_from([2, 4, 8, None]))
+@given(matrices, st.sampled_from([2.0, 4.0, 8.0]), st.sampled_from([2, 4, 8, None]))
 def test_symmetric_quantization_of_the_result_changes_nothing(weight, bits, group):
     scheme = Scheme("rtn", bits, group, True)
     once = quantize(weight, scheme)
@@ -102,15 +102,20 @@ def test_asymmetric_four_bits_of_the_result_change_nothing_but_the_last_digits_o
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**31))
-def test_nibbles_round_trip(rows, width, seed):
-    q = torch.randint(0, 16, (rows, width), generator=torch.Generator().manual_seed(seed))
-    packed = pack_nibbles(q)
-    assert packed.shape == (rows, (width + 1) // 2)
+@given(st.sampled_from([2, 4]), st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**31))
+def test_codes_round_trip(bits, rows, width, seed):
+    q = torch.randint(0, 2**bits, (rows, width), generator=torch.Generator().manual_seed(seed))
+    packed = pack_codes(q, bits)
+    assert packed.shape == (rows, -(-width * bits // 8))
     assert packed.dtype == torch.uint8
-    tensor = IntTensor(packed, torch.ones(rows, 1).bfloat16(), None, Scheme("rtn", 4.0), (rows, width))
+    tensor = IntTensor(packed, torch.ones(rows, 1).bfloat16(), None, Scheme("rtn", float(bits)), (rows, width))
     assert torch.equal(tensor.unpack(), q.int())
-    assert torch.equal(tensor.dequantize(), q.float() - 8)
+    assert torch.equal(tensor.dequantize(), q.float() - 2 ** (bits - 1))
+
+
+def test_the_first_code_lies_lowest_in_a_byte():
+    assert pack_codes(torch.tensor([[1, 2, 3]]), 4).tolist() == [[0x21, 0x03]]
+    assert pack_codes(torch.tensor([[0, 1, 2, 3, 1]]), 2).tolist() == [[0b11_10_01_00, 0b01]]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +125,8 @@ def test_nibbles_round_trip(rows, width, seed):
         (Scheme("rtn", 8.0, 32, False), 6 * 64 + 6 * 2 * 2 * 2),
         (Scheme("rtn", 4.0, 32, True), 6 * 32 + 6 * 2 * 2),
         (Scheme("rtn", 4.0, 16, False), 6 * 32 + 6 * 4 * 2 * 2),
+        (Scheme("rtn", 2.0, 32, True), 6 * 16 + 6 * 2 * 2),
+        (Scheme("rtn", 2.0, 16, False), 6 * 16 + 6 * 4 * 2 * 2),
     ],
 )
 def test_nbytes_is_codes_scales_and_zeros(scheme, bytes_):
@@ -147,7 +154,7 @@ def test_weights_that_are_not_finite_are_refused(bad, symmetric):
 
 
 def test_other_bit_widths_are_refused():
-    with pytest.raises(ValueError, match="3 bits cannot be packed; use 4 or 8"):
+    with pytest.raises(ValueError, match="3 bits cannot be packed; use 2, 4 or 8"):
         quantize(torch.ones(2, 8), Scheme("rtn", 3.0))
 
 
@@ -176,10 +183,10 @@ def test_asymmetric_groups_of_32_are_free_on_weights_that_came_from_q4_1():
 
 def test_a_finer_code_is_nearer():
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(3))
-    order = [Int4(group=None), Int4(group=32), Int8(), Int8(group=32)]
+    order = [Int2(group=None), Int2(group=32), Int4(group=None), Int4(group=32), Int8(), Int8(group=32)]
     errors = [relative_error(quantize(weight, params.scheme()), weight) for params in order]
     assert errors == sorted(errors, reverse=True)
-    assert errors[0] < 0.2
+    assert errors[2] < 0.2 < errors[1]
     assert errors[-1] < 0.01
 
 
@@ -215,7 +222,7 @@ def test_none_returns_the_store_itself():
     assert keep(NoQuantization())(store) is store
 
 
-@pytest.mark.parametrize("params", [Int8(), Int8(4, False), Int4(8), Int4(None, True)])
+@pytest.mark.parametrize("params", [Int8(), Int8(4, False), Int4(8), Int4(None, True), Int2(8), Int2(None, True)])
 def test_rtn_quantizes_every_expert_of_a_store(params):
     store = make_store(torch.bfloat16)
     quantized = rtn(params)(store)
@@ -231,9 +238,10 @@ def test_rtn_quantizes_every_expert_of_a_store(params):
         rtn(params)(quantized)
 
 
+@pytest.mark.parametrize("params", [Int2, Int4])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_stacked_experts_come_back_bit_for_bit(symmetric):
-    tensors = rtn(Int4(8, symmetric))(make_store()).gate_up
+def test_stacked_experts_come_back_bit_for_bit(params, symmetric):
+    tensors = rtn(params(8, symmetric))(make_store()).gate_up
     back = unstack(stack(tensors), tensors[0].scheme, tensors[0].shape)
     assert all(torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(tensors, back, strict=True))
     assert [t.nbytes for t in back] == [t.nbytes for t in tensors]

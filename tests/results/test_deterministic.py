@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moebench.results import accuracy_gate
 from moebench.results.accuracy_gate import MARGINS, Margin, item_verdict, judge_items
 from moebench.results.deterministic import TOLERANCES, Tolerance, judge_metrics
 from moebench.results.statistics import Interval
@@ -162,3 +163,35 @@ def test_only_known_metrics_of_items_are_judged():
     found = judge_items(base, base, **NAMES)
     assert [one.metric for one in found] == ["acc,none (t)", "f1 (u)"]
     assert {"nll", "acc", "top1_agreement"} <= set(MARGINS)
+
+
+def test_right_and_wrong_answers_carry_mcnemars_exact_p():
+    base = answers(40, 4)
+    candidate = [1.0 - value if number in (0, 10, 11, 12, 13, 14, 15) else value for number, value in enumerate(base)]
+    (one,) = judge_items(items(base), items(candidate), **NAMES)
+    assert one.p == pytest.approx(2 * (1 + 7) / 2**7)  # 6 lost and 1 won of the 7 that changed
+    assert "6 items lost and 1 won, McNemar's exact p = 0.12" in one.reason
+    (one,) = judge_items(items([0.5] * 40, "nll"), items([0.6] * 40, "nll"), **NAMES)
+    assert one.p is None
+
+
+def test_items_of_a_text_stay_in_its_order():
+    """Their names are numbers as texts; neighbours are resampled together, so the order matters to the interval."""
+    rng = np.random.default_rng(3)
+    drift = np.repeat(rng.normal(0, 1, 20), 10)
+    base, candidate = np.zeros(200), drift + rng.normal(0, 0.1, 200)
+    (text,) = judge_items(items(base, "nll"), items(candidate, "nll"), **NAMES)
+    order = rng.permutation(200)
+    (mixed,) = judge_items(items(base, "nll"), items(candidate[order], "nll"), **NAMES)
+    assert text.ratio == pytest.approx(mixed.ratio)
+    assert text.hi - text.lo > 1.5 * (mixed.hi - mixed.lo)
+
+
+def test_margins_of_items_may_be_given():
+    base, candidate = items(answers(400, 40)), items(answers(400, 48))
+    wide = accuracy_gate.with_margins({"acc": 0.1})
+    (one,) = judge_items(base, candidate, wide, **NAMES)
+    assert (one.verdict, one.margin) == (Verdict.EQUIVALENT, 0.1)
+    for wrong in ({"acc": -1.0}, {"words": 0.1}):
+        with pytest.raises(ValueError, match=r"margin of acc|are not judged"):
+            accuracy_gate.with_margins(wrong)

@@ -16,6 +16,7 @@ from moebench.results.statistics import (
     clustered_proportion,
     correlated_median_interval,
     median_interval,
+    paired_block_difference,
     paired_difference,
     paired_effect,
     paired_log_ratio,
@@ -166,3 +167,14 @@ def test_effects_over_process_pairs_whose_turns_are_quiet_or_loud(spread):
 
 def test_turns_without_any_spread_still_have_a_standard_error():
     assert paired_effect([np.full(20, 0.05)] * 4, 0.02).se == pytest.approx(0.01 * math.sqrt(math.pi / 2))
+
+
+def test_paired_blocks_cover_the_difference_of_correlated_items():
+    rng = np.random.default_rng(11)
+    found = []
+    for _ in range(1000):
+        base, candidate = (np.convolve(rng.standard_normal(65), [1.0, 0.3], "valid") for _ in range(2))
+        found.append(paired_block_difference(base, candidate + 0.3))
+    covered, bounded = coverage(found, 0.3)
+    assert bounded == 1
+    assert covered >= LEAST

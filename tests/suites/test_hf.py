@@ -174,7 +174,8 @@ def test_bad_folders_get_one_sentence(tmp_path, config, sentence):
 
 
 def test_a_hub_id_is_told_to_be_downloaded():
-    assert "hf download allenai/OLMoE-1B-7B-0924" in HuggingFace("allenai/OLMoE-1B-7B-0924").missing()
+    told = HuggingFace("moebench/no-such-model").missing()
+    assert "`moebench models fetch hf model.path=moebench/no-such-model`" in told
     assert "model.path=FOLDER" in HuggingFace().missing()
 
 
@@ -186,6 +187,39 @@ def test_a_truncated_file_is_named(tmp_path):
         HuggingFaceModel(HuggingFace(str(tmp_path))).layer(0)
 
 
-def test_no_states_are_recorded():
+def test_without_a_tokenizer_no_states_are_recorded(saved):
+    _, _, folder = saved
+    source = HuggingFaceModel(HuggingFace(str(folder)))
+    assert not source.params.recorded
     with pytest.raises(MoebenchError, match="traffic=gaussian"):
-        HuggingFaceModel(HuggingFace()).hidden_states(0, "evaluation", 4, 0)
+        source.hidden_states(source.shape.moe_layers[0], "evaluation", 4, 0)
+
+
+def test_pickles_are_read_where_the_user_says_so(saved, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    _, _, folder = saved
+    monkeypatch.setenv("MOEBENCH_CACHE", str(tmp_path / "cache"))
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(folder / "config.json", pickled)
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    assert "model.pickle=true" in HuggingFace(str(pickled)).missing()
+    allowed = HuggingFace(str(pickled), pickle=True)
+    assert allowed.missing() is None
+    index = allowed.shape().moe_layers[-1]
+    safe, read = build(HuggingFace(str(folder))).layer(index), build(allowed).layer(index)
+    assert torch.equal(safe.gate_up, read.gate_up)
+    assert torch.equal(safe.down, read.down)
+
+
+def test_a_pickle_that_builds_other_things_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEBENCH_CACHE", str(tmp_path / "cache"))
+    config = COMMON | {"model_type": "mixtral", "num_local_experts": 4, "hidden_act": "silu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({"weight": shutil.rmtree}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(MoebenchError, match="is no file of plain weights"):
+        build(HuggingFace(str(tmp_path), pickle=True)).layer(0)

@@ -14,10 +14,10 @@ from moebench.contracts import Registry
 from moebench.moe.oracle import reference_gradients
 from moebench.suites import layer
 from moebench.suites.layer import STEPS, LayerTrial
+from moebench.suites.layer_training import TrainingTrial
 from moebench.suites.memory import PeakBytes, saved_bytes
 from moebench.suites.quality.block import MoEBlock
 from moebench.suites.subject import make_batch, prepare_subject
-from moebench.suites.training import TrainingTrial
 
 REGISTRY = Registry.load()
 CACHE_BYTES = 2.0**20
@@ -270,14 +270,14 @@ def test_a_block_of_a_language_model_mixes_its_shared_expert_in(dtype):
     )
     trial, calls = LayerTrial(case, REGISTRY), []
     subject = trial.subject
-    block = MoEBlock(0, subject, trial.session.layer(0), calls, seed=0)
+    block = MoEBlock(0, subject, trial.session.layer(0), calls, 0, torch.nn.Identity())
     y_BTH = block(torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)))
     assert (y_BTH.shape, y_BTH.dtype) == ((2, 5, 64), torch.float32)
     (call,) = calls
     assert call.y_TH.dtype == call.x_TH.dtype
     assert call.check().ok, call.check().reason
     bare = dataclasses.replace(subject, layer=dataclasses.replace(subject.layer, shared=None))
-    unmixed = MoEBlock(0, bare, trial.session.layer(0), [], seed=0)
+    unmixed = MoEBlock(0, bare, trial.session.layer(0), [], 0, torch.nn.Identity())
     unmixed(call.x_TH.view(2, 5, 64))
     assert not dataclasses.replace(call, y_TH=unmixed.calls[0].y_TH).check().ok
 

@@ -14,8 +14,8 @@ from moebench.moe.layer import LayerWeights
 from moebench.moe.routing import Context
 from moebench.moe.shapes import ModelShape
 from moebench.suites.layer import STEPS, VARIANTS, LayerTrial
+from moebench.suites.layer_training import TrainingTrial
 from moebench.suites.trace import TraceError, columns_of, load_trace, save_trace
-from moebench.suites.training import TrainingTrial
 
 REGISTRY = Registry.load()
 TOKENS, EXPERTS, HIDDEN, LAYERS = 12, 8, 64, (0, 1)

@@ -16,7 +16,7 @@ import torch
 
 from moebench.contracts import MoebenchError
 from moebench.suites.model_plugins import RECORDED_TOKENS, SMOLLM2_GGUF_SHA256, SmolLM2
-from moebench.suites.models import cache, smollm2
+from moebench.suites.models import cache, recorded
 from moebench.suites.models import fetch as fetching
 from moebench.suites.models.gguf_llama import read_tensors
 from moebench.suites.models.smollm2 import SmolLM2Model
@@ -284,6 +284,6 @@ def test_a_job_that_fails_or_is_killed_says_so(model, monkeypatch, tmp_path):
     monkeypatch.setattr(SmolLM2, "fetch", lambda self, progress: tmp_path / "no.gguf")
     with pytest.raises(MoebenchError, match=r"could not be prepared: .*no\.gguf"):
         empty.convert()
-    monkeypatch.setattr(smollm2, "run_lines", lambda command, progress: (-9, "converting"))
+    monkeypatch.setattr(recorded, "run_lines", lambda command, progress: (-9, "converting"))
     with pytest.raises(MoebenchError, match="ended with code -9 after 'converting'"):
         empty.convert()

@@ -35,8 +35,8 @@ def test_the_texts_share_no_paragraph():
 def test_a_repeated_paragraph_is_left_out():
     repeated = "a line that is certainly longer than forty characters"
     seen = set()
-    assert list(text._passages([repeated, "short", repeated, "other"], seen)) == [f"{repeated}\n\nshort\n\nother"]
-    assert list(text._passages(["new", repeated], seen)) == ["new"]
+    assert list(text.passages([repeated, "short", repeated, "other"], seen)) == [f"{repeated}\n\nshort\n\nother"]
+    assert list(text.passages(["new", repeated], seen)) == ["new"]
 
 
 def test_both_texts_are_long_enough_and_alternate_between_the_sources():

@@ -1,0 +1,136 @@
+"""The trial of suite ``backend_kl``: a backend against ``reference``, by what the whole model says next.
+
+Both run the same layers on the same text with the same Routings, those of the reference, so that no choice between
+near-equal experts hides or makes a difference. The bound on the divergence follows from the dtype; where it is passed,
+the layer and the expert are named whose outputs are off the most. Imported by workers only.
+
+Why the bound is what it is: rounding perturbs a layer's output by about 1.6 u of its size (``moe.oracle``), u the
+unit roundoff, and what n layers do adds up as squares. A perturbation of relative size d moves logits that spread by s
+nats by s d, and the divergence is half the variance of that: s^2 n (1.6 u)^2 / 2, some 30 n u^2 for the s of 5 that
+models have. The model around the layers computes in float32 and rounds anew whatever comes out of them, which is of
+the same kind with the u of float32 and the model's own layers. ``SLACK`` is what the bound leaves above both.
+
+Shape letters: T tokens, H hidden, C columns of scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...contracts import Case, Check, Cost, Facts, Item, Metric, Registry
+from ...moe.oracle import unit_roundoff
+from ..digest import sha256_of
+from ..models import substream
+from ..subject import DTYPES, prepare_subject
+from ..text import evaluation_text
+from .blame import blame
+from .block import Call
+from .bootstrap import metric_of
+from .changed import Changed, language_model
+from .language_model import dense_states
+from .passage import take_passage
+from .scores import COLUMNS, score
+from .trial import block_items
+
+REFERENCE = "reference"
+
+SPREAD = 30.0
+SLACK = 30.0
+
+
+def kl_bound(dtype: torch.dtype, changed: int, layers: int) -> float:
+    """Return the largest mean divergence (nat) that rounding explains; ``changed`` of ``layers`` are in ``dtype``."""
+    own = changed * unit_roundoff(dtype) ** 2
+    around = layers * unit_roundoff(torch.float32) ** 2
+    return SLACK * SPREAD * (own + around)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one window showed: the calls of the backend's layers, and the scores against the reference."""
+
+    calls: list[Call]
+    scores_TC: Tensor
+
+
+class BackendTrial:
+    """The whole model with the case's layers on the case's backend, against the same layers on ``reference``."""
+
+    state: Literal["none"] = "none"
+
+    def __init__(self, case: Case, registry: Registry) -> None:
+        self.case, self.window = case, int(case.workload["window"])
+        self.subjects = {i: prepare_subject(replace(case, layers=(i,)), registry) for i in sorted(case.layers)}
+        self.model, tokenizer = language_model(case, next(iter(self.subjects.values())).source)
+        self.passage = take_passage(tokenizer, evaluation_text(), case.tokens, case.seed)
+        ids = self.passage.ids
+        self.dense = dense_states(self.model, case.weights_sha256, ids[:-1], self.window, min(self.subjects))
+        self.steps = case.tokens // self.window
+        self.input_sha256 = sha256_of(ids)
+        self.reference = Changed(case, registry, REFERENCE, self.subjects, self.model)
+        self.changed = Changed(case, registry, case.backend.name, self.subjects, self.model)
+        self.bound = kl_bound(DTYPES[case.dtype], len(self.subjects), len(self.model.model.layers))
+        self.scores: list[Tensor] = []
+
+    def begin_turn(self) -> None:
+        """Nothing to make ready: every step writes anew."""
+
+    def run(self, step: int) -> Window:
+        """Run window ``step`` on the reference, then on the backend with the same Routings."""
+        part = slice(step * self.window, (step + 1) * self.window)
+        ids_T = self.passage.ids[:-1]
+        expected_TH = self.reference.forward(self.dense, part, ids_T)
+        forced = {call.block.index: call.routing for call in self.reference.calls}
+        final_TH = self.changed.forward(self.dense, part, ids_T, forced)
+        next_T, bytes_T = self.passage.ids[1:][part], self.passage.bytes_T[part]
+        scores_TC = score(self.model.lm_head, final_TH, expected_TH, next_T, bytes_T)
+        self.scores.append(scores_TC)
+        return Window(list(self.changed.calls), scores_TC)
+
+    def verify(self, step: int, output: Window) -> Check:
+        """Compare the divergence with its bound and every layer with the oracle; name the expert where one fails."""
+        checks = [call.check() for call in output.calls]
+        failed = [check for check in checks if not check.ok]
+        worst = max(failed or checks, key=lambda check: check.error or 0.0)
+        flips = sum(check.flips for check in checks)
+        divergence = float(output.scores_TC[:, COLUMNS.index("kl")].mean())
+        if divergence <= self.bound and not failed:
+            return replace(worst, flips=flips)
+        told = [worst.reason] if failed else []
+        if not divergence <= self.bound:
+            allowed = f"where rounding makes {self.bound:.2g} at most"
+            told.insert(0, f"the model's predictions diverge by {divergence:.2g} nat, {allowed}")
+        guilty = blame(output.calls)
+        told += [str(guilty)] if guilty is not None else []
+        return Check(False, worst.error, worst.bound, "; ".join(told), flips)
+
+    def cost(self, step: int) -> Cost:
+        """Return nothing: quality has no time to compare work with."""
+        return Cost(0.0, 0.0)
+
+    def facts(self) -> Facts:
+        """Return the divergence from the reference with its interval, its largest token and its bound."""
+        scores_TC = torch.cat(self.scores)
+        seed = substream(self.case.seed, "bootstrap")
+        kl, agree, tokens = (COLUMNS.index(column) for column in ("kl", "agree", "tokens"))
+        largest = float(scores_TC[:, kl].max())
+        metrics = (
+            metric_of("kl_to_reference", "nat/token", scores_TC, lambda sums: sums[..., kl] / sums[..., tokens], seed),
+            metric_of("top1_agreement", "1", scores_TC, lambda sums: sums[..., agree] / sums[..., tokens], seed),
+            Metric("kl_to_reference_max", largest, "nat", n=len(scores_TC)),
+            Metric("kl_bound", self.bound, "nat/token"),
+        )
+        return Facts(metrics, (), tuple(self._items()), self.changed.session.executed())
+
+    def _items(self) -> list[Item]:
+        task = f"text-{self.input_sha256[:12]}"
+        return block_items(self.scores, task, {"kl": "kl_to_reference", "agree": "top1_agreement"})
+
+    def close(self) -> None:
+        """Free both backends' sessions."""
+        self.reference.close()
+        self.changed.close()

@@ -1,0 +1,124 @@
+"""``moebench pareto``: the table that a terminal shows, files, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from moebench.bench.cli import main
+from moebench.results.statistics import summary
+
+stored = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("stored.py"))))
+GOLDEN = Path(__file__).parent / "golden" / "pareto.txt"
+
+
+def method(name, us, ppl, half=0.1, flags=(), metrics=None):
+    """Return the tables of a timed case and of its evaluation; ``us`` is exact to a hundredth."""
+    speed = stored.case("eager", us, metrics, case_key=stored.key(name), method_key=name, routing=name, flags=[*flags])
+    for timing in speed["timings"]:
+        ns = [round(us * 1000 * (1 + step / 1000)) for step in range(-10, 11)]
+        timing.update(ns=ns, turn=list(range(21)), **summary(ns))
+    for row in (*speed["timings"], *speed["metrics"]):
+        row["case_key"] = stored.key(name)
+    once = {"suite": "accuracy", "protocol": "once", "group_key": "q", "method_key": name, "routing": name}
+    quality = stored.case("eager", **once, case_key=stored.key(f"{name} judged"))
+    bounds = {"name": "perplexity", "value": ppl, "unit": "1", "lo": ppl - half, "hi": ppl + half}
+    quality["metrics"] = [{"case_key": stored.key(f"{name} judged"), **bounds}]
+    return [speed, quality]
+
+
+def probe(name, value):
+    """Return the tables of a probe of the roofline."""
+    return stored.case(name, metrics={name: value}, suite="roofline", case_key=stored.key(name), group_key="probe")
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A front of two, a tie, a dominated method and a contended one, beside a run that is older."""
+    work = {"flops": 1e6, "bytes": 4e5}
+    methods = [
+        *method("topk", 80, 17.4, metrics=work),
+        *method("moepp", 40, 18.2, metrics=work),
+        *method("reroute", 40.2, 18.25, metrics=work),
+        *method("expert_choice", 90, 19.0, metrics=work),
+        *method("hash", 10, 16.0, flags=["contended"], metrics=work),
+    ]
+    probes = [probe("peak_flops", 1e11), probe("bandwidth_DRAM", 2e10)]
+    store = tmp_path / "store"
+    stored.write_run(store, 1, *methods, *probes)
+    stored.write_run(store, 0, *method("topk", 8, 17.4), *method("moepp", 9, 18.2))
+    stored.write_run(store, 2, stored.case("unjudged", 7, method_key="unjudged", group_key="other"))
+    return store
+
+
+def pareto(capsys, store, *arguments):
+    status = main(["pareto", "--store", str(store), *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_the_table_is_the_golden_one(capsys, store):
+    status, out, err = pareto(capsys, store, "--price-per-hour", "0.36")
+    assert (status, err) == (0, "")
+    assert out == GOLDEN.read_text()
+
+
+def test_json_is_the_same_with_its_query(capsys, store):
+    status, out, _ = pareto(capsys, store, "--format", "json", "--x", "latency")
+    told = json.loads(out)
+    assert status == 0
+    assert {case["case"]: case["place"] for case in told["fronts"][0]["cases"]} == {
+        "topk": "front",
+        "moepp": "front",
+        "reroute": "tie",
+        "expert_choice": "dominated",
+        "hash": "unjudged",
+    }
+    assert told["fronts"][0]["cases"][1]["s_mbu"] == pytest.approx(4e5 / 40e-6 / 2e10)
+    assert told["sql"].startswith("WITH ")
+
+
+def test_csv_has_a_line_for_each_case(capsys, store):
+    _, out, _ = pareto(capsys, store, "--format", "csv", "--where", "started_at < '2026-03-15'")
+    assert [line.split(",")[0].split(" ")[0] for line in out.splitlines()] == ["front", '"throughput', '"throughput']
+
+
+def test_without_a_probe_there_is_no_utilisation_but_advice(capsys, tmp_path):
+    stored.write_run(tmp_path, 0, *method("topk", 8, 17.4), *method("moepp", 9, 18.2))
+    _, out, _ = pareto(capsys, tmp_path)
+    assert "no roofline probe of this host is in the store" in out
+    assert "S-MBU  " not in out
+
+
+def test_the_page_is_written_whole(capsys, store, tmp_path):
+    target = tmp_path / "new" / "pareto.html"
+    status, out, err = pareto(capsys, store, "--page", str(target))
+    assert (status, out, err) == (0, f"{target}\n", "")
+    assert target.read_text().count("5 methods in 5 cases") >= 3
+    assert [path.name for path in target.parent.iterdir()] == ["pareto.html"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--x", "speed"), "unknown axis x 'speed'"),
+        (("--y", "pll"), "unknown axis y 'pll': did you mean 'ppl'?"),
+        (("--y", "accuracy:nothing"), "unknown axis y 'accuracy:nothing'"),
+        (("--x", "energy"), "no counter of energy was read"),
+        (("--y", "kl"), "no KL to dense of their method is in the store"),
+        (("--where", "colour = 'red'"), "colour"),
+        (("--where", "1); DELETE FROM cases; SELECT (1"), "one SELECT at a time"),
+        (("--where", "tokens < 0"), "widen the condition"),
+        (("--price-per-hour", "0"), "a number above 0"),
+        (("--price-per-hour", "nan"), "a number above 0"),
+        (("--page", "/proc/no/page.html"), "cannot be written"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_status_2(arguments, words, capsys, store):
+    status, out, err = pareto(capsys, store, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert words in err
