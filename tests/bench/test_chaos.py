@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CHAOS = runpy.run_path(str(Path(__file__).parent.parent / "chaos.py"), run_name="chaos")
-KINDS = {"moment": 6, "fault write": 2, "fault fsync": 2, "fault rename": 2, "fault ingest": 2}
+KINDS = {"moment": 4, "fault write": 2, "fault fsync": 2, "fault rename": 2, "fault ingest": 2}
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def gated(tmp_path, *pairs, plugins=(), **config):
 
 @pytest.fixture(scope="module")
 def found(cache, tmp_path_factory):
-    """One gate over three pairs of methods, with a margin of its own for KL; returns (result, store)."""
+    """One gate over three pairs of methods and one of backends, with a margin for KL; returns (result, store)."""
     folder = tmp_path_factory.mktemp("gated")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEBENCH_CACHE", str(cache))
@@ -54,8 +54,11 @@ def found(cache, tmp_path_factory):
             "params.quantization.int4.symmetric=true",
         )
         other_text = replace(plain, seed=1)
-        pairs = (("same", plain, plain), ("worse", plain, four), ("other text", plain, other_text))
-        return gated(folder, *pairs, item_margins={"kl_to_dense": 0.001}), folder / "store"
+        pairs = [("same", plain, plain), ("worse", plain, four), ("other text", plain, other_text)]
+        base = case_of("suite=backend_kl", "axes.backend=eager")
+        wrong = case_of("suite=backend_kl", "axes.backend=slightly_wrong", plugins=[PLUGIN])
+        pairs.append(("eager to wrong", base, wrong))
+        return gated(folder, *pairs, plugins=[PLUGIN], item_margins={"kl_to_dense": 0.001}), folder / "store"
 
 
 def verdicts(result, label):
@@ -80,10 +83,12 @@ def test_a_worse_method_regresses_with_an_interval(found):
 
 
 def test_other_texts_are_not_compared(found):
-    (skipped,) = found[0].skipped
-    assert (skipped.label, skipped.status) == ("other text", "inputs differ")
+    assert {one.label: one.status for one in found[0].skipped} == {
+        "other text": "inputs differ",
+        "eager to wrong": "broken",
+    }
     assert found[0].covered == 2
-    assert found[0].asked_cases == 3
+    assert found[0].asked_cases == 4
 
 
 def test_it_is_told_and_kept(found):
@@ -101,14 +106,10 @@ def test_a_margin_is_of_a_metric_that_is_judged():
         GateConfig(item_margins={"ac": 0.1})
 
 
-def test_a_backend_that_is_slightly_wrong_is_broken_and_named(tmp_path):
-    base = case_of("suite=backend_kl", "axes.backend=eager")
-    wrong = case_of("suite=backend_kl", "axes.backend=slightly_wrong", plugins=[PLUGIN])
-    result = gated(tmp_path, ("eager to wrong", base, wrong), plugins=[PLUGIN])
-    (skipped,) = result.skipped
-    assert skipped.status == "broken"
-    assert "layer 0, expert 3 is off" in skipped.reason
-    assert result.exit == Exit.REGRESSED
+def test_a_backend_that_is_slightly_wrong_is_broken_and_named(found):
+    (wrong,) = [one for one in found[0].skipped if one.label == "eager to wrong"]
+    assert wrong.status == "broken"
+    assert "layer 0, expert 3 is off" in wrong.reason
 
 
 def test_plans_say_which_cases_run_once():

@@ -288,17 +288,12 @@ def test_several_changed_layers_with_all_slices_are_the_dense_model(judged):
     assert max(errors) < 1e-5
 
 
-def test_fewer_experts_are_farther_from_the_dense_model(judged):
-    half, few = judged("params.routing.topk.k=4")[0], judged("params.routing.topk.k=1")[0]
-    assert 1e-4 < half["kl_to_dense"].value < few["kl_to_dense"].value
-
-
 def test_each_further_expert_brings_the_model_nearer_within_intervals(judged):
     curve = [judged(f"params.routing.topk.k={k}")[0]["kl_to_dense"] for k in (1, 3, 6, 8)]
     for fewer, more in itertools.pairwise(curve):
         assert more.lo <= fewer.hi
         assert more.value < fewer.value
-    assert curve[-1].hi < curve[0].lo
+    assert curve[-1].hi < 1e-4 < curve[-2].value
 
 
 SPLIT = ("model.layers=[6,18]", "params.structure.split.assignment=coactivation", "params.routing.topk.k=2")
