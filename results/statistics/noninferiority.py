@@ -61,5 +61,5 @@ def mcnemar_p(base: ArrayLike, candidate: ArrayLike) -> float:
     differences = floats(candidate) - floats(base)
     won, lost = int((differences > 0).sum()), int((differences < 0).sum())
     n, fewer = won + lost, min(won, lost)
-    tail = sum(math.comb(n, k) for k in range(fewer + 1)) / float(2**n)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1)) / (1 << n)
     return min(1.0, 2 * tail)
