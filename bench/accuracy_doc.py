@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,6 +65,9 @@ PACKAGES = ("torch", "transformers", "lm-eval")
 
 METRICS = (".acc", ".bits_per_byte")
 
+INTEGERS = re.compile(r"int\d")
+"""Quantizations whose name is their width."""
+
 
 def accuracy_page(results: str) -> str:
     """Return the page, with the section of results as ``results_of`` or ``results_in`` give it."""
@@ -109,9 +113,13 @@ def results_of(store: Path) -> str:
                 case for case in load_cases(connection, run.run_id)[0] if case.row["suite"] == "lm_eval" and case.ok
             ]
             base = next((case for case in cases if not case.row["layers"]), None)
-            if base is None or len(cases) < 2:
+            others = [case for case in cases if case is not base]
+            if base is None or not others or not all(INTEGERS.fullmatch(case.row["quantization"]) for case in others):
                 continue
-            judged = next(one.judged for one in compare_methods(connection, run.run_id) if one.base.key == base.key)
+            found = (one.judged for one in compare_methods(connection, run.run_id) if one.base.key == base.key)
+            judged = next(found, ())
+            if {one.case_key for one in judged} != {case.key for case in others}:
+                continue
             host = next(iter(ask(connection, HOSTS, run_id=run.run_id).rows), {})
             cases = sorted(cases, key=lambda case: (case is not base, -_bits(case)))
             return "\n".join([_about(run, cases, str(host.get("cpu"))), "", *_tables(cases, judged)])

@@ -14,6 +14,7 @@ import duckdb
 from ..contracts import MoebenchError
 from ..dashboards import units
 from ..dashboards.data import Case, load_cases
+from ..dashboards.text import clean
 from ..results.accuracy_gate import ItemKey, judge_items
 from ..results.gate import Judged
 from ..results.query import plain
@@ -34,6 +35,15 @@ class Methods:
 
     base: Case
     judged: tuple[Judged, ...]
+    tied: int = 0
+    """How many others change as little as the base."""
+
+    @property
+    def ties(self) -> str:
+        """What a reader must know of the choice of the base, or nothing."""
+        return f"; {self.tied} others change as little, this one is nearest to the dense model or first by name" * (
+            self.tied > 0
+        )
 
 
 def compare_methods(connection: duckdb.DuckDBPyConnection, run_id: str) -> list[Methods]:
@@ -54,17 +64,21 @@ def compare_methods(connection: duckdb.DuckDBPyConnection, run_id: str) -> list[
 
 
 def _against_base(cases: Sequence[Case], items: Mapping[str, Mapping[ItemKey, float | None]]) -> Methods:
-    base, *others = sorted(cases, key=_changes)
+    base, *others = sorted(cases, key=lambda case: (_changes(case), _distance(case), case.label))
     judged: list[Judged] = []
     for case in others:
         names: dict[str, Any] = {"label": case.label, "case_key": case.key, "base_case": base.key}
         judged += judge_items(items[base.key], items[case.key], **names)
-    return Methods(base, tuple(judged))
+    return Methods(base, tuple(judged), sum(_changes(case) == _changes(base) for case in others))
 
 
 def _changes(case: Case) -> tuple[bool, int]:
     """Return whether a case changes any layer, and on how many axes: the least is what others are compared with."""
     return bool(case.row["layers"]), sum(case.row[axis] not in UNCHANGED for axis in CHANGES)
+
+
+def _distance(case: Case) -> float:
+    return next((float(metric["value"]) for metric in case.metrics if metric["name"] == "kl_to_dense"), 0.0)
 
 
 def methods_json(found: Sequence[Methods]) -> str:
@@ -78,21 +92,22 @@ def methods_json(found: Sequence[Methods]) -> str:
 
 def name_of(case: Case) -> str:
     """Return the label of a case, or that it is the model as it is."""
-    return case.label if case.row["layers"] else f"{case.row['model']} as it is"
+    return clean(case.label if case.row["layers"] else f"{case.row['model']} as it is")
 
 
 def methods_table(found: Sequence[Methods]) -> str:
     """Return the comparisons as a terminal shows them."""
     lines: list[str] = []
     for one in found:
-        lines += ["", f"against {name_of(one.base)}, item by item ({one.base.row['suite']})"]
+        lines += ["", f"against {name_of(one.base)}, item by item ({clean(str(one.base.row['suite']))}){one.ties}"]
         lines += aligned([HEAD, *map(_row, one.judged)])
     note = "differences with their 95 % interval over the items; p is McNemar's, exact, for right and wrong answers"
     return "\n".join([*lines[1:], "", note])
 
 
 def _row(one: Judged) -> tuple[str, ...]:
-    return one.label, one.metric, str(one.pairs), _value(one.base_value), _value(one.candidate_value), *effect(one)
+    names = clean(one.label), clean(one.metric)
+    return *names, str(one.pairs), _value(one.base_value), _value(one.candidate_value), *effect(one)
 
 
 def effect(one: Judged) -> tuple[str, str]:

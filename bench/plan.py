@@ -60,7 +60,8 @@ class Plan:
         for group in self.groups:
             timed = [case for case in group.cases if case.protocol == "timed"]
             if timed:
-                total += engine.processes * (SPAWN_SECONDS + len(timed) * (PREPARE_SECONDS + 1.3 * engine.seconds))
+                each = PREPARE_SECONDS + engine.warmup_seconds + 1.3 * engine.seconds
+                total += engine.processes * (SPAWN_SECONDS + len(timed) * each)
             once = [case.case_key for case in group.cases if case.protocol == "once"]
             total += sum(SPAWN_SECONDS + self.seconds.get(key, Planned.seconds) for key in once)
         return total
@@ -100,7 +101,8 @@ def _split(key: str, items: Sequence[Planned], memory_bytes: float) -> list[Grou
     anchor, *rest = runnable
     pieces: list[list[Planned]] = [[anchor]]
     for item in rest:
-        if _bytes_of([*pieces[-1], item]) > memory_bytes and len(pieces[-1]) > 1:
+        together = item.case.protocol == "timed"  # cases that run once are prepared and freed one by one
+        if together and _bytes_of([*pieces[-1], item]) > memory_bytes and len(pieces[-1]) > 1:
             pieces.append([anchor])
         pieces[-1].append(item)
     names = [key] if len(pieces) == 1 else [f"{key}-{number}" for number in range(len(pieces))]

@@ -34,7 +34,8 @@ class Margin:
 POINT = Margin()
 
 MARGINS: dict[str, Margin] = {
-    **dict.fromkeys(("acc", "acc_norm", "acc_bytes", "exact_match", "f1", "mcc", "top1_agreement"), POINT),
+    **dict.fromkeys(("acc", "acc_norm", "acc_bytes", "exact_match", "f1", "mcc"), POINT),
+    **dict.fromkeys(("top1_agreement", "reference_agreement"), POINT),
     "nll": Margin(worse="higher", unit="nat/token"),
     "bits_per_byte": Margin(worse="higher", unit="bit/byte"),
     "kl_to_dense": Margin(worse="higher", unit="nat/token"),
@@ -105,8 +106,10 @@ def item_verdict(interval: Interval, margin: Margin, lacking: int = 0, same: boo
     ``lacking`` items have no value on one side; ``same`` says that all others are equal, which needs no interval.
     """
     verdict, reason = _of_interval(interval, margin)
-    if same:
+    if same and interval.n >= interval.n_required:
         verdict, reason = Verdict.EQUIVALENT, f"all {interval.n} items are the same"
+    if lacking and not interval.n:
+        return Verdict.INCONCLUSIVE, "no item has a value of its own on both sides; compare the tasks' figures"
     if lacking and verdict != Verdict.REGRESSED:
         return Verdict.INCONCLUSIVE, f"{lacking} of {lacking + interval.n} items have no value on one side"
     return verdict, reason

@@ -66,6 +66,8 @@ def fronts(points: Points) -> tuple[list[Front], list[LeftOut]]:
             found.append(Front(x, y, _ordered(rows, x), place(_mark(row, x, y) for row in rows)))
         else:
             left[_alone(x)] += 1
+    for status, number in points.failed:
+        left[f"they ended {status}; `moebench report` says why"] += number
     found.sort(key=lambda front: -front.methods)
     return found, [LeftOut(number, reason) for reason, number in left.items()]
 
@@ -75,7 +77,8 @@ def _unfit(row: Row, x: Axis, y: Axis) -> str:
     if row["x"] is None:
         return f"no {x.title} can be said of them: their tokens are not recorded"
     if row["y"] is None:
-        return f"no {y.title} of their method is in the store; {y.absent or 'evaluate it'}"
+        what = f"no {y.title} of their method is in the store, or something later went wrong"
+        return f"{what}; {y.absent or 'evaluate it'}"
     if row["quality_evidence"] != row["evidence"]:
         return (
             f"their evidence is {row['evidence']} and that of their {y.title} {row['quality_evidence']}: kinds of "

@@ -80,9 +80,13 @@ q AS (         -- the latest evaluation of each method, apart by how it was judg
   SELECT c.method_key, c.group_key AS quality_group, c.run_id AS quality_run, c.evidence AS quality_evidence,
          c.dtype AS quality_dtype, c.flags AS quality_flags, {value}
   FROM cases c LEFT JOIN runs r USING (run_id) JOIN {rows} USING (run_id, case_key)
-  WHERE c.protocol = 'once' AND c.status = 'ok' AND m.y IS NOT NULL
+  WHERE c.protocol = 'once' AND c.status = 'ok' AND m.y IS NOT NULL AND NOT EXISTS (  -- nothing later went wrong
+    SELECT 1 FROM cases b LEFT JOIN runs br ON br.run_id = b.run_id
+    WHERE b.method_key = c.method_key AND b.group_key = c.group_key AND b.status NOT IN ('ok', 'skipped')
+      AND coalesce(br.started_at, b.finished_at) > coalesce(r.started_at, c.finished_at))
   QUALIFY row_number() OVER (PARTITION BY c.method_key, c.group_key
-                             ORDER BY coalesce(r.started_at, c.finished_at) DESC NULLS LAST, c.run_id DESC) = 1
+                             ORDER BY coalesce(r.started_at, c.finished_at) DESC NULLS LAST, c.run_id DESC,
+                                      c.case_key) = 1
 )"""
 
 METRIC = "(SELECT run_id, case_key, value AS y, lo, hi, n FROM metrics_raw WHERE name = $y) m"
@@ -108,6 +112,10 @@ SELECT * FROM joined WHERE ("""
 
 ORDER = "\nORDER BY started_at DESC NULLS LAST, run_id, group_key, case_key, sittings, quality_group"
 
+FAILED = """
+SELECT status, count(*) FROM cases
+WHERE protocol = 'timed' AND status <> 'ok' AND list_contains($runs, run_id) GROUP BY status ORDER BY status"""
+
 TASKS = "SELECT DISTINCT task, split_part(metric, ',', 1) AS metric FROM items WHERE task IS NOT NULL ORDER BY ALL"
 
 
@@ -120,6 +128,8 @@ class Points:
     rows: tuple[Row, ...]
     sql: str
     where: str = ""
+    failed: tuple[tuple[str, int], ...] = ()
+    """How many timed cases of the same runs ended otherwise than ok, by status; empty where ``where`` narrows them."""
 
 
 def quality_axes(connection: duckdb.DuckDBPyConnection) -> dict[str, Axis]:
@@ -154,7 +164,9 @@ def load_points(
     for row in found:
         if row["y_values"] is not None:
             row["y_lo"], row["y_hi"] = share_interval(row["y_values"])
-    return Points(x, y, found, written_out(head, params) + tail, condition)
+    runs = sorted({row["run_id"] for row in found})
+    failed = () if condition else tuple(select(connection, FAILED, {"runs": runs})[1])
+    return Points(x, y, found, written_out(head, params) + tail, condition, failed)
 
 
 def _along_x(x: Axis) -> str:

@@ -13,6 +13,10 @@ from typing import Any, ClassVar
 
 from ..contracts import Case, Planned, Registry, Trial
 from .base import Kind, SuiteConfig, expand, select_layers
+from .estimate import model_seconds
+
+PASSES = 4
+"""Of the text through the model: as it was, changed, and the float64 oracle of the changed layers."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class AccuracySuite:
             kind = Kind("once", per_layer=False, workload=self.workload(config.suite_params))
             for planned in expand(replace(config, axes=axes, layers=layers), registry, kind):
                 refusal = planned.refusal or self._layerless(planned.case) or _refusal(planned.case, model, registry)
-                yield replace(planned, refusal=refusal)
+                seconds = model_seconds(model.shape(), planned.case.tokens, PASSES)
+                yield replace(planned, refusal=refusal, seconds=seconds)
 
     def _layerless(self, case: Case) -> str | None:
         if case.layers or self.without_layers:

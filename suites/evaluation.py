@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..contracts import Case, Planned, Registry, Trial
-from ..moe.shapes import ModelShape
 from .accuracy import AccuracySuite
 from .base import SuiteConfig
+from .estimate import model_seconds
 
 TOKENS = 24
 """Tokens that an item makes the model read, of our own tasks: both options where they have more than one token."""
 
-UNKNOWN_ITEMS = 1000
-"""Items of a task that is taken whole, for the estimate."""
+ITEMS = 300
+"""Items of a task of ours."""
 
-FLOPS = 2e10
-"""What a core does a second, for the estimate."""
+FOREIGN_TOKENS, FOREIGN_ITEMS = 400, 10_000
+"""The same of a task of lm-eval's own, which is not looked into before it runs: more than most have."""
 
 CHANGES = ("quantization", "sparsity")
 """Axes that say nothing of a model none of whose layers change."""
@@ -39,7 +39,7 @@ class LmEvalSuite(AccuracySuite):
         """Yield one case per method and dtype; all are refused where lm-eval is not installed."""
         for planned in super().cases(config, registry):
             case = planned.case
-            seconds = _seconds(registry.params("model", case.model).shape(), case)
+            seconds = model_seconds(registry.params("model", case.model).shape(), _tokens(case))
             yield replace(planned, refusal=planned.refusal or _refusal(case), seconds=seconds)
 
     def workload(self, params: Any) -> dict[str, Any]:
@@ -53,12 +53,13 @@ class LmEvalSuite(AccuracySuite):
         return TaskTrial(case, registry)
 
 
-def _seconds(shape: ModelShape, case: Case) -> float:
-    """Return about how long a case takes: two operations for each weight of a token's layers, the head left out."""
-    active = shape.width * (min(shape.top_k, shape.experts) or 1) + shape.shared_width
-    weights = shape.layers * shape.hidden * (4 * shape.hidden + 3 * active)
-    tokens = len(case.workload["tasks"]) * (case.workload["items"] or UNKNOWN_ITEMS) * TOKENS
-    return 20.0 + tokens * 2 * weights / FLOPS
+def _tokens(case: Case) -> float:
+    """Return about how many tokens the tasks of a case make a model read."""
+    total = 0
+    for task in case.workload["tasks"]:
+        items, tokens = (ITEMS, TOKENS) if task.startswith("moebench_") else (FOREIGN_ITEMS, FOREIGN_TOKENS)
+        total += min(items, case.workload["items"] or items) * tokens
+    return total
 
 
 def _refusal(case: Case) -> str | None:

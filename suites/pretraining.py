@@ -11,6 +11,7 @@ from typing import Any
 
 from ..contracts import Case, Choice, Evidence, Planned, Registry, Trial, plain
 from .base import SuiteConfig, plain_case, threads_refusal
+from .estimate import model_seconds
 
 CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """Without this in the environment, cuBLAS may answer differently each time."""
@@ -26,7 +27,8 @@ class PretrainingSuite:
             params = registry.params("model", model)
             for threads in config.axes["threads"]:
                 reason = None if hasattr(params, "trainer") else f"model '{model}' is not trained here; use tinymoe."
-                yield Planned(self._case(config, model, params, threads), reason or threads_refusal(threads))
+                case = self._case(config, model, params, threads)
+                yield Planned(case, reason or threads_refusal(threads), seconds=_seconds(params))
 
     def _case(self, config: SuiteConfig, model: Choice, params: Any, threads: int) -> Case:
         trained = hasattr(params, "trainer")
@@ -50,6 +52,13 @@ class PretrainingSuite:
         from .training.trial import PretrainingTrial
 
         return PretrainingTrial(case, registry)
+
+
+def _seconds(params: Any) -> float:
+    """Return about how long a training takes: forward, and twice that backward."""
+    if not hasattr(params, "trainer"):
+        return 0.0
+    return model_seconds(params.shape(), params.step_tokens * params.sizes.training.steps, passes=3)
 
 
 def create(params: Any) -> PretrainingSuite:

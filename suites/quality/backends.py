@@ -120,7 +120,7 @@ class BackendTrial:
         largest = float(scores_TC[:, kl].max())
         metrics = (
             metric_of("kl_to_reference", "nat/token", scores_TC, lambda sums: sums[..., kl] / sums[..., tokens], seed),
-            metric_of("top1_agreement", "1", scores_TC, lambda sums: sums[..., agree] / sums[..., tokens], seed),
+            metric_of("reference_agreement", "1", scores_TC, lambda sums: sums[..., agree] / sums[..., tokens], seed),
             Metric("kl_to_reference_max", largest, "nat", n=len(scores_TC)),
             Metric("kl_bound", self.bound, "nat/token"),
         )
@@ -128,7 +128,7 @@ class BackendTrial:
 
     def _items(self) -> list[Item]:
         task = f"text-{self.input_sha256[:12]}"
-        return block_items(self.scores, task, {"kl": "kl_to_reference", "agree": "top1_agreement"})
+        return block_items(self.scores, task, {"kl": "kl_to_reference", "agree": "reference_agreement"})
 
     def close(self) -> None:
         """Free both backends' sessions."""

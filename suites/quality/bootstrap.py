@@ -1,12 +1,15 @@
 """Intervals of figures over text: a seeded block bootstrap.
 
 It is here, in torch, because suites may not import ``results``; neighbouring tokens are correlated, so blocks of them
-are drawn (Kuensch 1989). Shape letters: T tokens, B blocks, C columns, R resamples.
+are drawn (Kuensch 1989), and percentiles are taken as much wider as few blocks ask for (Hesterberg 2015, "expanded
+percentile"). Shape letters: T tokens, B blocks, C columns, R resamples.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -40,9 +43,23 @@ def interval(
     drawn_RB = torch.randint(blocks, (RESAMPLES, blocks), generator=rng)
     counts_RB = torch.zeros(RESAMPLES, blocks, dtype=sums_BC.dtype)
     counts_RB.scatter_add_(1, drawn_RB, torch.ones_like(drawn_RB, dtype=sums_BC.dtype))
-    tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=sums_BC.dtype)
+    tail = NormalDist().cdf(-_width(blocks))
+    tails = torch.tensor([tail, 1 - tail], dtype=sums_BC.dtype)
     lo, hi = torch.quantile(statistic(counts_RB @ sums_BC), tails).tolist()
     return value, lo, hi
+
+
+def _width(blocks: int) -> float:
+    """Return the half width of an interval in standard errors: Student's t by four terms of its expansion in 1 / freedom
+    (Abramowitz & Stegun 26.7.5; within 0.2 % from 5 on), and the plain variance's lost factor put back."""
+    z, n = NormalDist().inv_cdf((1 + LEVEL) / 2), blocks - 1
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    student = z + sum(term / n**power for power, term in enumerate(terms, 1))
+    return student * math.sqrt(blocks / (blocks - 1))
 
 
 def metric_of(name: str, unit: str, columns_TC: Tensor, statistic: Callable[[Tensor], Tensor], seed: int) -> Metric:

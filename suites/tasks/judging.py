@@ -18,6 +18,10 @@ LEAST_ITEMS = 10
 
 NO_FILTER = "none"
 
+ITEMWISE = ("mean", "nanmean", "bits_per_byte", "perplexity", "weighted_perplexity")
+"""lm-eval's aggregations that say something of one item. What others make of one (matthews_corrcoef: 0, f1_score: 1 for
+a true positive alone) is no part of the task's figure."""
+
 
 def judge(name: str, task: Any, seed: int) -> tuple[list[Item], list[Metric]]:
     """Return the items and metrics of a task whose requests have been answered.
@@ -55,6 +59,8 @@ def _chance(name: str, task: Any, documents: dict[int, list[Any]]) -> list[Metri
 
 def _alone(value: Any, aggregate: Callable[[Sequence[Any]], float]) -> float | None:
     """Return the value of one item: what the task makes of it alone; None where one item has none."""
+    if getattr(aggregate, "__name__", "") not in ITEMWISE:
+        return None
     try:
         return float(aggregate([value]))
     except (ArithmeticError, TypeError, ValueError):
