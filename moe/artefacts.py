@@ -6,12 +6,15 @@ aside and renamed, so that a reader sees all of it or nothing; what does not mat
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as memoize
 from pathlib import Path
@@ -103,8 +106,21 @@ def _put(made: Path, folder: Path, aside: Path) -> None:
                 return
             if not folder.exists():
                 raise
-            shutil.move(folder, aside / f"damaged{attempt}")
+        # Processes take turns here: what one found damaged may be another's whole artefact by the time it moves it.
+        with _locked(folder.parent):
+            if read(folder) is None and folder.exists():
+                shutil.move(folder, aside / f"damaged{attempt}")
     made.rename(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _own(tensor: Tensor) -> Tensor:
