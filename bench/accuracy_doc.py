@@ -49,7 +49,8 @@ moebench compare latest
 TASKS_INTRO = f"""\
 Every task has {ITEMS} items, the same for all models: made from a fixed seed, or from the evaluation text, on which
 nothing is calibrated and no model of ours is trained. They are ordinary tasks of lm-eval in
-`$MOEBENCH_CACHE/tasks/<hash>`, for its `--include_path`.
+`$MOEBENCH_CACHE/tasks/<hash>`, for its `--include_path`. `moebench_answers` is written by the model, word by word, and
+judged by exact match and by the F1 of common words, as SQuAD has them.
 """
 
 CHOICE = """\
@@ -84,7 +85,7 @@ def _task(name: str) -> str:
 
 def _seeded() -> dict[str, object]:
     made = (puzzles.arithmetic, puzzles.copying, puzzles.induction, puzzles.recall, grammar.grammar)
-    return {f"moebench_{maker.__name__}": maker for maker in made}
+    return {**{f"moebench_{maker.__name__}": maker for maker in made}, "moebench_answers": puzzles.questions}
 
 
 def _example(name: str) -> str:
@@ -92,6 +93,8 @@ def _example(name: str) -> str:
     item = made_items()[name][0]
     if "text" in item or name == "moebench_cloze":
         return "-"
+    if "answers" in item:
+        return f"{json.dumps(item['context'])} {json.dumps(item['answers'][0])}"
     right, wrong = item["options"][item["right"]], item["options"][1 - item["right"]]
     return (
         f"{json.dumps(item['context'])} {json.dumps(right)}, {json.dumps(wrong)}"

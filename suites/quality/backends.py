@@ -16,27 +16,26 @@ Shape letters: T tokens, H hidden, C columns of scores.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...contracts import Case, Check, Cost, Facts, Item, Metric, Registry
+from ...contracts import Case, Check, Facts, Metric, Registry
 from ...moe.oracle import unit_roundoff
-from ..digest import sha256_of
 from ..models import substream
-from ..subject import DTYPES, prepare_subject
-from ..text import evaluation_text
+from ..subject import DTYPES
 from .blame import blame
 from .block import Call
 from .bootstrap import metric_of
-from .changed import Changed, language_model
+from .changed import Changed
 from .language_model import dense_states
-from .passage import take_passage
 from .scores import COLUMNS, score
-from .trial import block_items
+from .windows import TextTrial
 
 REFERENCE = "reference"
+
+ITEMS = {"kl": "kl_to_reference", "agree": "reference_agreement"}
+"""Columns of the scores that are kept block by block, and the metrics' names."""
 
 SPREAD = 30.0
 SLACK = 30.0
@@ -57,32 +56,19 @@ class Window:
     scores_TC: Tensor
 
 
-class BackendTrial:
+class BackendTrial(TextTrial):
     """The whole model with the case's layers on the case's backend, against the same layers on ``reference``."""
 
-    state: Literal["none"] = "none"
-
     def __init__(self, case: Case, registry: Registry) -> None:
-        self.case, self.window = case, int(case.workload["window"])
-        self.subjects = {i: prepare_subject(replace(case, layers=(i,)), registry) for i in sorted(case.layers)}
-        self.model, tokenizer = language_model(case, next(iter(self.subjects.values())).source)
-        self.passage = take_passage(tokenizer, evaluation_text(), case.tokens, case.seed)
+        super().__init__(case, registry)
         ids = self.passage.ids
         self.dense = dense_states(self.model, case.weights_sha256, ids[:-1], self.window, min(self.subjects))
-        self.steps = case.tokens // self.window
-        self.input_sha256 = sha256_of(ids)
         self.reference = Changed(case, registry, REFERENCE, self.subjects, self.model)
-        self.changed = Changed(case, registry, case.backend.name, self.subjects, self.model)
         self.bound = kl_bound(DTYPES[case.dtype], len(self.subjects), len(self.model.model.layers))
-        self.scores: list[Tensor] = []
-
-    def begin_turn(self) -> None:
-        """Nothing to make ready: every step writes anew."""
 
     def run(self, step: int) -> Window:
         """Run window ``step`` on the reference, then on the backend with the same Routings."""
-        part = slice(step * self.window, (step + 1) * self.window)
-        ids_T = self.passage.ids[:-1]
+        part, ids_T = self.part(step), self.passage.ids[:-1]
         expected_TH = self.reference.forward(self.dense, part, ids_T)
         forced = {call.block.index: call.routing for call in self.reference.calls}
         final_TH = self.changed.forward(self.dense, part, ids_T, forced)
@@ -108,10 +94,6 @@ class BackendTrial:
         told += [str(guilty)] if guilty is not None else []
         return Check(False, worst.error, worst.bound, "; ".join(told), flips)
 
-    def cost(self, step: int) -> Cost:
-        """Return nothing: quality has no time to compare work with."""
-        return Cost(0.0, 0.0)
-
     def facts(self) -> Facts:
         """Return the divergence from the reference with its interval, its largest token and its bound."""
         scores_TC = torch.cat(self.scores)
@@ -124,13 +106,9 @@ class BackendTrial:
             Metric("kl_to_reference_max", largest, "nat", n=len(scores_TC)),
             Metric("kl_bound", self.bound, "nat/token"),
         )
-        return Facts(metrics, (), tuple(self._items()), self.changed.session.executed())
-
-    def _items(self) -> list[Item]:
-        task = f"text-{self.input_sha256[:12]}"
-        return block_items(self.scores, task, {"kl": "kl_to_reference", "agree": "reference_agreement"})
+        return Facts(metrics, (), tuple(self.items(ITEMS)), self.changed.session.executed())
 
     def close(self) -> None:
         """Free both backends' sessions."""
         self.reference.close()
-        self.changed.close()
+        super().close()

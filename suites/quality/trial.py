@@ -5,57 +5,38 @@ Shape letters: T tokens, H hidden, C columns of scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...contracts import Case, Check, Cost, Facts, Item, Metric, Registry, Series
+from ...contracts import Case, Check, Facts, Metric, Registry, Series
 from ...moe.metrics import load_series, routing_metrics
 from ...moe.routing import Routing
 from ...moe.sparsity import density
-from ..digest import sha256_of
 from ..models import substream
-from ..subject import prepare_subject
-from ..text import evaluation_text
 from .block import Call
-from .bootstrap import BLOCK
-from .changed import Changed, language_model
 from .distance import columns_of, distance_metrics, error_series
 from .language_model import dense_states
-from .passage import take_passage
-from .scores import COLUMNS, quality_metrics, score
+from .scores import quality_metrics, score
+from .windows import TextTrial
 
 
-class AccuracyTrial:
+class AccuracyTrial(TextTrial):
     """The whole model with the case's layers changed, on the case's backend, against the dense model."""
 
-    state: Literal["none"] = "none"
-
     def __init__(self, case: Case, registry: Registry) -> None:
-        self.case, self.window = case, int(case.workload["window"])
-        self.subjects = {i: prepare_subject(replace(case, layers=(i,)), registry) for i in sorted(case.layers)}
-        self.model, tokenizer = language_model(case, next(iter(self.subjects.values())).source)
-        self.passage = take_passage(tokenizer, evaluation_text(), case.tokens, case.seed)
+        super().__init__(case, registry)
         first, *later = sorted(self.subjects)
         ids, weights = self.passage.ids, case.weights_sha256
         self.dense = dense_states(self.model, weights, ids[:-1], self.window, first, later)
-        self.steps = case.tokens // self.window
-        self.input_sha256 = sha256_of(ids)
-        self.changed = Changed(case, registry, case.backend.name, self.subjects, self.model)
-        self.scores: list[Tensor] = []
         self.routings: dict[int, list[Routing]] = {index: [] for index in self.subjects}
         self.distances: dict[int, list[Tensor]] = {index: [] for index in self.subjects}
         self.densities: dict[int, list[Metric]] = {}
 
-    def begin_turn(self) -> None:
-        """Nothing to make ready: every step writes anew."""
-
     def run(self, step: int) -> list[Call]:
         """Judge the window ``step``; return what the changed layers did."""
-        part = slice(step * self.window, (step + 1) * self.window)
+        part = self.part(step)
         final_TH = self.changed.forward(self.dense, part, self.passage.ids[:-1])
         ids, bytes_T = self.passage.ids[1:][part], self.passage.bytes_T[part]
         self.scores.append(score(self.model.lm_head, final_TH, self.dense.final[part], ids, bytes_T))
@@ -74,10 +55,6 @@ class AccuracyTrial:
         worst = max(failed or checks, key=lambda check: check.error or 0.0)
         return replace(worst, flips=sum(check.flips for check in checks))
 
-    def cost(self, step: int) -> Cost:
-        """Return nothing: quality has no time to compare work with."""
-        return Cost(0.0, 0.0)
-
     def facts(self) -> Facts:
         """Return quality with intervals and by block of tokens, and what routing and sparsity did.
 
@@ -95,30 +72,11 @@ class AccuracyTrial:
         ]
         series: list[Series] = [replace(load_series(joined[i], i), step=0) for i in joined]
         series.append(error_series(self.distances))
-        return Facts(tuple(metrics), tuple(series), tuple(self._items()), self.changed.session.executed())
-
-    def _items(self) -> list[Item]:
-        """Return the mean scores of each BLOCK of tokens, so that two methods can be compared block by block."""
-        return block_items(self.scores, f"text-{self.input_sha256[:12]}", ITEMS)
-
-    def close(self) -> None:
-        """Free the backend's session."""
-        self.changed.close()
+        return Facts(tuple(metrics), tuple(series), tuple(self.items(ITEMS)), self.changed.session.executed())
 
 
 ITEMS = {"nll": "nll", "kl": "kl_to_dense", "agree": "top1_agreement"}
-"""Columns of the scores that are kept, and the metrics' names."""
-
-
-def block_items(windows: Sequence[Tensor], task: str, names: Mapping[str, str]) -> list[Item]:
-    """Return items named by their first token: the means of columns over BLOCK tokens of one window, or its rest."""
-    found, start = [], 0
-    for scores_TC in windows:
-        for part_TC in torch.split(scores_TC, BLOCK):
-            means = {name: float(part_TC[:, COLUMNS.index(column)].mean()) for column, name in names.items()}
-            found += [Item(task, str(start), name, value) for name, value in means.items()]
-            start += len(part_TC)
-    return found
+"""Columns of the scores that are kept block by block, and the metrics' names."""
 
 
 def _joined(parts: list[Routing]) -> Routing:

@@ -14,6 +14,7 @@ from pathlib import Path
 from ...contracts import make_key
 from ..models import cache_dir
 from ..models.cache import make_once
+from ..quality import answers
 from ..text import calibration_text, evaluation_text
 from . import grammar, held_out, puzzles
 from .items import Item
@@ -31,11 +32,16 @@ TASKS: dict[str, Callable[[int, int], list[Item]]] = {
     "moebench_copying": puzzles.copying,
     "moebench_induction": puzzles.induction,
     "moebench_recall": puzzles.recall,
+    "moebench_answers": puzzles.questions,
     "moebench_bits_per_byte": lambda count, seed: held_out.pieces(evaluation_text(), calibration_text(), count, seed),
 }
 """What makes the items of each task, from their number and the seed."""
 
-TEMPLATES = {"moebench_bits_per_byte": "rolling.yaml", "moebench_grammar": "sentences.yaml"}
+TEMPLATES = {
+    "moebench_bits_per_byte": "rolling.yaml",
+    "moebench_grammar": "sentences.yaml",
+    "moebench_answers": "answers.yaml",
+}
 CONTINUATION = "continuation.yaml"
 
 
@@ -43,10 +49,12 @@ def task_folder() -> Path:
     """Return the folder with all our tasks, made where the cache has it not; its name is the hash of its content."""
     made = made_items()
     templates = {name: _template(TEMPLATES.get(name, CONTINUATION)) for name in TASKS}
-    folder = cache_dir() / "tasks" / make_key([made, templates])[:16]
+    judge = Path(answers.__file__).read_text(encoding="utf-8")
+    folder = cache_dir() / "tasks" / make_key([made, templates, judge])[:16]
 
     def write(aside: Path) -> None:
         aside.mkdir()
+        (aside / "answers.py").write_text(judge, encoding="utf-8")
         for name, items in made.items():
             lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
             (aside / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -101,6 +101,11 @@ def wrap(model: Any, tokenizer: Any, batch: int, window: int) -> Any:
 
 def answer(lm: Any, requests: Sequence[Any]) -> list[Any]:
     """Return what ``lm`` answers to each request, as many times as its task wants, in their order."""
+    if any(request.request_type == "generate_until" for request in requests) and lm.eot_token_id is None:
+        raise MoebenchError(
+            f"task '{requests[0].task_name}' wants written answers, and the model's tokenizer has no token for their "
+            f"end; leave it out of suite.tasks."
+        )
     repeated = [request for request in requests for _ in range(request.repeats)]
     answers: list[Any] = [None] * len(repeated)
     for kind in dict.fromkeys(request.request_type for request in repeated):

@@ -12,7 +12,7 @@ from typing import Any
 from ...contracts import MoebenchError, make_key
 
 Item = dict[str, Any]
-"""One item, as a line of JSON holds it."""
+"""One item, as a line of JSON holds it: its ``context``, and ``options`` or ``answers``."""
 
 PATIENCE = 100
 """Draws for each item that is wanted; a maker that does not find enough different ones by then has too few."""
@@ -33,7 +33,7 @@ def different(count: int, draw: Callable[[], Item | None]) -> list[Item]:
     """Return ``count`` items of which no two are alike; ``draw`` may give None where a draw led nowhere."""
     found: dict[str, Item] = {}
     for item in _draws(count * PATIENCE, draw):
-        found.setdefault(make_key([item["context"], sorted(item["options"])]), item)
+        found.setdefault(make_key([item["context"], sorted(item.get("options", ()))]), item)
         if len(found) == count:
             return list(found.values())
     raise MoebenchError(f"only {len(found)} different items were found where {count} are wanted; ask for fewer.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import shutil
 from functools import cache
@@ -10,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...contracts import Case, make_key
+from ...contracts import NAMED_AXES, Case, Choice, Registry, make_key
 from ..models import cache_dir
 from ..models.cache import make_once
 
@@ -20,11 +21,17 @@ PACKAGES = ("torch", "transformers", "lm_eval")
 
 
 class Kept:
-    """One file for each shard that is done, in a folder that case, sources and packages decide; gone once all is."""
+    """One file for each shard that is done; gone once all is.
 
-    def __init__(self, case: Case) -> None:
+    Its folder is decided by the case, the requests (``input_sha256``), our sources, those of the plug-ins of the case,
+    and packages.
+    """
+
+    def __init__(self, case: Case, registry: Registry, input_sha256: str) -> None:
         packages = [version(package) for package in PACKAGES]
-        self.folder = cache_dir() / "lm_eval" / make_key([case.case_key, _sources(), packages])[:32]
+        plugins = [_plugin(registry, kind, getattr(case, kind)) for kind in NAMED_AXES]
+        key = make_key([case.case_key, input_sha256, _sources(), plugins, packages])
+        self.folder = cache_dir() / "lm_eval" / key[:32]
 
     def read(self, shard: str) -> tuple[list[Any], int] | None:
         """Return the answers of a shard and the tokens that were read for them; None where it is not done."""
@@ -49,6 +56,15 @@ class Kept:
 
 def _written(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
+
+
+def _plugin(registry: Registry, kind: str, choice: Choice) -> str:
+    """Return the sha256 of the file that a plug-in's factory is in."""
+    place = registry.get(kind, choice.name).factory.rpartition(":")[0]
+    if not place.endswith(".py"):
+        spec = importlib.util.find_spec(place)
+        place = spec.origin or "" if spec is not None else ""
+    return hashlib.sha256(Path(place).read_bytes()).hexdigest() if Path(place).is_file() else place
 
 
 @cache

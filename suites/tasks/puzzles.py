@@ -1,6 +1,7 @@
-"""Tasks whose answer stands in the context or follows from it: arithmetic, copying, induction, recall.
+"""Tasks whose answer stands in the context or follows from it: arithmetic, copying, induction, recall, questions.
 
-Both options of an item are of one kind and occur equally often, so that a model that reads nothing gets half of them.
+Both options of an item are of one kind and occur equally often, so that a model that reads nothing gets half of them;
+the answer to a question is the model's to write.
 """
 
 from __future__ import annotations
@@ -86,5 +87,20 @@ def recall(count: int, seed: int) -> list[Item]:
         asked, other = rng.sample(range(3), 2)
         told = " ".join(f"{name} has the {thing}." for name, thing in zip(names, things, strict=True))
         return two_options(f"{told} {names[asked]} has the", f" {things[asked]}", f" {things[other]}", rng)
+
+    return different(count, draw)
+
+
+def questions(count: int, seed: int) -> list[Item]:
+    """Three people with a thing each, an answered question about one of them, and a question about another."""
+    rng = chance_of(seed, "questions")
+
+    def draw() -> Item:
+        names, things = rng.sample(NAMES, 3), rng.sample(THINGS, 3)
+        shown, asked = rng.sample(range(3), 2)
+        told = " ".join(f"{name} has the {thing}." for name, thing in zip(names, things, strict=True))
+        example = f"Question: What does {names[shown]} have?\nAnswer: the {things[shown]}"
+        question = f"Question: What does {names[asked]} have?\nAnswer:"
+        return {"context": f"{told}\n{example}\n{question}", "answers": [f"the {things[asked]}"]}
 
     return different(count, draw)

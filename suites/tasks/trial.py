@@ -60,7 +60,7 @@ class TaskTrial:
             for block in self.blocks.values():
                 block.rows = self.rows
         self.lm = wrap(self.model, tokenizer, workload["batch"], workload["window"])
-        self.kept = Kept(case)
+        self.kept = Kept(case, registry, self.input_sha256)
         self.tokens, self.resumed, self.done = 0, 0, 0
         self._unkept: tuple[str, list[Any], int] | None = None
 

@@ -79,6 +79,31 @@ def test_only_those_that_were_asked_the_same_are_compared(capsys, store):
     assert "int4" not in out
 
 
+def test_among_equals_the_nearest_to_the_dense_model_is_the_base_and_the_tie_is_told(capsys, store):
+    methods = [
+        case(name, None, {"arc.acc": 0.9, "kl_to_dense": kl}, RIGHT, **{**ABOUT, "quantization": name})
+        for name, kl in (("int2", 0.9), ("int8", 0.01), ("int4", 0.1))
+    ]
+    write_run(store, 0, *methods)
+    _, out = table(capsys, "latest")
+    head = out.splitlines()[0]
+    assert "int8" in head
+    assert "2 others change as little" in head
+
+
+def test_names_are_printed_without_what_a_terminal_obeys(capsys, store):
+    one_run(store, answered("evil", WORSE, quantization="int4\x1b[2J"))
+    _, out = table(capsys, "latest")
+    assert "\x1b" not in out
+    assert "int4" in out
+
+
+def test_more_than_a_thousand_differing_items_have_a_p():
+    assert mcnemar_p([1.0] * 3000, [0.0] * 1400 + [1.0] * 1600) == pytest.approx(0.0, abs=1e-100)
+    base, candidate = [1.0, 0.0] * 1500, [0.0, 1.0] * 1500
+    assert mcnemar_p(base, candidate) == 1.0
+
+
 def test_a_run_with_nothing_to_compare_says_what_to_do(capsys, store):
     write_run(store, 0, answered("model", RIGHT, layers=""))
     assert main(["compare", "latest"]) == 2

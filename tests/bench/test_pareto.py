@@ -87,6 +87,26 @@ def test_csv_has_a_line_for_each_case(capsys, store):
     assert [line.split(",")[0].split(" ")[0] for line in out.splitlines()] == ["front", '"throughput', '"throughput']
 
 
+def test_cases_that_did_not_end_ok_are_counted_unless_a_condition_narrows_the_rows(capsys, store):
+    broken = stored.case("eager", None, status="crashed", method_key="broken", group_key="g")
+    good = [*method("topk", 8, 17.4), *method("moepp", 9, 18.2)]
+    stored.write_run(store, 5, *good, broken)
+    _, out, _ = pareto(capsys, store)
+    assert "left out, 1 row: they ended crashed; `moebench report` says why" in " ".join(out.split())
+    _, out, _ = pareto(capsys, store, "--where", "routing <> 'x'")
+    assert "crashed" not in out
+
+
+def test_an_evaluation_counts_only_while_no_later_one_went_wrong(capsys, tmp_path):
+    stored.write_run(tmp_path, 0, *method("topk", 8, 17.4), *method("moepp", 9, 18.2), *method("hash", 10, 19.0))
+    wrong = method("moepp", 9, 18.2)[1]
+    wrong["cases"][0]["status"], wrong["metrics"] = "wrong", []
+    stored.write_run(tmp_path, 1, wrong)
+    _, out, _ = pareto(capsys, tmp_path)
+    assert "moepp" not in out
+    assert "or something later went wrong" in out
+
+
 def test_without_a_probe_there_is_no_utilisation_but_advice(capsys, tmp_path):
     stored.write_run(tmp_path, 0, *method("topk", 8, 17.4), *method("moepp", 9, 18.2))
     _, out, _ = pareto(capsys, tmp_path)

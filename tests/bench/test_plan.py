@@ -14,6 +14,7 @@ from moebench.bench.config import EngineConfig
 from moebench.bench.plan import Plan, _split, make_plan, plan_hash, plan_lines, shard
 from moebench.contracts import Case, Choice, Execution, MoebenchError, Planned, Registry
 from moebench.suites.base import cold_copies, covering_pairs, residency_of, sweep
+from moebench.suites.estimate import model_seconds
 
 REGISTRY = Registry.load()
 
@@ -50,6 +51,25 @@ def test_a_case_asked_for_twice_is_measured_once():
 
 
 sizes = st.lists(st.tuples(st.floats(1, 100), st.booleans()), min_size=1, max_size=12)
+
+
+def test_cases_that_run_once_share_a_group_however_little_memory_there_is(case):
+    once = [Planned(case(protocol="once", routing=Choice("topk", {"k": n})), None, 100.0) for n in (1, 2, 3)]
+    (group,) = _split("key", once, 50.0)
+    assert len(group.cases) == 3
+    timed = [dataclasses.replace(item, case=dataclasses.replace(item.case, protocol="timed")) for item in once]
+    assert len(_split("key", timed, 50.0)) > 1
+
+
+def test_estimates_grow_with_what_is_read():
+    shape = REGISTRY.params("model", Choice("smollm2")).shape()
+    started = model_seconds(shape, 0)
+    assert model_seconds(shape, 2000) - started == pytest.approx(2 * (model_seconds(shape, 1000) - started))
+    assert model_seconds(shape, 1000, passes=3) - started == pytest.approx(model_seconds(shape, 3000) - started)
+    seconds = [
+        planned("suite=lm_eval", "model=smollm2", "model.layers=[]", f"suite.items={n}").seconds for n in (30, 300)
+    ]
+    assert all(few < many for few, many in zip(*(one.values() for one in seconds), strict=True))
 
 
 @given(sizes, st.floats(1, 300))

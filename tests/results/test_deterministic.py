@@ -156,6 +156,15 @@ def test_items_that_one_side_lacks_leave_it_open():
 def test_too_few_items_are_told():
     (one,) = judge_items(items([1.0, 0.0]), items([0.0, 1.0]), **NAMES)
     assert one.reason == "2 items bear no interval; 10 are needed"
+    (one,) = judge_items(items([1.0, 0.0]), items([1.0, 0.0]), **NAMES)
+    assert (one.verdict, one.reason) == (Verdict.INCONCLUSIVE, "2 items bear no interval; 10 are needed")
+
+
+def test_a_figure_of_a_whole_set_has_no_items_to_judge():
+    nothing = items([None] * 20, "mcc")
+    (one,) = judge_items(nothing, nothing, **NAMES)
+    assert one.verdict == Verdict.INCONCLUSIVE
+    assert one.reason == "no item has a value of its own on both sides; compare the tasks' figures"
 
 
 def test_only_known_metrics_of_items_are_judged():

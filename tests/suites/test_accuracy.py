@@ -306,7 +306,7 @@ def test_the_fitted_router_lies_between_chance_and_the_oracle(judged):
         judged(*SPLIT, *ends, f"axes.routing={name}")[0]["kl_to_dense"] for name in ("topk", "oracle", "random")
     )
     assert oracle.value < fitted.value < chance.value
-    assert fitted.hi < chance.lo
+    assert oracle.hi < fitted.value < chance.lo
 
 
 def test_important_channels_always_on_lose_less_than_slices_by_rate(judged):

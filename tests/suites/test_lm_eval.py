@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moebench.bench.run import planned
-from moebench.contracts import MoebenchError, Registry
+from moebench.contracts import Choice, MoebenchError, Registry
 from moebench.suites.model_plugins import SmolLM2
 from moebench.suites.models.smollm2 import SmolLM2Model
 from moebench.suites.models.smollm2_jobs import ffn_of
@@ -24,6 +24,7 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from moebench.suites.tasks import harness, trial  # noqa: E402
 from moebench.suites.tasks.folder import TASKS, task_folder  # noqa: E402
+from moebench.suites.tasks.judging import judge  # noqa: E402
 from moebench.suites.tasks.kept import Kept  # noqa: E402
 
 REGISTRY = Registry.load()
@@ -99,7 +100,7 @@ def smollm2(cache):
 
 def test_the_model_as_it_is_gives_what_lm_eval_gives_item_by_item(monkeypatch):
     monkeypatch.setattr(trial, "SHARD", 4)  # the last shard is shorter
-    names = list(TASKS)
+    names = [name for name in TASKS if name != "moebench_answers"]  # this tokenizer has no token for an end
     one = prepared("model.layers=[]", f"suite.tasks=[{','.join(names)}]")
     assert one.steps == 2 * len(names)
     mine = run(one)
@@ -107,8 +108,8 @@ def test_the_model_as_it_is_gives_what_lm_eval_gives_item_by_item(monkeypatch):
     samples, results = direct(one.model, one.lm.tokenizer, names, 6, prefix_token_id=newline)
     theirs = as_items(samples)
     assert mine.keys() == theirs.keys()
-    assert {key: value for key, value in mine.items() if key[2] == "acc"} == {
-        key: value for key, value in theirs.items() if key[2] == "acc"
+    assert {key: value for key, value in mine.items() if key[2] != "bits_per_byte"} == {
+        key: value for key, value in theirs.items() if key[2] != "bits_per_byte"
     }
     bits = {key: value for key, value in theirs.items() if key[2] == "bits_per_byte"}
     assert {key: mine[key] for key in bits} == pytest.approx(bits, rel=1e-14)
@@ -116,20 +117,32 @@ def test_the_model_as_it_is_gives_what_lm_eval_gives_item_by_item(monkeypatch):
     for own in samples.values():
         for sample in own:
             for arguments, responses in zip(sample["arguments"], sample["resps"], strict=True):
-                assert answers[tuple(arguments)] == responses[0]  # log-likelihoods, bit for bit
+                assert answers[tuple(arguments)] == responses[0]  # log-likelihoods bit for bit, and texts
     metrics = {metric.name: metric.value for metric in one.facts().metrics}
-    for name in names:
-        metric = "bits_per_byte" if name.endswith("bits_per_byte") else "acc"
+    for name, _, metric in mine:
         assert metrics[f"{name}.{metric}"] == pytest.approx(results[name][f"{metric},none"], rel=1e-12)
 
 
 def test_smollm2_as_it_is_gives_what_lm_eval_gives(monkeypatch, smollm2):
     monkeypatch.setenv("MOEBENCH_CACHE", str(smollm2.folder.parents[2]))
-    settings = ("model=smollm2", "model.layers=[]", "suite.items=3", "suite.tasks=[moebench_cloze,moebench_grammar]")
-    one = prepared(*settings)
+    tasks = "suite.tasks=[moebench_cloze,moebench_grammar,moebench_answers]"
+    one = prepared("model=smollm2", "model.layers=[]", "suite.items=3", tasks)
     mine = run(one)
+    assert {key[2] for key in mine} == {"acc", "exact_match", "token_f1"}
     samples, _ = direct(one.model, one.lm.tokenizer, one.tasks, 3)
     assert mine == as_items(samples)
+
+
+def test_written_answers_are_judged_as_they_are_and_need_a_token_for_their_end():
+    one = prepared("model.layers=[]", "suite.tasks=[moebench_answers]")
+    with pytest.raises(MoebenchError, match="task 'moebench_answers' wants written answers"):
+        one.run(0)
+    right = [request.doc["answers"][0] for request in one.shards[0].requests]
+    harness.give(one.shards[0].requests, [f" {right[0]}.", "nothing", f"{right[2]} and more", *right[3:]])
+    found = values(one)
+    exact, f1 = ([found["moebench_answers", str(n), name] for n in range(6)] for name in ("exact_match", "token_f1"))
+    assert exact == [1, 0, 0, 1, 1, 1]
+    assert f1 == pytest.approx([1, 0, 0.5, 1, 1, 1])  # without its article an answer is one word, and said were three
 
 
 def test_layers_of_our_own_answer_as_the_models_own_do_and_other_routings_do_not():
@@ -210,7 +223,53 @@ def test_a_killed_evaluation_goes_on_and_says_the_same(monkeypatch):
 
 def test_another_method_takes_no_answers_of_this_one():
     own, _ = cases("axes.quantization=[none,int8]")
-    assert len({Kept(case).folder for case in own}) == 2
+    assert len({Kept(case, REGISTRY, "").folder for case in own}) == 2
+
+
+class Judged:
+    """A task of lm-eval with three items and the aggregation of that name."""
+
+    OUTPUT_TYPE = "generate_until"
+
+    def __init__(self, aggregate, values):
+        from lm_eval.api.instance import Instance
+        from lm_eval.api.registry import get_aggregation
+
+        self.values, self.aggregate = values, get_aggregation(aggregate)
+        self.instances = [Instance("generate_until", {"id": n}, ("q", {}), 0, ("judged", n, 1)) for n in range(3)]
+
+    def apply_filters(self):
+        for request in self.instances:
+            request.filtered_resps = {"none": "yes"}
+
+    def process_results(self, doc, results):
+        return {"figure": self.values[doc["id"]]}
+
+    def aggregation(self):
+        return {"figure": self.aggregate}
+
+
+def test_what_an_aggregation_makes_of_one_item_is_no_value_of_it():
+    items, (metric,) = judge("judged", Judged("f1", [(1, 0), (1, 1), (1, 1)]), 0)
+    assert [item.value for item in items] == [None, None, None]  # one alone would be 1 or 0 and not 4/5
+    assert metric.value == pytest.approx(0.8)
+    items, _ = judge("judged", Judged("mean", [0.0, 1.0, 1.0]), 0)
+    assert [item.value for item in items] == [0.0, 1.0, 1.0]
+
+
+def test_a_plug_ins_source_decides_whether_answers_are_taken_up(tmp_path):
+    file = tmp_path / "own.py"
+    (case,) = cases("model.layers=all", "suite.tasks=[moebench_recall]")[0]
+
+    def folder(text, inputs="a"):
+        file.write_text(text)
+        registry = Registry.load()
+        registry.add(dataclasses.replace(registry.get("quantization", "none"), name="own", factory=f"{file}:keep"))
+        own = dataclasses.replace(case, quantization=Choice("own"))
+        return Kept(own, registry, inputs).folder
+
+    assert folder("a = 1") == folder("a = 1")
+    assert len({folder("a = 1"), folder("a = 2"), folder("a = 1", "b")}) == 3
 
 
 def test_answers_that_failed_the_oracle_are_not_kept(monkeypatch):

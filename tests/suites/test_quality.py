@@ -12,7 +12,7 @@ from moebench.moe.routing_metrics.agreement import agreement_per_token, fluctuat
 from moebench.suites.quality.answers import exact_match, normalised, token_f1
 from moebench.suites.quality.block import relative_error
 from moebench.suites.quality.calibration import bin_gaps, calibration_error, equal_mass_bins
-from moebench.suites.quality.trial import block_items
+from moebench.suites.quality.windows import block_items
 
 
 def rng(seed):

@@ -13,7 +13,7 @@ from moebench.suites.tasks.folder import ITEMS, TASKS, task_folder
 from moebench.suites.tasks.items import different, two_options
 from moebench.suites.text import calibration_text, evaluation_text
 
-OPTIONS = [name for name in TASKS if name != "moebench_bits_per_byte"]
+OPTIONS = [name for name in TASKS if name not in ("moebench_bits_per_byte", "moebench_answers")]
 
 
 def answers(items):
@@ -88,6 +88,15 @@ def test_recall_asks_for_the_thing_of_the_one_that_is_named():
         asked = context.split()[-3]
         assert told[asked] == right.strip()
         assert wrong.strip() in set(told.values()) - {told[asked]}
+
+
+def test_questions_are_about_another_one_than_the_example():
+    for item in puzzles.questions(100, 0):
+        told = dict(re.findall(r"(\w+) has the (\w+)\.", item["context"]))
+        shown, asked = re.findall(r"What does (\w+) have", item["context"])
+        assert shown != asked
+        assert f"Answer: the {told[shown]}\n" in item["context"]
+        assert item["answers"] == [f"the {told[asked]}"]
 
 
 def test_pairs_differ_in_what_their_paradigm_is_about():
