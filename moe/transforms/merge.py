@@ -96,7 +96,7 @@ def _merged(weights: LayerWeights, members: list[int], load_E: Tensor, align: bo
         gate_up, down = weights.gate_up[member], weights.down[member]
         if align and member != members[0]:
             order_F = aligned_order(gate_up, down, weights.gate_up[members[0]], weights.down[members[0]])
-            gate_up, down = gate_up.unflatten(0, (-1, width))[:, order_F].flatten(0, 1), down[:, order_F]
+            gate_up, down = gate_up.reshape(-1, width, gate_up.shape[1])[:, order_F].flatten(0, 1), down[:, order_F]
         parts.append(gate_up)
         columns.append(down)
     load = load_E[members]
@@ -106,12 +106,13 @@ def _merged(weights: LayerWeights, members: list[int], load_E: Tensor, align: bo
 def _average(values: Tensor, load: Tensor) -> Tensor:
     """Return the mean over the first axis weighted by ``load``, in the dtype of ``values``."""
     share = load.double() if float(load.sum()) > 0 else torch.ones(len(load), dtype=torch.float64)
-    return torch.tensordot(share / share.sum(), values.double(), dims=1).to(values.dtype)
+    mean: Tensor = torch.tensordot(share / share.sum(), values.double(), dims=1)
+    return mean.to(values.dtype)
 
 
 def _channels(gate_up: Tensor, down: Tensor) -> Tensor:
     """Return all weights of each channel, [F, D] float64."""
-    rows_PFH = gate_up.double().unflatten(0, (-1, down.shape[1]))
+    rows_PFH = gate_up.double().reshape(-1, down.shape[1], down.shape[0])
     return torch.cat([*rows_PFH.unbind(), down.double().T], dim=1)
 
 

@@ -50,8 +50,10 @@ def layer_gradient(weights: LayerWeights, routing: Routing, x_TH: Tensor) -> Ten
 def magnitudes(weights: LayerWeights) -> Tensor:
     """Return the norm of all weights of each channel, [E, F] float64: its rows of gate and up, its column of down."""
     _check_experts(weights)
-    rows_EPFH = weights.gate_up.double().unflatten(1, (-1, weights.down.shape[2]))
-    return (rows_EPFH.square().sum(dim=(1, 3)) + weights.down.double().square().sum(dim=1)).sqrt()
+    experts, hidden, width = weights.down.shape
+    rows_EPFH = weights.gate_up.double().reshape(experts, -1, width, hidden)
+    squares_EF: Tensor = rows_EPFH.square().sum(dim=(1, 3)) + weights.down.double().square().sum(dim=1)
+    return squares_EF.sqrt()
 
 
 def chances(weights: LayerWeights, seed: int) -> Tensor:
@@ -75,8 +77,8 @@ def slim(weights: LayerWeights, kept_EC: Tensor) -> LayerWeights:
     rising = bool((kept_EC[:, 1:] > kept_EC[:, :-1]).all()) and int(kept_EC.min()) >= 0 and int(kept_EC.max()) < width
     if len(kept_EC) != experts or not rising:
         raise ValueError(f"kept wants rising channels below {width} for each of the layer's {experts} experts.")
-    parts = weights.gate_up.unflatten(1, (-1, width))
-    rows_EPCH = parts.gather(2, kept_EC[:, None, :, None].expand(-1, parts.shape[1], -1, hidden))
+    parts_EPFH = weights.gate_up.reshape(experts, -1, width, hidden)
+    rows_EPCH = parts_EPFH.gather(2, kept_EC[:, None, :, None].expand(-1, parts_EPFH.shape[1], -1, hidden))
     down = weights.down.gather(2, kept_EC[:, None, :].expand(-1, hidden, -1))
     return replace(weights, gate_up=rows_EPCH.flatten(1, 2).contiguous(), down=down.contiguous())
 

@@ -72,7 +72,8 @@ def changed_model(model: Any, change: Change) -> Any:
 
 def _prefix(model: Any, layer: int) -> str:
     block = ffn_of(model.model.layers[layer])
-    return next(name for name, module in model.named_modules() if module is block)
+    name: str = next(name for name, module in model.named_modules() if module is block)
+    return name
 
 
 def log_probabilities(model: Any, ids_BT: Tensor) -> Tensor:
@@ -138,7 +139,8 @@ def _at_half(student: Any, teacher: Any, ids_BT: Tensor) -> dict[int, tuple[Tens
             stack.callback(handle.remove)
         loss = _divergence(log_probabilities(student, ids_BT), wanted_NV)
         slopes = torch.autograd.grad(loss, [scaled_TH for _, scaled_TH in caught.values()])
-    return {
-        layer: tuple(tensor.detach().cpu() for tensor in (*inputs, slope_TH))
-        for (layer, (inputs, _)), slope_TH in zip(caught.items(), slopes, strict=True)
-    }
+    found = {}
+    for (layer, (inputs, _)), slope_TH in zip(caught.items(), slopes, strict=True):
+        x_TH, indices_TK, weights_TK = (tensor.detach().cpu() for tensor in inputs)
+        found[layer] = (x_TH, indices_TK, weights_TK, slope_TH.cpu())
+    return found

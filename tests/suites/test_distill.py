@@ -35,8 +35,8 @@ def teacher():
     model = new_model(PARAMS).eval()
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.mlp.experts.gate_up_proj.mul_(8)
-            layer.mlp.experts.down_proj.mul_(8)
+            layer.mlp.experts.gate_up_proj.mul_(30)
+            layer.mlp.experts.down_proj.mul_(30)
     return model
 
 
@@ -90,9 +90,10 @@ def test_a_slimmed_model_is_the_model_with_the_other_channels_zero(teacher, text
 def test_the_loss_is_the_divergence_and_its_teacher_gets_no_gradient(teacher, text):
     student, ids_BT = new_model(TinyMoE("smoke", seed=3)), text.held_out.ids_BT[:2]
     found = distillation_loss(student, teacher, ids_BT)
-    log_p, log_q = (log_probabilities(model, ids_BT).double() for model in (teacher, student))
-    assert found.item() == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(1).mean()), rel=1e-4)
     found.backward()
+    log_p, log_q = (log_probabilities(model, ids_BT).double() for model in (teacher, student))
+    wanted = (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in student.parameters())
 
@@ -109,12 +110,14 @@ def test_terms_are_the_derivative_by_a_factor_of_each_channel_where_experts_coun
         module.down_proj = scaled
     loss = distillation_loss(half, teacher, ids_BT)
     for layer, wanted_EF in zip(factors, torch.autograd.grad(loss, list(factors.values())), strict=True):
-        torch.testing.assert_close(found.terms_EF[layer].float(), wanted_EF, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            found.terms_EF[layer].float(), wanted_EF, rtol=1e-3, atol=1e-3 * float(wanted_EF.abs().max())
+        )
         assert int(found.load_E[layer].sum()) == 3 * 39 * PARAMS.sizes.k
     whole = copy.deepcopy(teacher)  # at the teacher itself every gradient is zero, which is why it is not taken there
     slopes = torch.autograd.grad(distillation_loss(whole, teacher, ids_BT), whole.model.layers[0].mlp.experts.down_proj)
-    assert float(slopes[0].abs().max()) < 1e-5
-    assert all(float(terms_EF.abs().max()) > 1e-4 for terms_EF in found.terms_EF.values())
+    assert float(slopes[0].abs().max()) < 1e-6
+    assert all(float(terms_EF.abs().max()) > 1e-3 for terms_EF in found.terms_EF.values())
 
 
 @pytest.mark.parametrize("by", ["taylor", "magnitude", "random"])
