@@ -24,14 +24,15 @@ from .routing import Context, Routing
 class PruningRule:
     """Drop a token's lowest expert where its weight is below ``beta`` times the highest one's.
 
-    The share ``protect`` of the tokens of a call, rounded down, is never pruned: those of the largest importance. The
-    weight of what is dropped goes to the experts that are kept. ``by="random"`` is the control: as many tokens lose
+    The share ``protect`` of the tokens of a call, rounded down, is never pruned: those of the largest importance, which
+    is the paper's with ``importance="attention"`` and the ``norm`` |h|_1 alone with that. The weight of what is dropped goes to the experts that are kept. ``by="random"`` is the control: as many tokens lose
     their lowest expert, drawn among those that have a second one and are not protected.
     """
 
     beta: float
     protect: float = 0.02
     by: Literal["ratio", "random"] = "ratio"
+    importance: Literal["attention", "norm"] = "attention"
 
     def __post_init__(self) -> None:
         if self.beta < 0 or not 0 <= self.protect <= 1:
@@ -129,21 +130,22 @@ class OnlinePruning(Router):
     """A router whose Routing is pruned token by token; everything else is the router's own.
 
     Protection ranks the tokens of one call, so that with it, or with random choices, later tokens matter to earlier
-    ones. It reads ``attn`` of the Context where that is there.
+    ones. Importance by attention reads ``attn`` of the Context, and is the norm alone where that is not there.
     """
 
     def __init__(self, router: Router, rule: PruningRule) -> None:
         super().__init__()
         self.router = router
         self.rule = rule
-        read = {"attn": rule.protect > 0, "rng": rule.by == "random"}
+        read = {"attn": rule.protect > 0 and rule.importance == "attention", "rng": rule.by == "random"}
         self.needs = router.needs | {name for name, wanted in read.items() if wanted}
         self.causal = router.causal and rule.protect == 0 and rule.by == "ratio"
         self.scope = router.scope
 
     def forward(self, x_TH: Tensor, ctx: Context) -> Routing:
         """Return the router's Routing without the entries that the rule drops."""
-        return prune_lowest(self.router(x_TH, ctx), importance(x_TH, ctx.attn), self.rule, ctx.rng)
+        attn = ctx.attn if "attn" in self.needs else None
+        return prune_lowest(self.router(x_TH, ctx), importance(x_TH, attn), self.rule, ctx.rng)
 
     def update(self, routing: Routing, signal: Any = None) -> None:
         """Hand everything on to the router."""

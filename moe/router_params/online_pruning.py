@@ -17,14 +17,15 @@ class OnlinePruned(AnyNumber):
 
     That is where it weighs less than ``beta`` times the token's highest; the paper's beta is the median of that ratio
     on calibration tokens, 0.40 to 0.62 in the layers of Mixtral, with two experts per token. The share ``protect`` of
-    a call's tokens, those of the largest |h|_1 times the attention received, keep all; where no attention is given,
-    the norm alone decides. ``by="random"`` prunes as many tokens by chance. ``k`` None is the model's own.
+    a call's tokens, those of the largest |h|_1 times the attention received, keep all; with ``importance="norm"`` the
+    norm alone decides, which needs no attention. ``by="random"`` prunes as many tokens by chance. ``k`` None is the model's own.
     """
 
     k: int | None = None
     beta: float = 0.5
     protect: float = 0.02
     by: Literal["ratio", "random"] = "ratio"
+    importance: Literal["attention", "norm"] = "attention"
 
     def __post_init__(self) -> None:
         if self.beta < 0 or not 0 <= self.protect <= 1:
@@ -34,6 +35,11 @@ class OnlinePruned(AnyNumber):
     def causal(self) -> bool:
         """Whether later tokens leave earlier ones alone: not where some of a call's tokens are chosen."""
         return self.protect == 0 and self.by == "ratio"
+
+    @property
+    def beyond_text(self) -> str | None:
+        """The attention, where it says which tokens are protected."""
+        return "attn" if self.protect > 0 and self.importance == "attention" else None
 
     def unpruned(self) -> TopK:
         """Return the parameters of the top-k that is pruned."""

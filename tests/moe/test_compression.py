@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebench.contracts import Selection
+from moebench.contracts import Registry, Selection
 from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import LayerWeights, PreparedLayer, expert_forward, moe_forward
+from moebench.moe.recipe import Recipe, Stage, prepare_layer
 from moebench.moe.shapes import ModelShape
 from moebench.moe.transforms.accounting import PHI
 from moebench.moe.transforms.compression import gate_routing, merged, slimmed
-from moebench.moe.transforms.compression_params import Merge, Slim
+from moebench.moe.transforms.compression_params import DESCRIPTORS, Merge, Slim
 from moebench.moe.transforms.merge import aligned_order, expert_outputs, group_experts, merge
 from moebench.moe.transforms.slim import best_channels, chances, layer_gradient, magnitudes, slim, taylor_terms
 from moebench.moe.transforms.steps import utilisation
@@ -266,3 +267,26 @@ def test_the_count_is_that_of_the_very_model(name):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == replace(own, layers=2).total()
+
+
+# --- in a recipe -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [Slim(), Slim(by="random"), Merge(), Merge(by="outputs", align=False)])
+def test_a_recipe_prepares_what_the_shape_says(params, tmp_path):
+    registry = Registry.load()
+    descriptor = next(one for one in DESCRIPTORS if one.params is type(params))
+    rest = {kind: registry.get(kind, name) for kind, name in (("routing", "topk"), ("quantization", "int4"))}
+    stages = {kind: Stage(one, one.params_from({})) for kind, one in rest.items()}
+    stages["quantization"] = Stage(rest["quantization"], rest["quantization"].params_from({"group": None}))
+    none = registry.get("sparsity", "none")
+    recipe = Recipe(structure=Stage(descriptor, params), sparsity=Stage(none, none.params_from({})), **stages)
+    shape, x_TH = params.reshape(SHAPE), seeded(T, H, seed=9, dtype=torch.float32)
+    prepared = [
+        prepare_layer(recipe, layer(dtype=torch.float32), shape, x_TH, 0, torch.float32, {"layer": 0}, tmp_path)
+        for _ in range(2)  # the second time from artefacts
+    ]
+    assert (prepared[0].store.num_experts, prepared[0].store.width) == (shape.experts, shape.width)
+    one, other = (moe_forward(layer, x_TH) for layer in prepared)
+    assert torch.equal(one, other)
+    assert bool(one.isfinite().all())

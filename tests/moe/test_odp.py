@@ -128,10 +128,25 @@ def test_the_router_prunes_what_its_own_router_chose():
     assert bundle.kinds == ("ffn",) * E
 
 
+def test_attention_protects_other_tokens_than_the_norm():
+    weights, shape = layer()
+    x_TH, attn = seeded(100, H, seed=4), seeded(2, 2, 50, 50, seed=6).exp().tril()
+    ctx = Context(attn=attn / attn.sum(-1, keepdim=True))
+    found = {
+        name: build(OnlinePruned(beta=1.1, protect=0.1, importance=name))(weights, shape, 0).router(x_TH, ctx)
+        for name in ("attention", "norm")
+    }
+    spared = {"attention": protected(importance(x_TH, ctx.attn), 0.1), "norm": protected(importance(x_TH), 0.1)}
+    for name, routing in found.items():  # every token that is not protected loses one
+        assert torch.equal(routing.k_T == 2, spared[name])
+    assert not torch.equal(*spared.values())
+
+
 @pytest.mark.parametrize(
     ("params", "needs", "causal"),
     [
         (OnlinePruned(), {"attn"}, False),
+        (OnlinePruned(importance="norm"), set(), False),
         (OnlinePruned(protect=0.0), set(), True),
         (OnlinePruned(protect=0.0, by="random"), {"rng"}, False),
     ],
@@ -140,6 +155,7 @@ def test_what_the_router_reads_and_whether_it_is_causal(params, needs, causal):
     weights, shape = layer()
     router = build(params)(weights, shape, 0).router
     assert (set(router.needs), router.causal, params.causal) == (needs, causal, causal)
+    assert params.beyond_text == ("attn" if "attn" in needs else None)
     if causal:
         x_TH = seeded(40, H, seed=4)
         whole, part = (router(rows, Context()).to_dense() for rows in (x_TH, x_TH[:25]))

@@ -164,6 +164,7 @@ def test_smoothing_lowers_the_error_of_four_bit_activations_with_outliers(seed):
         folded = smoothed(Smoothing(by, hidden=False), weights, stats)
         errors[by] = w4a4_error(folded.weights, x_TH, folded.input_scale_H, wanted_TH, routing)
     assert errors["experts"] < 0.6 * errors["none"]
+    assert errors["experts"] <= 1.02 * min(errors["input"], errors["router"])
 
 
 def test_hidden_channels_are_smoothed_by_expert():
