@@ -25,14 +25,17 @@ class PruningRule:
     """Drop a token's lowest expert where its weight is below ``beta`` times the highest one's.
 
     The share ``protect`` of the tokens of a call, rounded down, is never pruned: those of the largest importance, which
-    is the paper's with ``importance="attention"`` and the ``norm`` |h|_1 alone with that. The weight of what is dropped goes to the experts that are kept. ``by="random"`` is the control: as many tokens lose
-    their lowest expert, drawn among those that have a second one and are not protected.
+    is the paper's with ``importance="attention"`` and the ``norm`` |h|_1 alone with that. The weight of what is dropped
+    goes to the experts that are kept. ``by="random"`` is the control: as many tokens lose their lowest expert, drawn
+    among those that have a second one and are not protected. With a ``rate`` each of these loses it with that
+    probability instead, so that how many there are does not depend on later tokens.
     """
 
     beta: float
     protect: float = 0.02
     by: Literal["ratio", "random"] = "ratio"
     importance: Literal["attention", "norm"] = "attention"
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.beta < 0 or not 0 <= self.protect <= 1:
@@ -79,7 +82,7 @@ def prune_lowest(
     free_T = pair_T & ~protected(importance_T, rule.protect)
     drop_T = free_T & (ratio_T < rule.beta)
     if rule.by == "random":
-        drop_T = _as_many(free_T, int(drop_T.sum()), rng)
+        drop_T = _drawn(free_T, int(drop_T.sum()), rule.rate, rng)
     kept_N = torch.ones_like(routing.token_N, dtype=torch.bool)
     kept_N[lowest_T[drop_T]] = False
     return renormalized(routing, routing.keep(kept_N))
@@ -94,9 +97,11 @@ def protected(importance_T: Tensor, share: float) -> Tensor:
     return chosen_T
 
 
-def _as_many(free_T: Tensor, count: int, rng: torch.Generator | None) -> Tensor:
+def _drawn(free_T: Tensor, count: int, rate: float | None, rng: torch.Generator | None) -> Tensor:
     if rng is None:
         raise ValueError("pruning by 'random' needs rng in the Context; give a torch.Generator.")
+    if rate is not None:
+        return free_T & (torch.rand(len(free_T), generator=rng, device=rng.device).to(free_T.device) < rate)
     free = free_T.nonzero().flatten()
     draw = torch.randperm(len(free), generator=rng, device=rng.device)[:count].to(free.device)
     chosen_T = torch.zeros_like(free_T)
@@ -129,8 +134,8 @@ def _ratios(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
 class OnlinePruning(Router):
     """A router whose Routing is pruned token by token; everything else is the router's own.
 
-    Protection ranks the tokens of one call, so that with it, or with random choices, later tokens matter to earlier
-    ones. Importance by attention reads ``attn`` of the Context, and is the norm alone where that is not there.
+    Protection ranks the tokens of one call, so that with it, or with as many random choices, later tokens matter to
+    earlier ones. Importance by attention reads ``attn`` of the Context, and is the norm alone where that is not there.
     """
 
     def __init__(self, router: Router, rule: PruningRule) -> None:
@@ -139,7 +144,7 @@ class OnlinePruning(Router):
         self.rule = rule
         read = {"attn": rule.protect > 0 and rule.importance == "attention", "rng": rule.by == "random"}
         self.needs = router.needs | {name for name, wanted in read.items() if wanted}
-        self.causal = router.causal and rule.protect == 0 and rule.by == "ratio"
+        self.causal = router.causal and rule.protect == 0 and (rule.by == "ratio" or rule.rate is not None)
         self.scope = router.scope
 
     def forward(self, x_TH: Tensor, ctx: Context) -> Routing:

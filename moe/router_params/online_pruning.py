@@ -18,7 +18,8 @@ class OnlinePruned(AnyNumber):
     That is where it weighs less than ``beta`` times the token's highest; the paper's beta is the median of that ratio
     on calibration tokens, 0.40 to 0.62 in the layers of Mixtral, with two experts per token. The share ``protect`` of
     a call's tokens, those of the largest |h|_1 times the attention received, keep all; with ``importance="norm"`` the
-    norm alone decides, which needs no attention. ``by="random"`` prunes as many tokens by chance. ``k`` None is the model's own.
+    norm alone decides, which needs no attention. ``by="random"`` prunes as many tokens by chance, or each with the
+    probability ``rate``. ``k`` None is the model's own.
     """
 
     k: int | None = None
@@ -26,6 +27,7 @@ class OnlinePruned(AnyNumber):
     protect: float = 0.02
     by: Literal["ratio", "random"] = "ratio"
     importance: Literal["attention", "norm"] = "attention"
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.beta < 0 or not 0 <= self.protect <= 1:
@@ -34,7 +36,7 @@ class OnlinePruned(AnyNumber):
     @property
     def causal(self) -> bool:
         """Whether later tokens leave earlier ones alone: not where some of a call's tokens are chosen."""
-        return self.protect == 0 and self.by == "ratio"
+        return self.protect == 0 and (self.by == "ratio" or self.rate is not None)
 
     @property
     def beyond_text(self) -> str | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def build(params: OnlinePruned) -> Callable[[LayerWeights, ModelShape, int], RouterBundle]:
     """Return the factory of the model's own top-k, pruned by the rule that ``params`` describe."""
     plain = topk.build(params.unpruned())
-    rule = PruningRule(params.beta, params.protect, params.by, params.importance)
+    rule = PruningRule(params.beta, params.protect, params.by, params.importance, params.rate)
 
     def factory(weights: LayerWeights, shape: ModelShape, seed: int) -> RouterBundle:
         params.kinds(shape)

@@ -86,6 +86,14 @@ def test_the_control_prunes_as_many_of_the_lowest_and_spares_the_protected():
         prune_lowest(routing, worth_T, chance)
 
 
+def test_a_rate_prunes_each_token_with_its_probability():
+    routing, worth_T = topk(2000, 2), torch.ones(2000)
+    for rate in (0.0, 0.3, 1.0):
+        found = prune_lowest(routing, worth_T, PruningRule(0.5, 0.0, "random", rate=rate), rng())
+        dropped = 4000 - len(found.token_N)
+        assert abs(dropped - 2000 * rate) <= 5 * (2000 * rate * (1 - rate)) ** 0.5
+
+
 def test_protected_are_the_most_important_and_of_equals_the_earlier():
     assert protected(torch.tensor([1.0, 3.0, 2.0, 3.0]), 0.5).tolist() == [False, True, False, True]
     assert protected(torch.ones(4), 0.5).tolist() == [True, True, False, False]
@@ -149,6 +157,7 @@ def test_attention_protects_other_tokens_than_the_norm():
         (OnlinePruned(importance="norm"), set(), False),
         (OnlinePruned(protect=0.0), set(), True),
         (OnlinePruned(protect=0.0, by="random"), {"rng"}, False),
+        (OnlinePruned(protect=0.0, by="random", rate=0.5), {"rng"}, True),
     ],
 )
 def test_what_the_router_reads_and_whether_it_is_causal(params, needs, causal):
@@ -158,7 +167,7 @@ def test_what_the_router_reads_and_whether_it_is_causal(params, needs, causal):
     assert params.beyond_text == ("attn" if "attn" in needs else None)
     if causal:
         x_TH = seeded(40, H, seed=4)
-        whole, part = (router(rows, Context()).to_dense() for rows in (x_TH, x_TH[:25]))
+        whole, part = (router(rows, Context(rng=rng())).to_dense() for rows in (x_TH, x_TH[:25]))
         assert torch.equal(whole[:25], part)
 
 
