@@ -91,10 +91,12 @@ class TaylorSplit(Split):
     Importance is the first-order Taylor term |a dL/da| of a channel's activation a, mean over calibration tokens. A
     structure sees one layer's weights and inputs, so L is not the model's loss but the layer's: half the squared error
     of the output as a part of the output, at the layer left out. The first ``shared`` / ``experts`` of the channels
-    become the shared expert, the others routed experts.
+    become the shared expert, the others routed experts. The controls: channels are important by ``magnitude``, the norm
+    of all their weights, or by chance (``random``).
     """
 
     shared: int = 2
+    by: Literal["taylor", "magnitude", "random"] = "taylor"
     assignment: Literal["contiguous", "coactivation"] = "coactivation"
 
     def __post_init__(self) -> None:

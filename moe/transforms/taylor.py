@@ -6,6 +6,7 @@ H hidden.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..layer import LayerWeights, ffn_hidden
 from ..structure import StructureStep, assign_channels, channel_contributions, check_cut, slices_with_router
+from .slim import chances, magnitudes
 
 if TYPE_CHECKING:
     from .params import TaylorSplit
@@ -25,7 +27,7 @@ def taylor(params: TaylorSplit) -> StructureStep:
         check_cut(weights, activations_TH, params.experts, "taylor")
         x_TH = activations_TH.float()
         width = weights.down.shape[1]
-        ranked_F = torch.argsort(taylor_importance(weights, x_TH), descending=True, stable=True)
+        ranked_F = torch.argsort(_importance(params, weights, x_TH, seed), descending=True, stable=True)
         always = params.shared * (width // params.experts)
         shared_S, rest_R = ranked_F[:always].sort().values, ranked_F[always:].sort().values
         contribution_TR = channel_contributions(weights, x_TH)[:, rest_R]
@@ -33,6 +35,13 @@ def taylor(params: TaylorSplit) -> StructureStep:
         return slices_with_router(weights, x_TH, rest_R[place_EC], shared_S)
 
     return build
+
+
+def _importance(params: TaylorSplit, weights: LayerWeights, x_TH: Tensor, seed: int) -> Tensor:
+    if params.by == "taylor":
+        return taylor_importance(weights, x_TH)
+    one = replace(weights, gate_up=weights.gate_up[None], down=weights.down[None])
+    return magnitudes(one)[0] if params.by == "magnitude" else chances(one, seed)[0]
 
 
 def taylor_importance(weights: LayerWeights, x_TH: Tensor) -> Tensor:

@@ -50,11 +50,8 @@ class LanguageModelTask:
 
     def batch(self, step: int) -> Tensor:
         """Return ids_BT [windows, window + 1], from places that the seed and the step decide."""
-        rng = torch.Generator().manual_seed(substream(self.seed, "batch", step))
-        start_B = torch.randint(len(self.ids_N) - self.window, (self.windows,), generator=rng)
-        ids_BT = self.ids_N[start_B[:, None] + torch.arange(self.window + 1)]
-        ids_BT[::2, 0] = self.end
-        return ids_BT.to(self.device)
+        shape = (self.windows, self.window)
+        return windows_at(self.ids_N, shape, self.end, substream(self.seed, "batch", step)).to(self.device)
 
     def loss(self, batch: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return cross-entropy plus balance, and both by name."""
@@ -79,6 +76,15 @@ class LanguageModelTask:
 def gates(model: Any) -> dict[int, Any]:
     """Return the routers by decoder layer."""
     return {i: ffn_of(layer).gate for i, layer in enumerate(model.model.layers) if hasattr(ffn_of(layer), "gate")}
+
+
+def windows_at(ids_N: Tensor, shape: tuple[int, int], end: int, seed: int) -> Tensor:
+    """Return ids_BT [windows, window + 1] of places that the seed decides, every second one beginning with ``end``."""
+    windows, window = shape
+    start_B = torch.randint(len(ids_N) - window, (windows,), generator=torch.Generator().manual_seed(seed))
+    ids_BT = ids_N[start_B[:, None] + torch.arange(window + 1)]
+    ids_BT[::2, 0] = end
+    return ids_BT
 
 
 def nll(model: Any, ids_BT: Tensor) -> Tensor:

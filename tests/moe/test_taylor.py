@@ -80,6 +80,22 @@ def test_the_most_important_channels_are_shared():
     assert set(map(tuple, parts.shared.down.T.tolist())) == set(map(tuple, weights.down[:, best_F].T.tolist()))
 
 
+@pytest.mark.parametrize("by", ["magnitude", "random"])
+def test_the_controls_share_other_channels_and_stay_a_partition(by):
+    weights, x_TH = dense(), seeded(50, H, seed=1)
+    parts = taylor(TaylorSplit(8, 2, 2, by=by))(weights, x_TH, 0)
+    torch.testing.assert_close(all_experts(parts, x_TH), output(weights, x_TH), rtol=1e-4, atol=1e-4)
+    shared = set(map(tuple, parts.shared.down.T.tolist()))
+    best_F = taylor_importance(weights, x_TH).topk(2 * F // 8).indices
+    assert shared != set(map(tuple, weights.down[:, best_F].T.tolist()))
+    if by == "magnitude":
+        norm_F = torch.cat([*weights.gate_up.chunk(2), weights.down.T], dim=1).norm(dim=1)
+        assert shared == set(map(tuple, weights.down[:, norm_F.topk(2 * F // 8).indices].T.tolist()))
+    else:
+        other = taylor(TaylorSplit(8, 2, 2, by=by))(weights, x_TH, 1)
+        assert shared != set(map(tuple, other.shared.down.T.tolist()))
+
+
 def test_shape_and_mistakes():
     shape = ModelShape(H, F, 0, 1, (0,), Selection("one", 1, False))
     made = TaylorSplit(8, 2, 3).reshape(shape)

@@ -1,0 +1,1 @@
+"""Folding scales into a layer before it is quantized (EAQuant), and a quantized router that keeps its choices."""
