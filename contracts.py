@@ -291,6 +291,7 @@ BUILTIN_PLUGINS = (
     "moebench.moe.plugins",
     "moebench.moe.router_params",
     "moebench.moe.transforms.params",
+    "moebench.moe.transforms.compression_params",
     "moebench.backends.plugins",
     "moebench.suites.plugins",
     "moebench.suites.hub_plugins",

@@ -15,6 +15,7 @@ from .moex import DESCRIPTORS as MOEX
 from .mofme import DESCRIPTORS as MOFME
 from .nucleus import DESCRIPTORS as NUCLEUS
 from .null import DESCRIPTORS as NULL
+from .online_pruning import DESCRIPTORS as ONLINE_PRUNING
 from .oracle import DESCRIPTORS as ORACLE
 from .positive import DESCRIPTORS as POSITIVE
 from .pregate import DESCRIPTORS as PREGATE
@@ -50,4 +51,5 @@ DESCRIPTORS = [
     *SLICES,
     *ATTENTION,
     *ORACLE,
+    *ONLINE_PRUNING,
 ]
