@@ -18,7 +18,7 @@ def require(codec: str, weight_OI: Tensor, stats: ChannelStats | None) -> Channe
     """
     if stats is None:
         raise ValueError(
-            f"{codec} needs statistics of what the weights multiply; calibrate first, or use rtn or hqq, which need none."
+            f"{codec} needs statistics of what the weights multiply; calibrate first, or use rtn or hqq without any."
         )
     columns, width = weight_OI.shape[1], stats.second_moment_II.shape[0]
     if width != columns:
@@ -37,6 +37,6 @@ def check_finite(weight_OI: Tensor) -> None:
 
 
 def row_errors(difference_OI: Tensor, second_moment_II: Tensor) -> Tensor:
-    """Return, for each row d of weights' differences, the sum of (d x)^2 over the tokens of calibration: d X X^T d^T."""
+    """Return, for each row d of a difference of weights, the sum of (d x)^2 over the tokens: d X X^T d^T."""
     difference_OI = difference_OI.double()
     return ((difference_OI @ second_moment_II) * difference_OI).sum(1)

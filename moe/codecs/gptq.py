@@ -2,8 +2,8 @@
 
 Written from the paper. Where it departs from the released code:
 
-- Channels that were never active keep their weights, rounded to nearest (the code sets them to 0): an expert that saw no
-  token is then what rounding to nearest makes of it.
+- Channels that were never active keep their weights, rounded to nearest (the code sets them to 0): an expert that saw
+  no token is then what rounding to nearest makes of it.
 - A group's scales come from weights that all compensation so far has reached, also where a group begins inside a block
   (the code reads stale weights there). So the size of a block changes nothing but the time.
 - Errors are those of the scales as stored in bfloat16, and the arithmetic is float64.
@@ -33,8 +33,8 @@ def encode(weight_OI: Tensor, how: Gptq | Scheme, stats: ChannelStats | None, bl
     """Return ``weight_OI`` in codes that keep the outputs on the calibration tokens near.
 
     Raises:
-        ValueError: no statistics, ones that do not fit or are not finite, weights that are not finite, a group that does
-            not divide the input width, or a Hessian that is singular even with ``damp``.
+        ValueError: no statistics, ones that do not fit or are not finite, weights that are not finite, a group that
+            does not divide the input width, or a Hessian that is singular even with ``damp``.
     """
     params = Gptq.of(how)
     columns = weight_OI.shape[1]
@@ -62,20 +62,19 @@ def inverse_factor(hessian_II: Tensor, damp: float) -> Tensor:
     damped_II = hessian_II + torch.diag(torch.where(damped_I > 0, damped_I, 1) - diagonal_I)
     lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
     if int(failed) or not bool((lower_II.diagonal() > 0).all()):
-        raise ValueError(f"the inputs' second moments are singular with damp={damp:g}; use a larger damp, such as 0.01.")
+        raise ValueError(f"the inputs' second moment is singular with damp={damp:g}; use a larger damp, such as 0.01.")
     identity_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
-    return torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
+    upper_II: Tensor = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
+    return upper_II
 
 
 def _own_grids(weight_OI: Tensor, params: Gptq) -> list[Grid]:
     """Return the grid of each group of the weights as they are."""
-    groups = in_groups(weight_OI, params.group).split(1, dim=1)
-    return [Grid.fit(group_O1N, params.bits, params.symmetric) for group_O1N in groups]
+    groups_GON = in_groups(weight_OI, params.group).unbind(1)
+    return [Grid.fit(group_ON[:, None], params.bits, params.symmetric) for group_ON in groups_GON]
 
 
-def _codes(
-    work_OI: Tensor, upper_II: Tensor, params: Gptq, grids: list[Grid], order: list[int], block: int
-) -> Tensor:
+def _codes(work_OI: Tensor, upper_II: Tensor, params: Gptq, grids: list[Grid], order: list[int], block: int) -> Tensor:
     """Return the codes of the columns, which ``work_OI`` holds in the ``order`` in which they are rounded.
 
     Unless ``grids`` has the grid of every group, they are fitted when their first column's turn comes, and added to it.

@@ -57,6 +57,11 @@ class Grid:
         """Whether the codes are -1 and 1."""
         return self.bits == 1 and self.zeros_OG is None
 
+    @property
+    def offsets_OG(self) -> Tensor:
+        """The zeros, which are 0 where the grid is symmetric."""
+        return torch.zeros_like(self.scales_OG) if self.zeros_OG is None else self.zeros_OG
+
     def codes(self, weight_OGN: Tensor) -> Tensor:
         """Return the codes (as float32) whose levels are nearest; any will do where a scale is 0."""
         weight_OGN = weight_OGN.float()
