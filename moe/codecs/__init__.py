@@ -1,0 +1,1 @@
+"""Codecs: how a weight matrix becomes packed bytes, ``encode(weight [out, in], parameters, statistics) -> QTensor``."""
