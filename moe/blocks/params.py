@@ -1,0 +1,130 @@
+"""Parameters of the block codecs, ready to be registered; no torch.
+
+``Scheme.bits`` is what a code takes; with its scales a matrix takes more, and ``8 nbytes / (out in)`` says how much.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...contracts import Scheme
+
+GGUF_BLOCKS = {"Q4_0": 32, "Q5_0": 32, "Q8_0": 32, "TQ2_0": 256, "MXFP4": 32}
+"""The GGUF types that can be encoded, with the weights of a block."""
+
+GGUF_BITS = {"Q4_0": 4.0, "Q5_0": 5.0, "Q8_0": 8.0, "TQ2_0": 2.0, "MXFP4": 4.0}
+"""What a code of these types takes."""
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """NormalFloat4 (QLoRA, arXiv 2305.14314): 16 quantiles of a normal; float32 max|w| per ``block`` weights.
+
+    4.5 bits per weight at the default of 64, which is also bitsandbytes's.
+    """
+
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        _check_block(self.block)
+
+    def scheme(self) -> Scheme:
+        """Return the scheme."""
+        return Scheme("nf4", 4.0, self.block)
+
+
+@dataclass(frozen=True)
+class Fp4:
+    """The 4 bit floats of bitsandbytes (0, 1/192, 1/6 ... 1 and their negatives); float32 max|w| per ``block``.
+
+    4.5 bits per weight at the default of 64, which is also bitsandbytes's.
+    """
+
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        _check_block(self.block)
+
+    def scheme(self) -> Scheme:
+        """Return the scheme."""
+        return Scheme("fp4", 4.0, self.block)
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """OCP microscaling: E2M1 codes, a power of two (E8M0) per 32 weights; 4.25 bits per weight."""
+
+    def scheme(self) -> Scheme:
+        """Return the scheme."""
+        return Scheme("mxfp4", 4.0, 32)
+
+
+@dataclass(frozen=True)
+class Nvfp4:
+    """NVIDIA's FP4: E2M1 codes, an e4m3 scale per 16 weights, a float32 scale per matrix; 4.5 bits per weight + 4 B."""
+
+    def scheme(self) -> Scheme:
+        """Return the scheme."""
+        return Scheme("nvfp4", 4.0, 16)
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """8 bit floats, e4m3 (largest 448) or e5m2 (largest 57344), with a float32 scale per output row."""
+
+    format: Literal["e4m3", "e5m2"] = "e4m3"
+
+    def scheme(self) -> Scheme:
+        """Return the scheme."""
+        return Scheme(f"fp8_{self.format}", 8.0)
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """A block format of GGUF, encoded by the package gguf: 4.5, 5.5, 8.5, 2.0625 and 4.25 bits per weight."""
+
+    type: Literal["Q4_0", "Q5_0", "Q8_0", "TQ2_0", "MXFP4"] = "Q4_0"
+
+    def scheme(self) -> Scheme:
+        """Return the scheme."""
+        return gguf_scheme(self.type, GGUF_BITS[self.type], GGUF_BLOCKS[self.type])
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """-1, 0 or 1 times one float32 mean|w| of the whole matrix (BitNet b1.58, arXiv 2402.17764), 5 codes per byte."""
+
+    def scheme(self) -> Scheme:
+        """Return the scheme; ``group`` None stands for the whole matrix here, since rows share their scale."""
+        return Scheme("ternary", 1.6)
+
+
+@dataclass(frozen=True)
+class Binary:
+    """The sign of a weight times the bfloat16 mean|w| of its ``group``; None = one mean per output row."""
+
+    group: int | None = 128
+
+    def __post_init__(self) -> None:
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group must be at least 1 or null, not {self.group}; 128 is usual.")
+
+    def scheme(self) -> Scheme:
+        """Return the scheme."""
+        return Scheme("binary", 1.0, self.group)
+
+
+def gguf_scheme(type_name: str, bits: float, block: int) -> Scheme:
+    """Return the scheme of a GGUF type; ``gguf_type`` reads the type from it again."""
+    return Scheme(f"gguf_{type_name.lower()}", bits, block)
+
+
+def gguf_type(scheme: Scheme) -> str:
+    """Return the GGUF type of a scheme, such as Q4_K."""
+    return scheme.codec.removeprefix("gguf_").upper()
+
+
+def _check_block(block: int) -> None:
+    if block < 2 or block % 2:
+        raise ValueError(f"block must be even and at least 2, not {block}: two codes share a byte; 64 is usual.")
