@@ -370,9 +370,17 @@ class Registry:
 # What is to be executed, and how
 
 
+MIXED = "mixed"
+"""The codec of a layer whose experts are given schemes of their own only once its weights are known."""
+
+
 @dataclass(frozen=True)
 class Scheme:
-    """How one expert's weights are stored. ``group`` is in input channels; None means one scale per output row."""
+    """How one expert's weights are stored. ``group`` is in input channels; None means one scale per output row.
+
+    Codec ``mixed`` stands in a plan for experts that may differ, with their average ``bits``: which scheme each has is
+    known when a backend loads them. With ``act_bits`` what a product reads is rounded too, each token by its own scale.
+    """
 
     codec: str = "none"
     bits: float = 16.0

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moebench.backends.packed import MATMULS, pack
+from moebench.backends.packed import MATMULS
+from moebench.backends.packing import pack
 from moebench.contracts import MoebenchError, Scheme
 from moebench.moe.quantization import quantize
 

@@ -11,6 +11,7 @@ from moebench.contracts import Execution, LayerSpec, MoebenchError, Refusal, Sch
 
 NAMES = ("reference", "eager", "batched", "grouped", "compiled", "packed")
 INT8, INT4 = Scheme("rtn", 8.0), Scheme("rtn", 4.0, 128, symmetric=False)
+INT2 = Scheme("rtn", 2.0, 64, symmetric=False)
 
 
 def layer(dtype="float32", scheme=None, **changes):
@@ -54,7 +55,6 @@ def test_executions_say_what_will_run(name):
     assert supports(name, selected).boundary == "topk"
 
 
-MIXED = (INT8, INT8, INT4, INT4)
 REFUSED = [
     ("eager", layer(kinds=("ffn", "copy")), "no 'copy' experts; fold them"),
     ("reference", layer(kinds=("ffn", "lora")), "no 'lora' experts"),
@@ -81,7 +81,13 @@ REFUSED = [
     ("grouped", layer("bfloat16", width=36), "divisible by 8, not 256 and 36"),
     ("packed", layer("float32", INT8), "bfloat16, not float32"),
     ("packed", layer("bfloat16"), "choose quantization=int8"),
-    ("packed", layer("bfloat16", schemes=MIXED), "one scheme for all experts"),
+    (
+        "packed",
+        layer("bfloat16", schemes=(INT8, INT4, INT2, INT4)),
+        "expert 2 cannot be packed: packed reads 8 or 4 bit",
+    ),
+    ("packed", layer("bfloat16", schemes=(INT8, Scheme(), INT8, INT8)), "expert 1 cannot be packed: packed runs quant"),
+    ("packed", layer("bfloat16", Scheme("mixed", 5.0), width=40), "sizes divisible by 16, not 256 and 40"),
     ("packed", layer("bfloat16", Scheme("rtn", 8.0, 32)), "group=None and symmetric=true"),
     ("packed", layer("bfloat16", Scheme("rtn", 8.0, symmetric=False)), "group=None and symmetric=true"),
     ("packed", layer("bfloat16", INT8, width=40), "sizes divisible by 16"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moebench.backends.packed import pack
+from moebench.backends.packing import pack
 from moebench.contracts import Scheme
 from moebench.moe.quantization import pack_codes, quantize
 
