@@ -289,6 +289,7 @@ def load_file(path: str | Path) -> types.ModuleType:
 
 BUILTIN_PLUGINS = (
     "moebench.moe.plugins",
+    "moebench.moe.quantization_plugins",
     "moebench.moe.router_params",
     "moebench.moe.transforms.params",
     "moebench.moe.transforms.compression_params",

@@ -7,7 +7,7 @@ Besides being checked, a parameter class tells the planner what it does to a lay
   where they are not the values in parentheses: ``causal`` (True: the router does not look ahead), ``pipeline`` (whether
   there is a selection: gate and select can be timed apart), ``structure`` (``none``: what makes its experts) and
   ``beyond_text`` (None: a field of the Context that it needs and text does not give)
-- quantization: ``scheme() -> Scheme``
+- quantization: ``scheme() -> Scheme``; and where it is not False: ``calibrated`` (what the experts read is looked at)
 - sparsity: ``spec() -> SparsitySpec | None``
 
 Each raises ValueError with one sentence where the combination is impossible.
@@ -356,9 +356,9 @@ DESCRIPTORS = [
         aliases=("moe++",),
     ),
     Descriptor("quantization", "none", "weights in the case's dtype", "moebench.moe.quantization:keep", NoQuantization),
-    Descriptor("quantization", "int8", "RTN 8 bit", "moebench.moe.quantization:rtn", Int8),
-    Descriptor("quantization", "int4", "RTN 4 bit per group", "moebench.moe.quantization:rtn", Int4),
-    Descriptor("quantization", "int2", "RTN 2 bit per group", "moebench.moe.quantization:rtn", Int2),
+    Descriptor("quantization", "int8", "RTN 8 bit", "moebench.moe.quantization:coded", Int8),
+    Descriptor("quantization", "int4", "RTN 4 bit per group", "moebench.moe.quantization:coded", Int4),
+    Descriptor("quantization", "int2", "RTN 2 bit per group", "moebench.moe.quantization:coded", Int2),
     Descriptor("sparsity", "none", "every activation is used", "moebench.moe.sparsity:keep", NoSparsity),
     Descriptor("sparsity", "teal", "TEAL magnitude thresholds", "moebench.moe.sparsity:teal", Teal),
 ]

@@ -1,66 +1,123 @@
-"""Quantization of a layer's experts by rounding to nearest in 8, 4 or 2 bits. Codecs are in ``codecs``."""
+"""Quantization of a layer's experts as a step of a recipe: a codec for all of them, or one number of bits for each.
+
+Codecs are in ``codecs`` (integers with scales) and ``blocks`` (floats, codebooks, blocks); ``bits`` allocates.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..contracts import Scheme
+from .bits.calibration import LayerCalibration, calibrate
+from .blocks import codecs as blocks
+from .channel_stats import ChannelStats
+from .codecs import awq, gptq, hqq, rtn
+from .codecs.awq import AwqTensor
 from .codecs.grid import check_group
 from .codecs.integer import IntTensor
-from .codecs.packing import pack_codes
-from .codecs.rtn import round_to_nearest
+from .codecs.integer_params import Rtn
 from .experts import ExpertStore, QTensor
+from .router import Router
+from .routing import Context
 
-__all__ = ["IntTensor", "keep", "pack_codes", "quantize", "rtn", "stack", "unstack"]
+Encoder = Callable[[Tensor, ChannelStats | None], QTensor]
+"""From a weight [out, in] and the statistics of what it reads to its packed bytes."""
+
+INTEGER: Mapping[str, Callable[[Tensor, Any, ChannelStats | None], QTensor]] = {
+    "rtn": rtn.encode,
+    "gptq": gptq.encode,
+    "awq": awq.encode,
+    "hqq": hqq.encode,
+}
+"""Codecs of integers with scales, whose ``parts`` are those of an IntTensor, and of AWQ its channel scales."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a layer reads in calibration, given to quantizations whose parameters say ``calibrated``.
+
+    ``x_TH`` are float32 inputs rounded to the case's dtype, ``ctx`` what the router reads beside them, ``seed`` is of
+    this layer alone.
+    """
+
+    router: Router
+    x_TH: Tensor
+    ctx: Context
+    seed: int
+
+    def calibration(self, store: ExpertStore) -> LayerCalibration:
+        """Return the statistics of every expert."""
+        return calibrate(store, self.router, self.x_TH, self.ctx)
+
+
+QuantizationStep = Callable[[ExpertStore, Seen | None], ExpertStore]
+"""From a layer's dense experts, and what they read where that is asked for, to their packed bytes."""
+
+
+def keep(params: Any) -> QuantizationStep:
+    """Quantization ``none``: the store as it is."""
+    return lambda store, seen: store
+
+
+def coded(params: Any) -> QuantizationStep:
+    """Every FFN expert in the codec and under the scheme of ``params``."""
+
+    def step(store: ExpertStore, seen: Seen | None) -> ExpertStore:
+        weights = dense_weights(store, params.scheme())
+        known = None if seen is None else seen.calibration(store)
+        return encoded(store, weights, [encoder(params)] * len(store.ffn_ids), known)
+
+    return step
+
+
+def dense_weights(store: ExpertStore, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return (gate_up, down) of all experts, stacked.
+
+    Raises:
+        ValueError: they are quantized already, or the groups of ``scheme`` do not divide both of their widths.
+    """
+    if not isinstance(store.gate_up, Tensor) or not isinstance(store.down, Tensor):
+        raise ValueError("the experts are quantized already; quantize once, from dense weights.")
+    check_group(scheme.group, store.gate_up.shape[2], store.down.shape[2])
+    return store.gate_up, store.down
+
+
+def encoder(params: Any) -> Encoder:
+    """Return what encodes one matrix; ``params`` has ``scheme()``, whose codec is looked up."""
+    scheme: Scheme = params.scheme()
+    if scheme.codec in INTEGER:
+        encode, how = INTEGER[scheme.codec], params if isinstance(params, Rtn) else scheme
+        return lambda weight, stats: encode(weight, how, stats)
+    return lambda weight, stats: blocks.encode(weight, scheme, stats)
+
+
+def encoded(
+    store: ExpertStore, weights: tuple[Tensor, Tensor], encoders: Sequence[Encoder], known: LayerCalibration | None
+) -> ExpertStore:
+    """Return ``store`` with (gate_up, down) of each expert in the bytes that its encoder makes of ``weights``."""
+    untold: tuple[None, ...] = (None,) * len(encoders)
+    told = (untold, untold) if known is None else (known.gate_up, known.down)
+    gate_up, down = (
+        tuple(encode(weight, stats) for encode, weight, stats in zip(encoders, matrices, matrix_stats, strict=True))
+        for matrices, matrix_stats in zip(weights, told, strict=True)
+    )
+    return replace(store, gate_up=gate_up, down=down)
+
+
+def tensor_of(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QTensor:
+    """Return the matrix whose ``parts()`` these are."""
+    if scheme.codec not in INTEGER:
+        return blocks.tensor_of(parts, scheme, shape)
+    return (AwqTensor if scheme.codec == "awq" else IntTensor).of(parts, scheme, shape)
 
 
 def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.bfloat16) -> IntTensor:
-    """Return ``weight`` [out, in] rounded to nearest under ``scheme`` (8, 4 or 2 bits; ``codecs.rtn`` has the others).
-
-    ``codecs.rtn.round_to_nearest`` says how large the error can be, and what ``scale_dtype`` does.
-    """
+    """Return ``weight`` rounded to nearest under ``scheme`` of 8, 4 or 2 bits, which is what kernels read."""
     if scheme.bits not in (2, 4, 8):
         raise ValueError(f"{scheme.bits:g} bits cannot be packed; use 2, 4 or 8 here, or codec rtn for 1 to 8.")
-    return round_to_nearest(weight, scheme, scale_dtype)
-
-
-def keep(params: Any) -> Callable[[ExpertStore], ExpertStore]:
-    """Quantization ``none``: the store as it is."""
-    return lambda store: store
-
-
-def rtn(params: Any) -> Callable[[ExpertStore], ExpertStore]:
-    """Quantization ``int8``, ``int4`` and ``int2``: every FFN expert rounded to nearest under ``params.scheme()``."""
-    scheme: Scheme = params.scheme()
-
-    def quantized(store: ExpertStore) -> ExpertStore:
-        if not isinstance(store.gate_up, Tensor) or not isinstance(store.down, Tensor):
-            raise ValueError("the experts are quantized already; quantize once, from dense weights.")
-        check_group(scheme.group, store.gate_up.shape[2], store.down.shape[2])
-        return replace(
-            store,
-            gate_up=tuple(quantize(weight, scheme) for weight in store.gate_up),
-            down=tuple(quantize(weight, scheme) for weight in store.down),
-        )
-
-    return quantized
-
-
-def stack(weights: Sequence[QTensor]) -> dict[str, Tensor] | None:
-    """Return codes, scales and zeros of equal IntTensors stacked over experts; None for anything else."""
-    ints = [weight for weight in weights if isinstance(weight, IntTensor)]
-    if not ints or len(ints) < len(weights) or len({(weight.scheme, weight.shape) for weight in ints}) > 1:
-        return None
-    parts = [weight.parts() for weight in ints]
-    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-
-
-def unstack(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> tuple[IntTensor, ...]:
-    """Return the IntTensors that ``stack`` took apart."""
-    slots = range(len(tensors["codes"]))
-    return tuple(IntTensor.of({name: t[slot] for name, t in tensors.items()}, scheme, shape) for slot in slots)
+    return rtn.round_to_nearest(weight, scheme, scale_dtype)

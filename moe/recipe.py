@@ -14,7 +14,7 @@ from ..contracts import Case, Descriptor, Registry, Scheme, load_attribute, make
 from .artefacts import Artefact, cached, sources_sha256, tensors_sha256
 from .experts import Constants, ExpertStore, QTensor, Sparsity
 from .layer import LayerWeights, PreparedLayer, SharedExpert
-from .quantization import stack, unstack
+from .quantization import Seen, tensor_of
 from .router import Router
 from .routing import Context
 from .shapes import ModelShape
@@ -104,10 +104,11 @@ def prepare_layer(
             None if bundle.constants is None else _constants(bundle.constants, dtype),
             heads=weights.heads,
         )
-        origin = {"parent": parent, "dtype": str(dtype), "input_scale": bundle.input_scale}
-        store, parent = _quantized(recipe.quantization, store, origin, cache)
         x_TH = calibration_TH.to(dtype).float()
         fields = StandIns(len(x_TH), store.num_experts, recipe.routing.params, seed)
+        seen = Seen(bundle.router, x_TH, alone(fields, bundle.router, layer, store), router_seed(seed, layer))
+        origin = {"parent": parent, "dtype": str(dtype), "input_scale": bundle.input_scale}
+        store, parent = _quantized(recipe, store, seen, origin, cache)
         ctx = alone(fields, bundle.router, layer, store)
         store = _sparsified(recipe, store, bundle.router, x_TH, ctx, parent, cache)
     scheme = None if bundle.shared is None else bundle.shared.to(dtype)
@@ -166,13 +167,17 @@ def _structured(
 
 
 def _quantized(
-    stage: Stage, store: ExpertStore, origin: Mapping[str, Any], cache: Path | None
+    recipe: Recipe, store: ExpertStore, seen: Seen, origin: Mapping[str, Any], cache: Path | None
 ) -> tuple[ExpertStore, str]:
+    stage = recipe.quantization
     inputs = {"stage": "quantization", **stage.identity(), **origin}
+    calibrated = getattr(stage.params, "calibrated", False)
+    if calibrated:
+        inputs["routing"] = recipe.routing.identity()
     made = cached(
         _kept(stage, cache),
         inputs,
-        lambda: stage.create()(store),
+        lambda: stage.create()(store, seen if calibrated else None),
         quantized_artefact,
         lambda artefact: quantized_of(store, artefact),
     )
@@ -219,27 +224,28 @@ def weights_of(artefact: Artefact) -> LayerWeights:
 
 
 def quantized_artefact(store: ExpertStore) -> Artefact | None:
-    """Return the packed bytes of a store of IntTensors; None where a plug-in's own codes are not ours to write."""
-    if isinstance(store.gate_up, Tensor) or isinstance(store.down, Tensor):
-        return None
+    """Return the packed bytes of every expert; None where a plug-in's own codes are not ours to write."""
     tensors: dict[str, Tensor] = {}
     meta: dict[str, Any] = {}
     for name, weights in (("gate_up", store.gate_up), ("down", store.down)):
-        stacked = stack(weights)
-        if stacked is None:
+        if not all(hasattr(weight, "parts") for weight in weights):
             return None
-        tensors |= {f"{name}.{part}": tensor for part, tensor in stacked.items()}
-        meta[name] = {"scheme": weights[0].scheme, "shape": weights[0].shape}
+        for slot, weight in enumerate(weights):
+            tensors |= {f"{name}.{slot}.{part}": tensor for part, tensor in weight.parts().items()}
+        meta[name] = [{"scheme": weight.scheme, "shape": weight.shape} for weight in weights]
     return Artefact(tensors, meta)
 
 
 def quantized_of(store: ExpertStore, artefact: Artefact) -> ExpertStore:
     """Return ``store`` with the weights of ``quantized_artefact``."""
 
+    def weight(place: str, told: Mapping[str, Any]) -> QTensor:
+        parts = {key.removeprefix(place): t for key, t in artefact.tensors.items() if key.startswith(place)}
+        rows, columns = told["shape"]
+        return tensor_of(parts, Scheme(**told["scheme"]), (rows, columns))
+
     def weights(name: str) -> tuple[QTensor, ...]:
-        parts = {key.partition(".")[2]: t for key, t in artefact.tensors.items() if key.startswith(f"{name}.")}
-        rows, columns = artefact.meta[name]["shape"]
-        return unstack(parts, Scheme(**artefact.meta[name]["scheme"]), (rows, columns))
+        return tuple(weight(f"{name}.{slot}.", told) for slot, told in enumerate(artefact.meta[name]))
 
     return replace(store, gate_up=weights("gate_up"), down=weights("down"))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...contracts import Scheme
-from ..quantization import pack_codes
+from ..codecs.packing import pack_codes
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...contracts import Scheme
 from ..channel_stats import ChannelStats
-from ..quantization import check_group, pack_codes
+from ..codecs.grid import check_group
+from ..codecs.packing import pack_codes
 from .tensor import BlockTensor, blocks_of, check_weight, nonzero
 
 TRITS = 5

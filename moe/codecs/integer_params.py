@@ -63,6 +63,7 @@ class Gptq(Rtn):
     """
 
     codec: ClassVar[str] = "gptq"
+    calibrated: ClassVar[bool] = True
 
     damp: float = 0.01
     desc_act: bool = False
@@ -82,6 +83,7 @@ class Awq(Rtn):
     """
 
     codec: ClassVar[str] = "awq"
+    calibrated: ClassVar[bool] = True
 
     grid: int = 20
     clip: float = 0.5

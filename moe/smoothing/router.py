@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ...contracts import Scheme
-from ..quantization import IntTensor, pack_codes, quantize
+from ..codecs.integer import IntTensor
+from ..codecs.packing import pack_codes
+from ..quantization import quantize
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 """Scales tried, as parts of the scale that clips nothing."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..codecs.integer import IntTensor
 from ..layer import LayerWeights
-from ..quantization import IntTensor, quantize
+from ..quantization import quantize
 from .params import RouterQuantization, Smoothing
 from .router import aligned_router
 from .scales import Folded, LayerStats, expert_aware_scale, fold_input, naive_scale, router_scale, smooth_hidden

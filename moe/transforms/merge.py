@@ -59,7 +59,9 @@ def aligned_order(gate_up: Tensor, down: Tensor, like_gate_up: Tensor, like_down
     squared distance the least (linear_sum_assignment).
     """
     if importlib.util.find_spec("scipy") is None:
-        raise MoebenchError("the channels of experts are aligned by scipy, which is missing; run pip install 'moebench[quantization]'.")
+        raise MoebenchError(
+            "the channels of experts are aligned by scipy, which is missing; run pip install 'moebench[quantization]'."
+        )
     from scipy.optimize import linear_sum_assignment
 
     own_FD, like_FD = _channels(gate_up, down), _channels(like_gate_up, like_down)

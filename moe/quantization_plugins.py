@@ -1,0 +1,37 @@
+"""Descriptors of quantizations beside rounding to 8, 4 and 2 bits, which ``plugins`` has. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..contracts import Descriptor
+from .bits.mixed_params import Mixed
+from .blocks.params import Binary, Fp4, Fp8, Gguf, Mxfp4, Nf4, Nvfp4, Ternary
+from .codecs.integer_params import Awq, Gptq, Hqq, Rtn
+
+
+def _codec(name: str, summary: str, params: type[Any]) -> Descriptor:
+    return Descriptor("quantization", name, summary, "moebench.moe.quantization:coded", params)
+
+
+DESCRIPTORS = [
+    _codec("rtn", "round to nearest, 1 to 8 bits", Rtn),
+    _codec("gptq", "GPTQ: later columns make good for the errors of earlier ones", Gptq),
+    _codec("awq", "AWQ: channels of large activations scaled up first", Awq),
+    _codec("hqq", "HQQ: offsets sought without data", Hqq),
+    _codec("nf4", "NF4: quantiles of a normal", Nf4),
+    _codec("fp4", "FP4 of bitsandbytes", Fp4),
+    _codec("mxfp4", "OCP MXFP4", Mxfp4),
+    _codec("nvfp4", "NVIDIA's FP4 with FP8 scales", Nvfp4),
+    _codec("fp8", "8 bit floats", Fp8),
+    _codec("gguf", "a block format of GGUF", Gguf),
+    _codec("ternary", "-1, 0 and 1 (BitNet b1.58)", Ternary),
+    _codec("binary", "signs", Binary),
+    Descriptor(
+        "quantization",
+        "mixed",
+        "bits for each expert by a rule, within a budget",
+        "moebench.moe.bits.step:mixed",
+        Mixed,
+    ),
+]
