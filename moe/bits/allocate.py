@@ -51,10 +51,11 @@ class Features:
 
     def subset(self, units: Sequence[int]) -> Features:
         """Return the features of some units."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Features(
-            **{name: None if value is None else tuple(value[unit] for unit in units) for name, value in values.items()}
-        )
+        chosen: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            chosen[field.name] = None if value is None else tuple(value[unit] for unit in units)
+        return Features(**chosen)
 
     def known(self, name: str, by: str) -> Any:
         """Return the feature ``name``, or refuse rule ``by``, which needs it."""

@@ -37,8 +37,8 @@ class BalancedSample:
             return ""
         named = ", ".join(str(expert) for expert in self.short[:8]) + (" ..." if len(self.short) > 8 else "")
         return (
-            f"{len(self.short)} of {len(self.counts_E)} experts have fewer than {self.wanted} calibration tokens though "
-            f"all candidates of theirs were drawn: {named}."
+            f"{len(self.short)} of {len(self.counts_E)} experts have fewer than {self.wanted} calibration tokens, all "
+            f"candidates of theirs included: {named}; give more candidates."
         )
 
 

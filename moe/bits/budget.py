@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from ...contracts import Scheme
 
@@ -50,7 +51,7 @@ class Costs:
         if not self.stored_UB or len(self.stored_UB) != len(self.weights_U) or min(self.weights_U) < 1:
             raise ValueError("give every unit its number of weights, and at least one unit.")
         for row in self.stored_UB:
-            if len(row) != len(self.choices) or any(a >= b for a, b in zip(row, row[1:], strict=False)):
+            if len(row) != len(self.choices) or any(a >= b for a, b in pairwise(row)):
                 raise ValueError(f"stored bits {row} must rise with the choices {self.choices}; give one for each.")
 
     @classmethod

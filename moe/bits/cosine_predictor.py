@@ -6,6 +6,7 @@ Shape letters: T tokens, H hidden.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,10 @@ class Predictor(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A predictor, its mean squared error on tokens that it was not trained on, the variance of their cosines, and how
-    many epochs were run; an error not below the variance says that it learned nothing.
+    """A trained predictor and how it does on tokens that it was not trained on.
+
+    ``held_out_error`` is its mean squared error and ``held_out_variance`` the variance of their cosines: an error not
+    below the variance says that it learned nothing. ``epochs`` were run; the predictor is that of the best of them.
     """
 
     predictor: Predictor
@@ -52,21 +55,32 @@ def fit_predictor(in_TH: Tensor, cosine_T: Tensor, params: CosinePredictor, seed
     held = max(1, round(params.held_out * len(in_TH)))
     if len(in_TH) - held < 1:
         raise ValueError(f"{len(in_TH)} tokens cannot be split for training and judging a predictor; give more.")
-    generator = torch.Generator().manual_seed(seed)
     x_TH, wanted_T = in_TH.detach().float(), cosine_T.detach().float()
+    if not bool(x_TH.isfinite().all()) or not bool(wanted_T.isfinite().all()):
+        raise ValueError("the block's inputs or cosines contain NaN or infinity; look at the model.")
+    generator = torch.Generator().manual_seed(seed)
     order_T = torch.randperm(len(x_TH), generator=generator)
     judged, trained = order_T[:held], order_T[held:]
     predictor = Predictor(x_TH.shape[1], params.width, seed)
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=params.lr, weight_decay=params.weight_decay)
-    best, best_error, best_epoch, epoch = copy.deepcopy(predictor), float("inf"), 0, 0
+    best, best_error, best_epoch, epoch = predictor, math.inf, 0, 0
     while epoch < params.epochs and epoch - best_epoch < params.patience:
         epoch += 1
-        for batch in trained[torch.randperm(len(trained), generator=generator)].split(params.batch):
-            optimizer.zero_grad()
-            nnf.mse_loss(predictor(x_TH[batch]), wanted_T[batch]).backward()
-            optimizer.step()
+        order_S = trained[torch.randperm(len(trained), generator=generator)]
+        _train_epoch(predictor, optimizer, x_TH[order_S], wanted_T[order_S], params.batch)
         with torch.no_grad():
             error = float(nnf.mse_loss(predictor(x_TH[judged]), wanted_T[judged]))
         if error < best_error:
             best, best_error, best_epoch = copy.deepcopy(predictor), error, epoch
     return Fitted(best, best_error, float(wanted_T[judged].var(correction=0)), epoch)
+
+
+def _train_epoch(
+    predictor: Predictor, optimizer: torch.optim.Optimizer, x_TH: Tensor, wanted_T: Tensor, batch: int
+) -> None:
+    with torch.enable_grad():
+        for start in range(0, len(x_TH), batch):
+            optimizer.zero_grad()
+            loss = nnf.mse_loss(predictor(x_TH[start : start + batch]), wanted_T[start : start + batch])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()

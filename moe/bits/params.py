@@ -66,7 +66,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class CosinePredictor:
-    """The predictor of a block's importance (QuantMoE-Bench, arXiv 2406.08155): an MLP of one hidden layer of ``width``.
+    """The predictor of a block's importance (QuantMoE-Bench, arXiv 2406.08155): an MLP with one layer of ``width``.
 
     Trained with AdamW on squared error, at most ``epochs`` epochs, stopped after ``patience`` without a better error on
     the ``held_out`` part. Tokens per step (``batch``) are our choice; the paper names none.

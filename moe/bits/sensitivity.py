@@ -40,7 +40,7 @@ def sensitivities(
 def routed_sensitivities(
     store: ExpertStore, routing: Routing, x_TH: Tensor, encode: Encode, bits: Sequence[int]
 ) -> Tensor:
-    """Return epsilon_eb [E, B] for inputs that are routed already (a traffic's, or a dense weighting of all experts)."""
+    """Return epsilon_eb [E, B] for inputs that are routed already."""
     if "sequence" in store.kinds:
         raise ValueError("sensitivities are those of FFN experts; attention experts have none here.")
     error_EB = torch.zeros(len(store.ffn_ids), len(bits), dtype=torch.float64)
