@@ -15,7 +15,7 @@ from moebench.contracts import MoebenchError, Scheme
 from moebench.moe.blocks import codebook, microscaling
 from moebench.moe.blocks.codecs import encode, tensor_of
 from moebench.moe.blocks.gguf import decodable, from_blocks, read_matrices
-from moebench.moe.blocks.params import GGUF_BITS, Binary, Fp4, Fp8, Gguf, Mxfp4, Nf4, Nvfp4, Ternary
+from moebench.moe.blocks.params import GGUF_BLOCKS, Binary, Fp4, Fp8, Gguf, Mxfp4, Nf4, Nvfp4, Ternary
 from moebench.moe.blocks.ternary import pack_trits, unpack_trits
 from moebench.moe.experts import QTensor
 
@@ -90,8 +90,7 @@ def test_zeros_stay_zeros(params):
     weight = normal()
     weight[0] = 0
     for codes in (encode(weight, params.scheme()).dequantize()[0], encode(0 * weight, params.scheme()).dequantize()):
-        assert (codes == 0).all() or params.scheme().codec == "binary"
-        assert codes.isfinite().all()
+        assert (codes == 0).all()
 
 
 @every_codec
@@ -323,13 +322,13 @@ def test_gguf_decodes_the_codes_and_block_scales_of_nvfp4(seed):
 
 @settings(deadline=None, max_examples=25)
 @given(seeds, scales)
-def test_nvfp4_scales_fill_e4m3_and_weights_are_off_by_half_a_step(seed, scale):
+def test_nvfp4_scales_fill_e4m3_and_weights_are_off_by_half_the_widest_step(seed, scale):
     weight = normal(2, 256, seed, scale)
     tensor = encode(weight, Nvfp4().scheme())
     assert tensor.scales.float().max() == 448
     steps = tensor.tensor_scale * tensor.scales.float()
     blocks = weight.reshape(2, -1, 16)
-    assert ((steps * 6 - blocks.abs().amax(-1)).abs() <= steps * 6 * 2.0**-3).all()
+    assert ((steps * 6 - blocks.abs().amax(-1)).abs() <= steps * 6 * (2.0**-4 + 2.0**-20)).all()
     error = (tensor.dequantize().reshape(2, -1, 16) - blocks).abs()
     assert (error <= steps[:, :, None] * (1 + 2.0**-20)).all()
 
@@ -363,7 +362,7 @@ def test_torchao_makes_the_same_mxfp4_and_nvfp4():
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", GGUF_BITS)
+@pytest.mark.parametrize("name", GGUF_BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gguf_bytes_and_values_are_the_librarys(name, dtype):
     weight = normal().to(dtype)
@@ -422,7 +421,7 @@ def test_matrices_and_stacks_of_experts_are_read_from_a_file(tmp_path):
     read = read_matrices(path, ("q", "experts", "f32", "f16"))
     assert [len(read[name]) for name in ("q", "experts", "f32", "f16")] == [1, 4, 1, 1]
     assert torch.equal(read["q"][0].blocks, stored["q"])
-    assert read["q"][0].scheme == Scheme("gguf_q4_k", 4.0, 256)
+    assert read["q"][0].scheme == Scheme("gguf_q4_k", 4.0, 256, symmetric=False)
     for expert, blocks in zip(read["experts"], stored["experts"], strict=True):
         assert torch.equal(expert.blocks, blocks)
         assert expert.shape == (3, 512)
