@@ -37,11 +37,17 @@ def fake_quantize(x_TI: Tensor, bits: int) -> Tensor:
 def int_matmul(codes_TI: Tensor, codes_OI: Tensor) -> Tensor:
     """Return the exact int32 products [T, O] of int8 codes: by torch's int8 kernel on a CPU, else by ``float_matmul``.
 
-    CUDA's kernel of the same name refuses few tokens and odd sizes, so other devices take the exact floats.
+    CUDA's kernel of the same name refuses few tokens and odd sizes, so other devices take the exact floats; so does a
+    single input channel, for which the CPU's leaves its output unwritten (pytorch issue 195066: it mistakes strides).
     """
-    if codes_TI.device.type == "cpu":
-        return torch._int_mm(codes_TI, codes_OI.T)
+    if codes_TI.device.type == "cpu" and codes_TI.shape[1] > 1:
+        return torch._int_mm(_row_major(codes_TI), _row_major(codes_OI).T)
     return float_matmul(codes_TI, codes_OI)
+
+
+def _row_major(codes: Tensor) -> Tensor:
+    """Return a matrix with the strides that the kernel expects even of one row, where torch allows any."""
+    return codes.contiguous().as_strided(codes.shape, (codes.shape[1], 1))
 
 
 def float_matmul(codes_TI: Tensor, codes_OI: Tensor) -> Tensor:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ...contracts import MoebenchError, Scheme
 from ..channel_stats import ChannelStats
-from .params import GGUF_BITS, gguf_scheme, gguf_type
+from .params import GGUF_BLOCKS, gguf_scheme, gguf_type
 from .tensor import BlockTensor, check_weight
 
 
@@ -51,8 +50,8 @@ def encode(weight: Tensor, scheme: Scheme, stats: ChannelStats | None = None) ->
     installed or has no encoder for the type.
     """
     name = gguf_type(scheme)
-    if name not in GGUF_BITS:
-        raise MoebenchError(f"{name} can be read but not written; encode {', '.join(GGUF_BITS)}.")
+    if name not in GGUF_BLOCKS:
+        raise MoebenchError(f"{name} can be read but not written; encode {', '.join(GGUF_BLOCKS)}.")
     gguf = _gguf()
     kind = gguf.GGMLQuantizationType[name]
     check_weight(weight, name, gguf.GGML_QUANT_SIZES[kind][0])
@@ -77,8 +76,7 @@ def decodable() -> dict[str, tuple[int, int]]:
 def from_blocks(blocks: Tensor, type_name: str) -> GgufTensor:
     """Return the matrix whose rows are the uint8 rows ``blocks`` of a GGUF type.
 
-    ``Scheme.bits`` is the number in the type's name, which is nominal. Raises MoebenchError where ``gguf`` cannot
-    decode the type, ValueError where the rows are not whole blocks.
+    Raises MoebenchError where ``gguf`` cannot decode the type, ValueError where the rows are not whole blocks.
     """
     types = decodable()
     if type_name not in types:
@@ -88,8 +86,7 @@ def from_blocks(blocks: Tensor, type_name: str) -> GgufTensor:
     rows, row_bytes = blocks.shape
     if row_bytes % size:
         raise ValueError(f"a row of {row_bytes} bytes is not made of {type_name} blocks of {size}; repair the file.")
-    bits = float(re.findall(r"\d+", type_name)[0])
-    return GgufTensor(gguf_scheme(type_name, bits, block), (rows, row_bytes // size * block), blocks)
+    return GgufTensor(gguf_scheme(type_name, block), (rows, row_bytes // size * block), blocks)
 
 
 def read_matrices(file: Path, names: Collection[str]) -> dict[str, tuple[GgufTensor, ...]]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +14,8 @@ from ...contracts import Scheme
 GGUF_BLOCKS = {"Q4_0": 32, "Q5_0": 32, "Q8_0": 32, "TQ2_0": 256, "MXFP4": 32}
 """The GGUF types that can be encoded, with the weights of a block."""
 
-GGUF_BITS = {"Q4_0": 4.0, "Q5_0": 5.0, "Q8_0": 8.0, "TQ2_0": 2.0, "MXFP4": 4.0}
-"""What a code of these types takes."""
+GGUF_OFFSETS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "IQ1_S", "IQ1_M")
+"""The GGUF types whose blocks shift their codes besides scaling them."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Gguf:
 
     def scheme(self) -> Scheme:
         """Return the scheme."""
-        return gguf_scheme(self.type, GGUF_BITS[self.type], GGUF_BLOCKS[self.type])
+        return gguf_scheme(self.type, GGUF_BLOCKS[self.type])
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,13 @@ class Binary:
         return Scheme("binary", 1.0, self.group)
 
 
-def gguf_scheme(type_name: str, bits: float, block: int) -> Scheme:
-    """Return the scheme of a GGUF type; ``gguf_type`` reads the type from it again."""
-    return Scheme(f"gguf_{type_name.lower()}", bits, block)
+def gguf_scheme(type_name: str, block: int) -> Scheme:
+    """Return the scheme of a GGUF type with blocks of ``block`` weights; ``gguf_type`` reads the type from it again.
+
+    Its bits are the number in the type's name: what a code takes, but for some IQ types, whose numbers are nominal.
+    """
+    bits = float(re.findall(r"\d+", type_name)[0])
+    return Scheme(f"gguf_{type_name.lower()}", bits, block, type_name not in GGUF_OFFSETS)
 
 
 def gguf_type(scheme: Scheme) -> str:
