@@ -78,6 +78,11 @@ class TinyMoE:
         return VARIANTS[self.variant]
 
     @property
+    def calibration_tokens(self) -> int:
+        """Tokens recorded for calibration: what is fitted to each of 16 experts wants many more than it has channels."""
+        return 1024 if self.variant == "smoke" else 16384
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of one step of training."""
         return self.sizes.windows * self.sizes.window

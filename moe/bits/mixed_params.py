@@ -21,7 +21,8 @@ class Mixed:
     (QuantMoE-Bench, arXiv 2406.08155); ``random`` or ``uniform``, which these are held against. ``alpha``, ``beta`` and
     ``gamma`` are PMQ's exponents of frequency, routing weight and error (the released code never uses its gamma: that
     is 1); ``one_of_each`` wants it to use the two widest choices at least once. Errors are those of rounding to
-    nearest; the weights are then in ``codec``, ``group`` input channels to a scale.
+    nearest; the weights are then in ``codec``, ``group`` input channels to a scale. One bit is a sign (in ``hqq``,
+    which only seeks offsets, that of rounding to nearest).
     """
 
     calibrated: ClassVar[bool] = True
@@ -47,7 +48,12 @@ class Mixed:
         return Scheme(MIXED, self.budget, self.group, self.symmetric)
 
     def at(self, bits: int) -> Rtn:
-        """Return the codec's parameters at ``bits`` bits."""
+        """Return the codec's parameters at ``bits`` bits; one bit is a sign, whose two levels are symmetric.
+
+        The two levels of one asymmetric bit would be the least and the largest weight of a group, which few are near.
+        """
+        if bits == 1:
+            return (Rtn if self.codec == "hqq" else CODECS[self.codec])(bits, self.group, True)
         return CODECS[self.codec](bits, self.group, self.symmetric)
 
     def allocation(self) -> Allocation:

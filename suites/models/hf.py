@@ -60,6 +60,7 @@ class HuggingFaceModel(Recorded):
 
     def __init__(self, params: Folder, name: str = "hf", progress: Progress = to_stderr) -> None:
         self.params = params
+        self.calibration_tokens = getattr(params, "calibration_tokens", Recorded.calibration_tokens)
         super().__init__(name, progress)
 
     @cached_property

@@ -39,6 +39,7 @@ class Recorded:
     """
 
     shape: ModelShape
+    calibration_tokens = RECORDED_TOKENS["calibration"]
 
     def __init__(self, name: str, progress: Progress = to_stderr) -> None:
         self.name, self.progress = name, progress
@@ -59,7 +60,7 @@ class Recorded:
     def hidden_states(self, index: int, split: Split, tokens: int, seed: int) -> Tensor:
         """Return x_TH float32: what the FFN of a layer read at consecutive tokens of the text of ``split``, mapped."""
         self.check_index(index)
-        available = RECORDED_TOKENS[split]
+        available = self.recorded_tokens()[split]
         if not 0 < tokens <= available:
             raise MoebenchError(f"{available} tokens of {split} text are recorded, not {tokens}; ask for fewer.")
         if index not in self._recorded:
@@ -68,13 +69,17 @@ class Recorded:
         start = int(torch.randint(available - tokens + 1, (), generator=rng))
         return self._recorded[index][split][start : start + tokens]
 
+    def recorded_tokens(self) -> dict[str, int]:
+        """Return how many tokens of each text are recorded."""
+        return {**RECORDED_TOKENS, "calibration": self.calibration_tokens}
+
     def record(self) -> Path:
         """Return the folder of the hidden states of all layers, recorded where they are not; one file a layer.
 
         The folder's name is the hash of all that decides them.
         """
         texts = [calibration_text().sha256, evaluation_text().sha256]
-        key = make_key([self.identity(), texts, RECORDED_TOKENS, WINDOW])
+        key = make_key([self.identity(), texts, self.recorded_tokens(), WINDOW])
         folder = self.home() / "hidden" / key[:16]
         if not folder.is_dir():
             self.run_job("record", self.convert(), folder)
@@ -88,7 +93,8 @@ class Recorded:
 
     def run_job(self, job: str, source: Path, target: Path) -> None:
         """Run a job of smollm2_jobs in a process of its own, with as many threads as this one has."""
-        command = [sys.executable, "-m", JOBS, job, str(source), str(target), str(torch.get_num_threads())]
+        numbers = (str(torch.get_num_threads()), str(self.calibration_tokens))
+        command = [sys.executable, "-m", JOBS, job, str(source), str(target), *numbers]
         code, last = run_lines(command, self.progress)
         if code:
             reason = last if code == 1 else f"its process ended with code {code} after '{last}'; free some memory."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,13 @@ def convert(gguf_file: Path, folder: Path) -> None:
     save_file(as_transformers(read_tensors(gguf_file), config), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def record(model_folder: Path, folder: Path) -> None:
+def record(model_folder: Path, folder: Path, calibration_tokens: int) -> None:
     """Write ``NN.safetensors`` for every layer: the inputs of its FFN on both texts, float32 [T, H]."""
     model, tokenizer = load(model_folder)
     texts: dict[str, Text] = {"calibration": calibration_text(), "evaluation": evaluation_text()}
     found: dict[str, list[Tensor]] = {}
     for split, text in texts.items():
-        tokens = RECORDED_TOKENS[split]
+        tokens = calibration_tokens if split == "calibration" else RECORDED_TOKENS[split]
         print(f"recording the hidden states of {tokens} {split} tokens (once)", flush=True)
         found[split] = ffn_inputs(model, token_ids(tokenizer, text, tokens))
     folder.mkdir()
@@ -129,12 +129,15 @@ def catching(model: Any, caught: list[list[Tensor]]) -> Iterator[None]:
 
 def main(arguments: list[str]) -> int:
     """Run one job; what goes wrong is the last line printed."""
-    job, source, target, threads = arguments
+    job, source, target, threads, calibration_tokens = arguments
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     torch.set_num_threads(int(threads))
-    jobs = {"convert": convert, "record": record}
+    jobs: dict[str, Callable[[Path], None]] = {
+        "convert": lambda aside: convert(Path(source), aside),
+        "record": lambda aside: record(Path(source), aside, int(calibration_tokens)),
+    }
     try:
-        make_once(Path(target), lambda aside: jobs[job](Path(source), aside))
+        make_once(Path(target), jobs[job])
     except MoebenchError as error:
         print(error, flush=True)
         return 1
