@@ -352,13 +352,16 @@ def test_awq_scales_channels_by_a_power_of_their_mean_size():
     assert torch.equal(awq.channel_scales(8 * mean, 0.5), awq.channel_scales(mean, 0.5))
 
 
-def test_clipping_takes_the_best_of_all_cuts_of_a_row():
-    weight, moment = make_weights(5, 16, 24), make_stats(make_inputs(5)).second_moment_II
-    params = Awq(3, None)
-    start = awq.scaled(weight, torch.ones(24).bfloat16(), params.scheme())
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_clipping_takes_the_best_of_all_cuts_of_a_row(ratio):
+    weight, stats = make_weights(5, 16, 24), make_stats(make_inputs(5))
+    params, moment = Awq(3, None), stats.second_moment_II
+    scales = awq.channel_scales(stats.mean_abs_I, ratio)
+    start = awq.scaled(weight, scales, params.scheme())
     ours = awq.clipped(weight, start, moment, params)
-    cuts = [weight.abs().amax(1, keepdim=True) * (1 - step / 20) for step in range(11)]
-    tried = [rtn.encode(weight.clamp(-cut, cut), Rtn(3, None)).dequantize() for cut in cuts]
+    scaled = weight * scales.float()
+    cuts = [scaled.abs().amax(1, keepdim=True) * (1 - step / 20) for step in range(11)]
+    tried = [rtn.encode(scaled.clamp(-cut, cut), Rtn(3, None)).dequantize() / scales.float() for cut in cuts]
     least = torch.stack([row_errors(made - weight, moment) for made in tried]).amin(0)
     assert torch.allclose(row_errors(ours.dequantize() - weight, moment), least, rtol=1e-9)
     assert (least < row_errors(start.dequantize() - weight, moment)).any()
@@ -387,6 +390,35 @@ def test_hqq_lowers_its_norm_on_the_whole():
     for bits in (2, 3, 4):
         before = p_norms(rtn.encode(weight, Rtn(bits, 64)), weight, 64).sum()
         assert p_norms(hqq.encode(weight, Hqq(bits)), weight, 64).sum() < 0.98 * before
+
+
+def offset_by_description(weight, bits, iterations, beta, kappa, p=0.7):
+    """The best offset of one group: in turns the error beyond the threshold split off, and the mean of what is left."""
+    grid = Grid.fit(weight[None, None], bits, False)
+    scale, zero, top = float(grid.scales_OG), float(grid.zeros_OG), 2 ** (bits - 1)
+    best = None
+    for step in range(iterations + 1):
+        codes = [min(max(round((w - zero) / scale), -top), top - 1) for w in weight.tolist()]
+        errors = [w - (code * scale + zero) for w, code in zip(weight.tolist(), codes, strict=True)]
+        norm = sum(abs(error) ** p for error in errors)
+        if best is None or norm < best[0]:
+            best = (norm, zero)
+        sizes = [abs(error) / scale for error in errors]
+        kept = [max(0.0, size - size ** (p - 1) / (beta * kappa**step)) if size else 0.0 for size in sizes]
+        outliers = [scale * size * (1 if error > 0 else -1) for size, error in zip(kept, errors, strict=True)]
+        fitted = [w - o - code * scale for w, o, code in zip(weight.tolist(), outliers, codes, strict=True)]
+        zero = float(torch.tensor(sum(fitted) / len(fitted)).bfloat16())
+    return best[1]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("iterations", [1, 2, 6])
+def test_hqq_takes_the_steps_of_its_description(bits, iterations):
+    weight = make_weights(bits, 12, 16)
+    zeros = hqq.encode(weight, Hqq(bits, None, iterations=iterations, beta=4.0, kappa=1.5)).zeros
+    wanted = [offset_by_description(row, bits, iterations, 4.0, 1.5) for row in weight]
+    assert zeros[:, 0].tolist() == wanted
+    assert zeros[:, 0].tolist() != rtn.encode(weight, Rtn(bits, None)).zeros[:, 0].tolist()
 
 
 @settings(deadline=None, max_examples=20)
@@ -426,7 +458,7 @@ def test_hqq_beside_the_library(bits):
     codes, meta = library.quantize(weight, bits, group_size=64, axis=1, device="cpu", compute_dtype=torch.float32)
     theirs = library.dequantize(codes, {**meta, "compute_dtype": torch.float32})
     ours = hqq.encode(weight, Hqq(bits)).dequantize()
-    assert (ours - weight).norm() == pytest.approx((theirs - weight).norm(), rel=0.02)
+    assert float((ours - weight).norm()) == pytest.approx(float((theirs - weight).norm()), rel=0.02)
     assert (ours - weight).abs().pow(0.7).sum() < 1.01 * (theirs - weight).abs().pow(0.7).sum()
 
 
