@@ -11,6 +11,7 @@ from moebench.contracts import Execution, LayerSpec, MoebenchError, Refusal, Sch
 
 NAMES = ("reference", "eager", "batched", "grouped", "compiled", "packed")
 INT8, INT4 = Scheme("rtn", 8.0), Scheme("rtn", 4.0, 128, symmetric=False)
+W8A8 = Scheme("rtn", 8.0, act_bits=8)
 INT2 = Scheme("rtn", 2.0, 64, symmetric=False)
 
 
@@ -97,6 +98,17 @@ REFUSED = [
     ("packed", layer("bfloat16", Scheme("nf4", 4.0, 64)), "not nf4 of 4 bits"),
     ("packed", layer("bfloat16", Scheme("rtn", 2.0, 64, False)), "not rtn of 2 bits; use eager"),
     ("packed", layer("bfloat16", INT8, backward=True), "no backward"),
+    ("packed", layer("bfloat16", W8A8, backward=True), "no backward"),
+    ("packed", layer("float16", W8A8), "bfloat16, float32, not float16"),
+    ("packed", layer("bfloat16", Scheme("rtn", 8.0, act_bits=4)), "not to 4 beside 8; use eager"),
+    ("packed", layer("bfloat16", Scheme("rtn", 4.0, 64, act_bits=8)), "not to 8 beside 4; use eager"),
+    ("packed", layer("bfloat16", Scheme("rtn", 8.0, 64, act_bits=8)), "group=None and symmetric=true"),
+    ("packed", layer("bfloat16", Scheme("mixed", 6.0, act_bits=4)), "not to 4 beside 6; use eager"),
+    ("packed", layer("bfloat16", schemes=(INT8, INT8, W8A8, W8A8)), "round their tokens to different bits"),
+    ("eager", layer(schemes=(INT8, INT8, W8A8, W8A8)), "round their tokens to different bits"),
+    ("eager", layer(scheme=Scheme("rtn", 8.0, act_bits=16)), "rounded to 2 to 8 bits, not 16"),
+    ("compiled", layer(scheme=W8A8), "tokens as they are, not rounded to 8 bits; use eager or grouped"),
+    ("reference", layer(scheme=W8A8, kinds=("sequence",) * 4, heads=4), "rounds no tokens of attentions"),
 ]
 
 
