@@ -65,6 +65,7 @@ class Executor:
 
     kernels: tuple[str, ...] = ()
     packed = False
+    notes = ""
 
     def __init__(self, store: ExpertStore, spec: LayerSpec) -> None:
         import torch
@@ -212,10 +213,14 @@ def open_session(
     specs: Mapping[int, LayerSpec],
     notes: str = "",
 ) -> Session:
-    """Return a session whose executors ``make`` builds; the path is read off the stores and the executors."""
+    """Return a session whose executors ``make`` builds; the path is read off the stores and the executors.
+
+    ``notes`` is of the backend; an executor adds what it knows of its own layer.
+    """
     executors = {index: make(store, specs[index]) for index, store in layers.items()}
     plain = "dequantized" if any(store.quantized for store in layers.values()) else "dense"
     weights = "packed" if any(executor.packed for executor in executors.values()) else plain
     sparse = "mask" if any(store.sparsity is not None for store in layers.values()) else "none"
     kernels = tuple(dict.fromkeys(name for executor in executors.values() for name in executor.kernels))
-    return Session(executors, ExecutedPath(weights, sparse, kernels, notes))
+    told = [f"layer {index}: {executor.notes}" for index, executor in executors.items() if executor.notes]
+    return Session(executors, ExecutedPath(weights, sparse, kernels, "; ".join(filter(None, (notes, *told)))))
