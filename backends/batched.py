@@ -70,8 +70,8 @@ class Batched:
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take layers of FFN experts, forward only, with calls so small that copying their weights makes sense."""
-        refused = rules.refusal(spec, "batched", tuple(ELEMENT_SIZE), ("ffn", "gather")) or self._too_much(spec)
-        return refused or rules.execution(spec, ("topk",))
+        refused = rules.refusal(spec, "batched", tuple(ELEMENT_SIZE), ("ffn", "gather"), rounds_tokens=True)
+        return refused or self._too_much(spec) or rules.execution(spec, ("topk",))
 
     def _too_much(self, spec: LayerSpec) -> Refusal | None:
         copied = (spec.tokens or 0) * spec.max_k * pair_bytes(spec)

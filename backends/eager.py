@@ -52,7 +52,7 @@ class Eager:
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take every layer of FFN experts, backward included."""
-        refused = rules.refusal(spec, "eager", DTYPES, backward=True)
+        refused = rules.refusal(spec, "eager", DTYPES, backward=True, rounds_tokens=True)
         return refused or rules.execution(spec, ("topk", "sorted"))
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:

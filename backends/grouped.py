@@ -54,7 +54,7 @@ class Grouped:
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take layers of FFN experts whose rows are whole multiples of 16 bytes, backward included."""
-        refused = rules.refusal(spec, "grouped", tuple(ALIGNED), backward=True)
+        refused = rules.refusal(spec, "grouped", tuple(ALIGNED), backward=True, rounds_tokens=True)
         if refused is None and (spec.hidden % ALIGNED[spec.dtype] or spec.width % ALIGNED[spec.dtype]):
             refused = Refusal(
                 f"grouped_mm wants rows of whole 16 bytes: in {spec.dtype} a hidden size and a width divisible by "

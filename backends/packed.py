@@ -2,7 +2,8 @@
 
 Activations are bfloat16. int8 reads codes [out, in] with one scale a row; int4 reads codes laid out anew at load time,
 with a scale and an offset for each row and group: w = (q - 8) * scale + zero. Experts of one layer may differ: each
-goes to the kernel for its codes.
+goes to the kernel for its codes. W8A8 rounds tokens to int8 too, multiplies integers exactly, and applies both scales
+afterwards, in float32 up to the expert's output.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..contracts import Availability, Execution, LayerSpec, Refusal
 from . import rules
-from .packing import PackedMatrix, pack_experts, unpackable
+from .packing import INT8_TOKENS, PackedMatrix, pack_experts, unpackable
 from .session import LoopExecutor, Session, open_session
 
 if TYPE_CHECKING:
@@ -33,8 +34,12 @@ class PackedExecutor(LoopExecutor):
         super().__init__(store, spec)
         import torch
 
+        from ..moe.token_codes import token_codes
+
         self.int8_mm = torch.ops.aten._weight_int8pack_mm.default
         self.int4_mm = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        self.int_mm, self.int8 = torch.ops.aten._int_mm.default, torch.int8
+        self.token_codes = token_codes
         self.experts = pack_experts(store, spec)
         used = dict.fromkeys(matrix.kernel for pair in self.experts for matrix in pair)
         self.kernels = (*used, "aten::index_add_")
@@ -44,11 +49,20 @@ class PackedExecutor(LoopExecutor):
         return self.experts
 
     def product(self, x_NI: Tensor, weight: PackedMatrix) -> Tensor:
-        """Return x W^T [N, out] in bfloat16."""
+        """Return x W^T [N, out] in bfloat16, or float32 where tokens are rounded."""
+        if weight.kernel == INT8_TOKENS:
+            return self.rounded_product(x_NI, weight)
         if weight.group is None:
             y_NO: Tensor = self.int8_mm(x_NI, weight.codes, weight.scales)
         else:
             y_NO = self.int4_mm(x_NI, weight.codes, weight.group, weight.scales)
+        return y_NO
+
+    def rounded_product(self, x_NI: Tensor, weight: PackedMatrix) -> Tensor:
+        """Return x W^T [N, out] in float32: integers multiplied and summed exactly, then scaled by token and row."""
+        codes_NI, scales_N1 = self.token_codes(x_NI, 8)
+        sums_NO = self.int_mm(codes_NI.to(self.int8), weight.codes)
+        y_NO: Tensor = sums_NO.float() * scales_N1 * weight.scales
         return y_NO
 
     def ffn(self, x_NH: Tensor, gate_up: Any, down: Any) -> Tensor:
@@ -69,9 +83,10 @@ class Packed:
         return Availability(True)
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
-        """Take layers of quantized FFN experts in bfloat16, forward only; each expert must have a kernel."""
+        """Take layers of quantized FFN experts that all have a kernel, forward only; W8A8 in float32 too."""
         reason = unpackable(spec)
-        refused = Refusal(reason) if reason else rules.refusal(spec, "packed", ("bfloat16",))
+        dtypes = ("bfloat16",) if rules.act_bits(spec) is None else ("bfloat16", "float32")
+        refused = Refusal(reason) if reason else rules.refusal(spec, "packed", dtypes, rounds_tokens=True)
         return refused or rules.execution(spec, ("topk", "sorted"), packed=True, excludes=MATMULS)
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:

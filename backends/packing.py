@@ -25,11 +25,12 @@ BLOCK = 16
 
 INT8 = "aten::_weight_int8pack_mm"
 INT4 = "aten::_weight_int4pack_mm_for_cpu"
+INT8_TOKENS = "aten::_int_mm"
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """One matrix [out, in] as ``kernel`` reads it; ``group`` None means int8."""
+    """One matrix [out, in] as ``kernel`` reads it; ``group`` None means int8. ``_int_mm`` reads codes [in, out]."""
 
     codes: Tensor
     scales: Tensor
@@ -50,6 +51,8 @@ def pack(weight: Any) -> PackedMatrix:
         raise MoebenchError(f"packed reads bfloat16 scales, not {weight.scales.dtype}; quantize with bfloat16 scales.")
     if weight.scheme.bits == 8:
         codes_OI, scales_O = weight.unpack().to(torch.int8), weight.scales.reshape(-1).contiguous()
+        if weight.scheme.act_bits is not None:
+            return PackedMatrix(codes_OI.T.contiguous(), scales_O, None, INT8_TOKENS)
         return PackedMatrix(codes_OI.contiguous(), scales_O, None, INT8)
     zeros = torch.zeros_like(weight.scales) if weight.zeros is None else weight.zeros
     pairs = torch.stack([weight.scales, zeros.to(weight.scales.dtype)], dim=-1).transpose(0, 1).contiguous()
@@ -75,7 +78,7 @@ def unpackable(spec: LayerSpec) -> str:
     experts = [expert for expert, kind in enumerate(spec.kinds) if kind in OWNERS]
     first = {scheme: expert for expert, scheme in zip(reversed(experts), reversed(spec.schemes), strict=False)}
     for scheme in dict.fromkeys(spec.schemes or (Scheme(),)):
-        reason = _mixture(spec) if scheme.codec == MIXED else unreadable(scheme, spec)
+        reason = _mixture(scheme, spec) if scheme.codec == MIXED else unreadable(scheme, spec)
         if reason:
             return reason if spec.scheme else f"expert {first[scheme]} cannot be packed: {reason}"
     return ""
@@ -85,14 +88,23 @@ def unreadable(scheme: Scheme, spec: LayerSpec) -> str:
     """Return why no kernel reads codes of this scheme in matrices of the layer's sizes, or an empty string."""
     if scheme.codec == "none":
         return "packed runs quantized weights; choose quantization=int8 or quantization=int4"
-    if scheme.codec not in CODECS or scheme.bits not in (4, 8) or scheme.act_bits is not None:
+    if scheme.codec not in CODECS or scheme.bits not in (4, 8):
         codes = f"8 or 4 bit codes of {', '.join(CODECS)}, not {scheme.codec} of {scheme.bits:g} bits"
         return f"packed reads {codes}; use eager, which runs any scheme dequantized"
+    if scheme.act_bits is not None and (scheme.act_bits, scheme.bits) != (8, 8):
+        return _unreadable_tokens(scheme)
     return _unreadable_int8(scheme, spec) if scheme.bits == 8 else _unreadable_int4(scheme, spec)
 
 
-def _mixture(spec: LayerSpec) -> str:
+def _unreadable_tokens(scheme: Scheme) -> str:
+    said = f"not to {scheme.act_bits} beside {scheme.bits:g}"
+    return f"packed rounds tokens to 8 bits beside 8 bit codes, {said}; use eager, which runs any scheme dequantized"
+
+
+def _mixture(scheme: Scheme, spec: LayerSpec) -> str:
     """Return why no mixture at all could be read: experts of 8 bits want blocks, those of 4 groups of whole blocks."""
+    if scheme.act_bits is not None:
+        return "" if scheme.act_bits == 8 else _unreadable_tokens(scheme)
     if spec.hidden % BLOCK or spec.width % BLOCK:
         return f"packed kernels want sizes divisible by {BLOCK}, not {spec.hidden} and {spec.width}; use eager"
     return ""
@@ -101,7 +113,7 @@ def _mixture(spec: LayerSpec) -> str:
 def _unreadable_int8(scheme: Scheme, spec: LayerSpec) -> str:
     if scheme.group is not None or not scheme.symmetric:
         return "packed reads int8 codes with one symmetric scale a row; use group=None and symmetric=true"
-    if spec.hidden % BLOCK or spec.width % BLOCK:
+    if scheme.act_bits is None and (spec.hidden % BLOCK or spec.width % BLOCK):
         return f"the int8 kernel wants sizes divisible by {BLOCK}, not {spec.hidden} and {spec.width}; use eager"
     return ""
 

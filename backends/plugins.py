@@ -24,6 +24,21 @@ class Batched:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
+@dataclass(frozen=True)
+class Duplex:
+    """Experts with at least ``crossover`` tokens in a call multiply dequantized weights, the others packed codes.
+
+    None measures it when a layer is loaded, on the layer's own experts. 0 dequantizes all, a number above all tokens
+    keeps all packed.
+    """
+
+    crossover: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.crossover is not None and self.crossover < 0:
+            raise ValueError(f"crossover={self.crossover} must not be negative; 0 dequantizes all experts")
+
+
 DESCRIPTORS = [
     Descriptor(
         "backend", "reference", "every expert in turn in float32, plainly right", "moebench.backends.reference:create"
@@ -39,6 +54,13 @@ DESCRIPTORS = [
     Descriptor("backend", "grouped", "torch grouped_mm on sorted tokens", "moebench.backends.grouped:create"),
     Descriptor("backend", "compiled", "the expert FFN through torch.compile", "moebench.backends.compiled:create"),
     Descriptor(
-        "backend", "packed", "int8 and int4 codes by torch's packed CPU products", "moebench.backends.packed:create"
+        "backend", "packed", "int8, int4 and W8A8 codes by torch's CPU products", "moebench.backends.packed:create"
+    ),
+    Descriptor(
+        "backend",
+        "duplex",
+        "cold experts packed, hot ones dequantized, by measured crossover",
+        "moebench.backends.duplex:Duplex",
+        Duplex,
     ),
 ]

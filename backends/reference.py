@@ -144,7 +144,8 @@ class Reference:
         dtypes = ("float32", "float64", "bfloat16", "float16")
         if spec.backward and spec.dtype in dtypes[2:]:
             return Refusal(f"reference computes in float32, so its backward wants float32 or float64, not {spec.dtype}")
-        return rules.refusal(spec, "reference", dtypes, KINDS, backward=True) or rules.execution(spec, ("topk",))
+        refused = rules.refusal(spec, "reference", dtypes, KINDS, backward=True, rounds_tokens=True)
+        return refused or rules.execution(spec, ("topk",))
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:
         """Load layers; dense weights in the computing dtype are used where they lie."""

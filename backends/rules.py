@@ -15,14 +15,37 @@ def is_quantized(spec: LayerSpec) -> bool:
     return any(scheme.codec != "none" for scheme in spec.schemes)
 
 
+def act_bits(spec: LayerSpec) -> int | None:
+    """Return to how many bits the experts round their tokens, or None; of several (``refusal``), the first."""
+    return next((scheme.act_bits for scheme in spec.schemes if scheme.act_bits is not None), None)
+
+
+def token_refusal(spec: LayerSpec, backend: str, rounds_tokens: bool) -> str:
+    """Return why ``backend`` cannot round the tokens of a layer as its schemes say, or an empty string."""
+    bits = act_bits(spec)
+    if bits is None:
+        return ""
+    if len({scheme.act_bits for scheme in spec.schemes}) > 1:
+        return "experts of one layer round their tokens to different bits; give all the same act_bits"
+    if not rounds_tokens:
+        return f"{backend} reads tokens as they are, not rounded to {bits} bits; use eager or grouped"
+    if "sequence" in spec.kinds:
+        return f"{backend} rounds no tokens of attentions; use a quantization without act_bits"
+    return "" if 2 <= bits <= 8 else f"tokens are rounded to 2 to 8 bits, not {bits}; choose another act_bits"
+
+
 def refusal(
     spec: LayerSpec,
     backend: str,
     dtypes: tuple[str, ...],
     kinds: tuple[str, ...] = ("ffn",),
     backward: bool = False,
+    rounds_tokens: bool = False,
 ) -> Refusal | None:
-    """Return why ``backend`` cannot take ``spec``, or None; the checks that all our backends share."""
+    """Return why ``backend`` cannot take ``spec``, or None; the checks that all our backends share.
+
+    ``rounds_tokens`` says that the backend does what schemes with ``act_bits`` ask for.
+    """
     foreign = [kind for kind in dict.fromkeys(spec.kinds) if kind not in kinds]
     reason = ""
     if foreign:
@@ -46,6 +69,8 @@ def refusal(
         reason = f"{backend} has no backward; use eager or grouped for pass=forward_backward"
     elif spec.backward and is_quantized(spec):
         reason = "quantized weights have no gradient; use quantization=none for pass=forward_backward"
+    else:
+        reason = token_refusal(spec, backend, rounds_tokens)
     return Refusal(reason) if reason else None
 
 

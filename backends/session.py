@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..contracts import ExecutedPath, LayerSpec, MoebenchError
 from .convert import to_sorted, to_topk
+from .rules import act_bits
 
 if TYPE_CHECKING:
     import torch
@@ -29,18 +30,24 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 class Hidden:
-    """The pointwise parts of an expert: leaving out input channels, and activation, gating, leaving out channels."""
+    """What an expert does beside its products: leaving out channels, activation and gating, rounding its tokens.
 
-    def __init__(self, store: ExpertStore) -> None:
+    ``act_bits`` None leaves tokens as they are: no scheme asks for it, or the product takes codes and rounds itself.
+    """
+
+    def __init__(self, store: ExpertStore, act_bits: int | None) -> None:
         from ..moe.experts import ACTIVATIONS
+        from ..moe.token_codes import rounded_tokens
 
+        self.act_bits, self.rounded = act_bits, rounded_tokens
         self.activation = ACTIVATIONS[store.activation]
         self.gated = store.gated
         self.sparsity = store.sparsity
 
     def input(self, x_NH: Tensor) -> Tensor:
         """Return what gate and up read."""
-        return x_NH if self.sparsity is None else self.sparsity.apply("input", x_NH)
+        x_NH = x_NH if self.sparsity is None else self.sparsity.apply("input", x_NH)
+        return self.rounded(x_NH, self.act_bits)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return what down reads [.., F], from the product with gate_up [.., 2F] (or up [.., F])."""
@@ -49,7 +56,8 @@ class Hidden:
             hidden = self.activation(gate) * up
         else:
             hidden = self.activation(hidden)
-        return hidden if self.sparsity is None else self.sparsity.apply("hidden", hidden)
+        hidden = hidden if self.sparsity is None else self.sparsity.apply("hidden", hidden)
+        return self.rounded(hidden, self.act_bits)
 
 
 class Executor:
@@ -57,14 +65,18 @@ class Executor:
 
     kernels: tuple[str, ...] = ()
     packed = False
+    notes = ""
 
     def __init__(self, store: ExpertStore, spec: LayerSpec) -> None:
         import torch
 
         if store.kinds != spec.kinds:
             raise MoebenchError("the store and its specification name different experts; fold both or neither.")
+        if store.act_bits != act_bits(spec):
+            said = f"{act_bits(spec)} bits for its tokens, and the store has {store.act_bits}"
+            raise MoebenchError(f"the specification says {said}; write the store's act_bits into its schemes.")
         self.spec = spec
-        self.hidden = Hidden(store)
+        self.hidden = Hidden(store, None if self.packed else store.act_bits)
         self._no_grad = torch.no_grad
 
     def __call__(self, x_TH: Tensor, *inputs: Any, out_TH: Tensor | None = None) -> Tensor:
@@ -201,10 +213,14 @@ def open_session(
     specs: Mapping[int, LayerSpec],
     notes: str = "",
 ) -> Session:
-    """Return a session whose executors ``make`` builds; the path is read off the stores and the executors."""
+    """Return a session whose executors ``make`` builds; the path is read off the stores and the executors.
+
+    ``notes`` is of the backend; an executor adds what it knows of its own layer.
+    """
     executors = {index: make(store, specs[index]) for index, store in layers.items()}
     plain = "dequantized" if any(store.quantized for store in layers.values()) else "dense"
     weights = "packed" if any(executor.packed for executor in executors.values()) else plain
     sparse = "mask" if any(store.sparsity is not None for store in layers.values()) else "none"
     kernels = tuple(dict.fromkeys(name for executor in executors.values() for name in executor.kernels))
-    return Session(executors, ExecutedPath(weights, sparse, kernels, notes))
+    told = [f"layer {index}: {executor.notes}" for index, executor in executors.items() if executor.notes]
+    return Session(executors, ExecutedPath(weights, sparse, kernels, "; ".join(filter(None, (notes, *told)))))

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from ..contracts import OWNERS, Scheme
+from ..contracts import OWNERS, MoebenchError, Scheme
+from .token_codes import rounded_tokens
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nnf.silu,
@@ -145,6 +146,18 @@ class ExpertStore:
             return (Scheme(bits=8.0 * self.down.element_size()),) * len(self.down)
         return tuple(weight.scheme for weight in self.down)
 
+    @cached_property
+    def act_bits(self) -> int | None:
+        """The bits to which experts round what their products read, each token by its own scale; None: not at all."""
+        if isinstance(self.gate_up, Tensor) or isinstance(self.down, Tensor):
+            return None
+        found = {weight.scheme.act_bits for weight in (*self.gate_up, *self.down)}
+        if len(found) > 1:
+            raise MoebenchError(
+                "experts of one layer round their tokens to different bits; give all the same act_bits."
+            )
+        return found.pop() if found else None
+
     @property
     def nbytes(self) -> int:
         """Bytes of all expert weights as stored."""
@@ -183,7 +196,7 @@ class ExpertStore:
 def expert_forward(x_TH: Tensor, gate_up: Tensor, down: Tensor, store: ExpertStore) -> Tensor:
     """Return f_e(x) [T, H] for one FFN expert with dense ``gate_up`` [2F or F, H] and ``down`` [H, F]."""
     hidden = x_TH if store.sparsity is None else store.sparsity.apply("input", x_TH)
-    hidden = nnf.linear(hidden, gate_up)
+    hidden = nnf.linear(rounded_tokens(hidden, store.act_bits), gate_up)
     act = ACTIVATIONS[store.activation]
     if store.gated:
         gate, up = hidden.chunk(2, dim=-1)
@@ -192,4 +205,4 @@ def expert_forward(x_TH: Tensor, gate_up: Tensor, down: Tensor, store: ExpertSto
         hidden = act(hidden)
     if store.sparsity is not None:
         hidden = store.sparsity.apply("hidden", hidden)
-    return nnf.linear(hidden, down)
+    return nnf.linear(rounded_tokens(hidden, store.act_bits), down)

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..contracts import EXPERT_KINDS, Check, MoebenchError
 from .experts import ACTIVATIONS, Constants, ExpertStore
 from .routing import Routing
+from .token_codes import exact_tokens, near_ties
 
 if TYPE_CHECKING:
     from .layer import SharedExpert
@@ -166,7 +167,7 @@ def _ffn(store: ExpertStore, slot: int, x_NH: Tensor) -> tuple[Tensor, Tensor, i
     gate_up, down = exact_weights(store, slot, x_NH.dtype)
     if store.sparsity is not None:
         x_NH = store.sparsity.apply("input", x_NH)
-    before = nnf.linear(x_NH.double(), gate_up)
+    before = nnf.linear(exact_tokens(x_NH, store.act_bits), gate_up)
     hidden_NF = _activate(before, store.activation, store.gated)
     flips_N, near = hidden_NF.new_zeros(len(x_NH)), 0
     if store.sparsity is not None and "hidden" in store.sparsity.thresholds:
@@ -176,7 +177,12 @@ def _ffn(store: ExpertStore, slot: int, x_NH: Tensor) -> tuple[Tensor, Tensor, i
         hidden_NF = store.sparsity.apply("hidden", hidden_NF)
     if store.width == 1:
         flips_N = flips_N + _cancellation(store, gate_up, x_NH, before, hidden_NF) * down.square().sum()
-    return nnf.linear(hidden_NF, down), flips_N, near
+    if store.act_bits is not None:
+        error_NF = _hidden_error(store, before, hidden_NF, x_NH.dtype)
+        near_NF, step_N1 = near_ties(hidden_NF, store.act_bits, error_NF)
+        near += int(near_NF.sum())
+        flips_N = flips_N + (near_NF * step_N1.square()) @ down.square().sum(0)
+    return nnf.linear(exact_tokens(hidden_NF, store.act_bits), down), flips_N, near
 
 
 def _cancellation(store: ExpertStore, gate_up: Tensor, x_NH: Tensor, before: Tensor, hidden_N1: Tensor) -> Tensor:
@@ -229,14 +235,29 @@ def _near_threshold(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype
     if "hidden" in sparsity.weights:
         score_NF = score_NF * sparsity.weights["hidden"].double()
     typical_N1 = score_NF.square().mean(dim=1, keepdim=True).sqrt()
-    u = unit_roundoff(dtype)
-    shifted = before.clone()
-    shifted[:, : hidden_NF.shape[1]] *= 1 + 2 * u  # the gate, or all there is
-    moved_NF = (_activate(shifted, store.activation, store.gated) - hidden_NF).abs()
+    u, moved_NF = unit_roundoff(dtype), _moved(store, before, hidden_NF, dtype)
     if "hidden" in sparsity.weights:
         moved_NF = moved_NF * sparsity.weights["hidden"].double()
-    dot_error = 2.0**-23 * math.sqrt(store.hidden) + (u if store.quantized else 0.0)
-    return (score_NF - threshold).abs() <= 4 * u * threshold + moved_NF + dot_error * typical_N1
+    return (score_NF - threshold).abs() <= 4 * u * threshold + moved_NF + _dot_error(store, dtype) * typical_N1
+
+
+def _moved(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return by how much the rounding of the gate to ``dtype`` may move each hidden activation [N, F]."""
+    shifted = before.clone()
+    shifted[:, : hidden_NF.shape[1]] *= 1 + 2 * unit_roundoff(dtype)  # the gate, or all there is
+    return (_activate(shifted, store.activation, store.gated) - _activate(before, store.activation, store.gated)).abs()
+
+
+def _dot_error(store: ExpertStore, dtype: torch.dtype) -> float:
+    """Return the error of a hidden activation by its dot product, and by dequantized weights, of a typical one."""
+    return 2.0**-23 * math.sqrt(store.hidden) + (unit_roundoff(dtype) if store.quantized else 0.0)
+
+
+def _hidden_error(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what rounding in ``dtype`` may move each hidden activation by [N, F]; see ``_near_threshold`` for why."""
+    typical_N1 = hidden_NF.square().mean(dim=1, keepdim=True).sqrt()
+    rounding_NF = 4 * unit_roundoff(dtype) * hidden_NF.abs() + _moved(store, before, hidden_NF, dtype)
+    return rounding_NF + _dot_error(store, dtype) * typical_N1
 
 
 def _add_shared(total: _Sum, shared: SharedExpert, x_TH: Tensor) -> None:

@@ -111,9 +111,9 @@ def test_other_dtypes(lab, name, dtype):
     lab.check(name, store, getattr(torch, dtype), "signed", 17, "topk", 9)
 
 
-@pytest.mark.parametrize("name", [*ALL_DENSE, "packed"])
+@pytest.mark.parametrize("name", [*ALL_DENSE, "packed", "duplex"])
 def test_verify_fails_when_one_expert_is_perturbed(lab, name):
-    dtype, scheme = (torch.bfloat16, INT8) if name == "packed" else (torch.float32, None)
+    dtype, scheme = (torch.bfloat16, INT8) if name in ("packed", "duplex") else (torch.float32, None)
     good = lab.store(0, dtype, scheme)
     bad = lab.store(0, dtype)
     bad.down[2].mul_(1.25)

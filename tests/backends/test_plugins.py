@@ -9,8 +9,9 @@ from moebench.backends import compiled
 from moebench.backends.plugins import DESCRIPTORS
 from moebench.contracts import Execution, LayerSpec, MoebenchError, Refusal, Scheme, Selection, SparsitySpec
 
-NAMES = ("reference", "eager", "batched", "grouped", "compiled", "packed")
+NAMES = ("reference", "eager", "batched", "grouped", "compiled", "packed", "duplex")
 INT8, INT4 = Scheme("rtn", 8.0), Scheme("rtn", 4.0, 128, symmetric=False)
+W8A8 = Scheme("rtn", 8.0, act_bits=8)
 INT2 = Scheme("rtn", 2.0, 64, symmetric=False)
 
 
@@ -23,7 +24,7 @@ def supports(name, spec, **params):
     return next(d for d in DESCRIPTORS if d.name == name).create(params).supports(spec)
 
 
-def test_the_six_are_described_in_order():
+def test_the_seven_are_described_in_order():
     assert tuple(d.name for d in DESCRIPTORS) == NAMES
 
 
@@ -43,8 +44,13 @@ def test_describing_and_asking_imports_no_torch():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_executions_say_what_will_run(name):
-    if name == "packed":
-        assert supports(name, layer("bfloat16", INT8)).weights == "packed"
+    if name in ("packed", "duplex"):
+        told = supports(name, layer("bfloat16", INT8))
+        assert told.weights == {"packed": "packed", "duplex": "dequantized"}[name]
+        assert (told.boundary, supports(name, layer("bfloat16", INT4, boundary="sorted")).boundary) == (
+            "topk",
+            "sorted",
+        )
         return
     boundary = "sorted" if name in ("eager", "grouped", "compiled") else "topk"
     assert supports(name, layer()) == Execution()
@@ -97,6 +103,23 @@ REFUSED = [
     ("packed", layer("bfloat16", Scheme("nf4", 4.0, 64)), "not nf4 of 4 bits"),
     ("packed", layer("bfloat16", Scheme("rtn", 2.0, 64, False)), "not rtn of 2 bits; use eager"),
     ("packed", layer("bfloat16", INT8, backward=True), "no backward"),
+    ("duplex", layer("bfloat16"), "duplex keeps cold experts packed, and packed runs quantized weights"),
+    ("duplex", layer("bfloat16", INT2), "not rtn of 2 bits; use eager"),
+    ("duplex", layer("bfloat16", W8A8), "duplex reads tokens as they are, not rounded to 8 bits"),
+    ("duplex", layer("float32", INT8), "duplex computes in bfloat16, not float32"),
+    ("duplex", layer("bfloat16", INT8, kinds=("ffn", "zero")), "no 'zero' experts"),
+    ("duplex", layer("bfloat16", INT8, backward=True), "no backward"),
+    ("packed", layer("bfloat16", W8A8, backward=True), "no backward"),
+    ("packed", layer("float16", W8A8), "bfloat16, float32, not float16"),
+    ("packed", layer("bfloat16", Scheme("rtn", 8.0, act_bits=4)), "not to 4 beside 8; use eager"),
+    ("packed", layer("bfloat16", Scheme("rtn", 4.0, 64, act_bits=8)), "not to 8 beside 4; use eager"),
+    ("packed", layer("bfloat16", Scheme("rtn", 8.0, 64, act_bits=8)), "group=None and symmetric=true"),
+    ("packed", layer("bfloat16", Scheme("mixed", 6.0, act_bits=4)), "not to 4 beside 6; use eager"),
+    ("packed", layer("bfloat16", schemes=(INT8, INT8, W8A8, W8A8)), "round their tokens to different bits"),
+    ("eager", layer(schemes=(INT8, INT8, W8A8, W8A8)), "round their tokens to different bits"),
+    ("eager", layer(scheme=Scheme("rtn", 8.0, act_bits=16)), "rounded to 2 to 8 bits, not 16"),
+    ("compiled", layer(scheme=W8A8), "tokens as they are, not rounded to 8 bits; use eager or grouped"),
+    ("reference", layer(scheme=W8A8, kinds=("sequence",) * 4, heads=4), "rounds no tokens of attentions"),
 ]
 
 
@@ -117,6 +140,11 @@ def test_folding_makes_a_refused_layer_acceptable():
 def test_batched_wants_a_limit_above_zero():
     with pytest.raises(MoebenchError, match="limit_mib=0 must be at least 1"):
         supports("batched", layer(), limit_mib=0)
+
+
+def test_duplex_wants_no_negative_crossover():
+    with pytest.raises(MoebenchError, match="crossover=-1 must not be negative; 0 dequantizes all experts"):
+        supports("duplex", layer(), crossover=-1)
 
 
 def test_compiled_is_not_available_without_a_compiler(monkeypatch, tmp_path):
