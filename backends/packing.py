@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..moe.experts import ExpertStore
 
-CODECS = ("rtn",)
+CODECS = ("rtn", "gptq", "hqq")
 """Codecs whose tensors hold integer codes with scales, and so have ``unpack``, ``scales`` and ``zeros``."""
 
 INT4_GROUPS = (32, 64, 128, 256)

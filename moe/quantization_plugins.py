@@ -7,7 +7,7 @@ from typing import Any
 from ..contracts import Descriptor
 from .bits.mixed_params import Mixed
 from .blocks.params import Binary, Fp4, Fp8, Gguf, Mxfp4, Nf4, Nvfp4, Ternary
-from .codecs.integer_params import Awq, Gptq, Hqq, Rtn
+from .codecs.integer_params import W4A4, W8A8, Awq, Gptq, Hqq, Rtn
 
 
 def _codec(name: str, summary: str, params: type[Any]) -> Descriptor:
@@ -19,6 +19,8 @@ DESCRIPTORS = [
     _codec("gptq", "GPTQ: later columns make good for the errors of earlier ones", Gptq),
     _codec("awq", "AWQ: channels of large activations scaled up first", Awq),
     _codec("hqq", "HQQ: offsets sought without data", Hqq),
+    _codec("w8a8", "weights and tokens rounded to 8 bits", W8A8),
+    _codec("w4a4", "weights and tokens rounded to 4 bits", W4A4),
     _codec("nf4", "NF4: quantiles of a normal", Nf4),
     _codec("fp4", "FP4 of bitsandbytes", Fp4),
     _codec("mxfp4", "OCP MXFP4", Mxfp4),

@@ -79,7 +79,7 @@ class TinyMoE:
 
     @property
     def calibration_tokens(self) -> int:
-        """Tokens recorded for calibration: what is fitted to each of 16 experts wants many more than it has channels."""
+        """Tokens recorded for calibration: each expert should read many more than it has channels."""
         return 1024 if self.variant == "smoke" else 16384
 
     @property

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench.contracts import Scheme
+from moebench.moe.codecs.integer import IntTensor
+from moebench.moe.codecs.packing import pack_codes
 from moebench.moe.experts import ExpertStore, QTensor
 from moebench.moe.plugins import Int2, Int4, Int8, NoQuantization
-from moebench.moe.quantization import IntTensor, keep, pack_codes, quantize, rtn, stack, unstack
+from moebench.moe.quantization import coded, keep, quantize
 
 BF16_ROUNDING = 2.0**-8
 FLOAT32_SLACK = 2.0**-20
@@ -164,9 +166,9 @@ def test_group_that_does_not_divide_names_groups_that_do():
     assert str(info.value).count(".") == 1
     store = ExpertStore(torch.ones(1, 384, 576), torch.ones(1, 576, 192), ("ffn",))
     with pytest.raises(ValueError, match="576 and 192; use 48, 64, 96, 192"):
-        rtn(Int4(group=128))(store)
+        coded(Int4(group=128))(store, None)
     for group in (48, 64, 96, 192):
-        rtn(Int4(group=group))(store)
+        coded(Int4(group=group))(store, None)
 
 
 def test_asymmetric_groups_of_32_are_free_on_weights_that_came_from_q4_1():
@@ -219,13 +221,13 @@ def make_store(dtype=torch.float32):
 
 def test_none_returns_the_store_itself():
     store = make_store()
-    assert keep(NoQuantization())(store) is store
+    assert keep(NoQuantization())(store, None) is store
 
 
 @pytest.mark.parametrize("params", [Int8(), Int8(4, False), Int4(8), Int4(None, True), Int2(8), Int2(None, True)])
 def test_rtn_quantizes_every_expert_of_a_store(params):
     store = make_store(torch.bfloat16)
-    quantized = rtn(params)(store)
+    quantized = coded(params)(store, None)
     assert quantized.quantized
     assert quantized.kinds == store.kinds
     assert quantized.schemes == (params.scheme(),) * 3
@@ -235,23 +237,4 @@ def test_rtn_quantizes_every_expert_of_a_store(params):
     assert quantized.nbytes == sum(t.nbytes for t in (*quantized.gate_up, *quantized.down))
     assert quantized.nbytes < 2 * store.nbytes
     with pytest.raises(ValueError, match="quantized already"):
-        rtn(params)(quantized)
-
-
-@pytest.mark.parametrize("params", [Int2, Int4])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_stacked_experts_come_back_bit_for_bit(params, symmetric):
-    tensors = rtn(params(8, symmetric))(make_store()).gate_up
-    back = unstack(stack(tensors), tensors[0].scheme, tensors[0].shape)
-    assert all(torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(tensors, back, strict=True))
-    assert [t.nbytes for t in back] == [t.nbytes for t in tensors]
-
-
-def test_codes_of_somebody_else_are_not_stacked():
-    class Other:
-        scheme, shape, nbytes = Scheme(), (1, 1), 0
-
-        def dequantize(self, dtype=torch.float32):
-            return torch.zeros(1, 1, dtype=dtype)
-
-    assert stack([Other()]) is None
+        coded(params)(quantized, None)

@@ -394,7 +394,7 @@ class Halves:
         return self.half.to(dtype)
 
 def build(params):
-    def quantize(store):
+    def quantize(store, seen):
         return dataclasses.replace(
             store, gate_up=[Halves(w) for w in store.gate_up], down=[Halves(w) for w in store.down]
         )

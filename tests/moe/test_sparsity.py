@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from moebench.moe.experts import ExpertStore, Sparsity
 from moebench.moe.layer import PreparedLayer, ffn_hidden, moe_forward
 from moebench.moe.plugins import Int8, NoSparsity, Teal
-from moebench.moe.quantization import rtn
+from moebench.moe.quantization import coded
 from moebench.moe.routing import Routing
 from moebench.moe.sparsity import density, keep, quantile, site_activations, teal
 
@@ -130,7 +130,7 @@ def test_hidden_is_calibrated_behind_the_sparse_input():
 
 
 def test_quantized_experts_are_calibrated_on_their_dequantized_weights():
-    store, routing, x = rtn(Int8())(make_store()), make_routing(), randn(T, H)
+    store, routing, x = coded(Int8())(make_store(), None), make_routing(), randn(T, H)
     gate_up, down = store.dense()
     dense = ExpertStore(gate_up, down, KINDS)
     assert teal(Teal(0.5))(store, routing, x).sparsity == teal(Teal(0.5))(dense, routing, x).sparsity

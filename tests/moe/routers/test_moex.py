@@ -10,7 +10,7 @@ from moebench.contracts import Selection, load_attribute
 from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import LayerWeights, PreparedLayer, moe_forward
 from moebench.moe.plugins import Int4
-from moebench.moe.quantization import rtn
+from moebench.moe.quantization import coded
 from moebench.moe.router import select
 from moebench.moe.router_params.moex import DESCRIPTORS, MoEX
 from moebench.moe.routing import Context
@@ -131,7 +131,7 @@ def test_quantizing_the_experts_changes_the_routing():
     store, x_TH = gaussian_store(), seeded(400, HIDDEN, seed=9)
     router = build().router
     dense = router(x_TH, Context(experts=store))
-    packed = router(x_TH, Context(experts=rtn(Int4(group=32))(store)))
+    packed = router(x_TH, Context(experts=coded(Int4(group=32))(store, None)))
     agree = (dense.to_dense().gt(0) == packed.to_dense().gt(0)).all(1).float().mean()
     assert 0.5 < agree < 1
     assert (dense.logits_TE - packed.logits_TE).abs().max() < 0.1
