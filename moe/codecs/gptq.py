@@ -8,6 +8,9 @@ Written from the paper. Where it departs from the released code:
   (the code reads stale weights there). So the size of a block changes nothing but the time.
 - Errors are those of the scales as stored in bfloat16, and the arithmetic is float64.
 
+With 2 bits and inputs whose channels differ much, what is handed on can widen the groups behind until rounding to
+nearest is nearer; ``desc_act``, whose scales are those of the weights as they were, was nearer there.
+
 Shape letters: O output rows, I input channels.
 """
 

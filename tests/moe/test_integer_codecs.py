@@ -275,6 +275,13 @@ def test_gptq_keeps_outputs_nearer_than_rtn(seed, bits, desc_act):
         assert (ours.dequantize() - weight).norm() > (theirs.dequantize() - weight).norm()
 
 
+def test_with_two_bits_only_desc_act_is_nearer_than_rtn():
+    weight, stats = make_weights(0, 32, 96, 0.02), make_stats(make_inputs(0, 96, 400))
+    theirs = output_error(rtn.encode(weight, Rtn(2, 32)), weight, stats).sum()
+    plain, ordered = (gptq.encode(weight, Gptq(2, 32, desc_act=desc_act), stats) for desc_act in (False, True))
+    assert output_error(ordered, weight, stats).sum() < 0.8 * theirs < 0.8 * output_error(plain, weight, stats).sum()
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(2, 8), seeds)
 def test_with_desc_act_the_order_of_the_channels_does_not_matter(bits, seed):
