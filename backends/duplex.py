@@ -8,8 +8,9 @@ is measured when a layer is loaded, on its own experts, unless it is given. All 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Availability, Execution, LayerSpec, Refusal
@@ -29,7 +30,8 @@ LIMIT = 256
 """The most tokens that are tried: a layer where packed codes are still faster runs them up to here."""
 
 SAMPLE = 4
-"""How many experts of a kind are timed, one after another as in a layer, so that caches are not kinder than there."""
+"""How many experts of a kind make one timed call; the next call takes the next ones, round and round, so that weights
+come from as far away as they do in a layer."""
 
 Kind = tuple[tuple[str, int | None], ...]
 
@@ -74,13 +76,15 @@ class DuplexExecutor(LoopExecutor):
         import torch
 
         limit = min(LIMIT, LIMIT if self.spec.tokens is None else self.spec.tokens)
-        pairs = [pair for pair in self.pairs if kind_of(pair[0]) == kind][:SAMPLE]
+        pairs = [pair for pair in self.pairs if kind_of(pair[0]) == kind]
+        number = min(SAMPLE, len(pairs))
+        packed, dense = cycle([cold for cold, _ in pairs]), cycle([hot for _, hot in pairs])
         generator = torch.Generator().manual_seed(0)
         x_NH = torch.randn(limit, self.spec.hidden, generator=generator).to(torch.bfloat16)
 
         def is_hot(tokens: int) -> bool:
-            cold = partial(_run, self.cold.ffn, [packed for packed, _ in pairs], x_NH[:tokens])
-            hot = partial(_run, self.hot.ffn, [dense for _, dense in pairs], x_NH[:tokens])
+            cold = partial(_run, self.cold.ffn, packed, number, x_NH[:tokens])
+            hot = partial(_run, self.hot.ffn, dense, number, x_NH[:tokens])
             return is_faster(hot, cold)
 
         with torch.no_grad():
@@ -94,8 +98,8 @@ class DuplexExecutor(LoopExecutor):
         return f"dequantized from {how} {', '.join(numbers)} tokens per expert on, packed below; {held}"
 
 
-def _run(ffn: Callable[..., Tensor], experts: Sequence[tuple[Any, Any]], x_NH: Tensor) -> None:
-    for gate_up, down in experts:
+def _run(ffn: Callable[..., Tensor], experts: Iterator[tuple[Any, Any]], number: int, x_NH: Tensor) -> None:
+    for gate_up, down in islice(experts, number):
         ffn(x_NH, gate_up, down)
 
 
