@@ -324,6 +324,30 @@ def test_a_share_of_the_units_is_promoted():
         allocate(Allocation(3.5, (2, 3), "outlier"), costs, features)
 
 
+@pytest.mark.parametrize("by", ["uniform", "random", "frequency", "outlier", "greedy", "pmq"])
+def test_from_a_layer_to_packed_bytes_within_the_budget(by):
+    store, router, x_TH = make_store(), make_router(), randn(T, H)
+    owners = list(store.ffn_ids)
+    schemes = {bits: Scheme("rtn", float(bits), None, False) for bits in (2, 4, 8)}
+    made = calibrate(store, router, x_TH)
+    error_EB = sensitivities(store, router, x_TH, lambda w, bits: quantize(w, schemes[bits]).dequantize(), (2, 4, 8))
+    features = Features(
+        (0,) * 4,
+        store.ffn_ids,
+        count_U=tuple(made.counts_E[owners].tolist()),
+        share_U=tuple(made.share_E[owners].tolist()),
+        outlier_U=expert_outlier_scores(store),
+        error_UB=tuple(map(tuple, error_EB.tolist())),
+    )
+    costs = Costs.of(list(schemes.values()), [[(2 * F, H), (H, F)]] * 4)
+    bits = allocate(Allocation(9.5, (2, 4, 8), by), costs, features)
+    packed = [quantize(w[slot], schemes[b]) for slot, b in enumerate(bits) for w in (store.gate_up, store.down)]
+    stored = 8 * sum(weight.nbytes for weight in packed)
+    assert stored == costs.total(bits)
+    assert stored <= 9.5 * sum(costs.weights_U)
+    assert len(set(bits)) == 1 if by == "uniform" else len(set(bits)) > 1
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -538,15 +562,17 @@ def test_block_cosine_is_the_mean_over_tokens():
 
 
 def test_the_predictor_learns_what_a_block_does_and_is_the_same_again():
-    x_TH = randn(1500, H)
+    x_TH = randn(600, H)
     turned = x_TH + 2 * torch.relu(x_TH @ randn(H, H, seed=5))
     cosine_T = token_cosines(x_TH, turned)
-    params = CosinePredictor(width=64, lr=1e-2, epochs=30, batch=128)
+    params = CosinePredictor(width=32, lr=1e-2, epochs=20, batch=64)
     fitted, again = (fit_predictor(x_TH, cosine_T, params, seed=1) for _ in range(2))
     assert fitted.held_out_error < 0.5 * fitted.held_out_variance
     assert fitted.predictor.score(x_TH) == again.predictor.score(x_TH)
     assert fitted.predictor.score(x_TH) == pytest.approx(float(cosine_T.mean()), abs=0.1)
-    noise = fit_predictor(x_TH, randn(1500, seed=6).tanh(), CosinePredictor(width=64, lr=1e-2, patience=2), seed=1)
+    noise = fit_predictor(
+        x_TH, randn(600, seed=6).tanh(), CosinePredictor(width=32, lr=1e-2, patience=2, batch=64), seed=1
+    )
     assert noise.epochs < 100
 
 
