@@ -311,6 +311,43 @@ def test_pmq_spends_the_budget_of_each_layer_in_that_layer():
     assert by_layer(every, features.layer_U) == ((3, 3), (1, 1))
 
 
+@pytest.mark.parametrize(
+    ("by", "raised"),
+    [("first", 0), ("last", 3), ("frequency", 1), ("shared", 2), ("attention", 3), ("outlier", 1), ("cosine", 0)],
+)
+def test_each_rule_raises_first_what_it_is_named_after(by, raised):
+    features = Features(
+        (0, 1, 1, 2),
+        (0, 0, -1, -1),
+        ("routed", "routed", "shared", "attention"),
+        count_U=(3, 9, 4, 5),
+        outlier_U=(1.0, 4.0, 2.0, 3.0),
+        cosine_U=(0.2, 0.5, 0.5, 0.9),
+    )
+    costs = Costs((2, 4), ((200, 400),) * 4, (100,) * 4)
+    bits = allocate(Allocation(2.5, (2, 4), by), costs, features)
+    assert [unit for unit in range(4) if bits[unit] == 4] == [raised]
+
+
+def test_exponents_and_one_of_each_reach_the_program():
+    error = ((3.0, 2.0, 0.0), (1.9, 0.9, 0.0))
+    features = Features((0, 0), (0, 1), None, (1, 1), (1.0, 1.0), error_UB=error)
+    free = Allocation(2.0, CHOICES, one_of_each=False)
+    assert allocate(free, equal_costs(2), features) == (3, 1)  # 1.9 squared is less than 2 squared and 0.9 squared
+    skewed = Features((0, 0), (0, 1), None, (1, 9), (1.0, 1.0), error_UB=error)
+    assert allocate(free, equal_costs(2), skewed) == (1, 3)
+    assert allocate(Allocation(2.0, CHOICES, alpha=0.0, one_of_each=False), equal_costs(2), skewed) == (3, 1)
+    shared = Features((0, 0), (0, 1), None, (1, 1), (1.0, 9.0), error_UB=error)
+    assert allocate(free, equal_costs(2), shared) == (1, 3)
+    assert allocate(Allocation(2.0, CHOICES, beta=0.0, one_of_each=False), equal_costs(2), shared) == (3, 1)
+    middle = Features((0, 0), (0, 1), None, (1, 1), (1.0, 1.0), error_UB=((2.0, 0.9, 0.0), (1.5, 0.8, 0.0)))
+    assert allocate(free, equal_costs(2), middle) == (2, 2)  # 0.81 + 0.64 < 2.25
+    linear = Allocation(2.0, CHOICES, gamma=1.0, one_of_each=False)
+    assert allocate(linear, equal_costs(2), middle) == (3, 1)  # 0.9 + 0.8 > 1.5
+    assert set(allocate(Allocation(3.0, CHOICES), equal_costs(2), middle)) == {2, 3}
+    assert allocate(Allocation(3.0, CHOICES, one_of_each=False), equal_costs(2), middle) == (3, 3)
+
+
 def test_a_share_of_the_units_is_promoted():
     features = Features((0,) * 4, tuple(range(4)), outlier_U=(1.0, 4.0, 2.0, 3.0))
     costs = Costs((2, 4), ((200, 400),) * 4, (100,) * 4)
