@@ -1,4 +1,4 @@
-"""``duplex``: an expert with few tokens reads packed codes, one with many multiplies dequantized weights.
+"""``duplex``: an expert with few tokens reads packed codes, those with many share a grouped product, dequantized.
 
 Duplex (arXiv 2409.01141) sends experts of low operations per byte to processing in memory and the others to the GPU.
 Here both are kernels of one CPU: the packed product reads the fewest bytes, the bfloat16 GEMM computes the most per
@@ -8,18 +8,18 @@ is measured when a layer is loaded, on its own experts, unless it is given. All 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..contracts import Availability, Execution, LayerSpec, Refusal
 from . import plugins, rules
-from .crossover import crossover, is_faster
-from .eager import EagerExecutor
+from .crossover import ROUNDS, crossover, is_faster
+from .grouped import GroupedExecutor
 from .packed import PackedExecutor
 from .packing import PackedMatrix, unpackable
-from .session import LoopExecutor, Session, open_session
+from .session import Session, SortedExecutor, open_session
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,31 +41,32 @@ def kind_of(matrices: Sequence[PackedMatrix]) -> Kind:
     return tuple((matrix.kernel, matrix.group) for matrix in matrices)
 
 
-class DuplexExecutor(LoopExecutor):
+class DuplexExecutor(SortedExecutor):
     """One layer on two executors; each expert goes to the one that is faster for its number of tokens."""
 
     def __init__(self, store: ExpertStore, spec: LayerSpec, given: int | None) -> None:
         super().__init__(store, spec)
-        self.cold, self.hot = PackedExecutor(store, spec), EagerExecutor(store, spec)
-        self.pairs = list(zip(self.cold.per_expert(), self.hot.per_expert(), strict=True))
-        kinds = dict.fromkeys(kind_of(cold) for cold, _ in self.pairs)
-        self.crossovers = {kind: self._measured(kind) if given is None else given for kind in kinds}
+        import torch
+
+        self.cold, self.hot = PackedExecutor(store, spec), GroupedExecutor(store, spec)
+        self.kinds = [kind_of(matrices) for matrices in self.cold.per_expert()]
+        distinct = dict.fromkeys(self.kinds)
+        self.crossovers = {kind: self._measured(kind) if given is None else given for kind in distinct}
+        self.least_E = torch.tensor([self.crossovers[kind] for kind in self.kinds])
         cold_runs = any(tokens > 1 for tokens in self.crossovers.values())
         hot_runs = any(spec.tokens is None or tokens <= spec.tokens for tokens in self.crossovers.values())
         used = (self.cold.kernels if cold_runs else ()) + (self.hot.kernels if hot_runs else ())
         self.kernels = tuple(dict.fromkeys(used))
         self.notes = self._told("measured" if given is None else "given")
 
-    def per_expert(self) -> Sequence[tuple[tuple[PackedMatrix, PackedMatrix], tuple[Tensor, Tensor]]]:
-        """Return (packed, dequantized) of every expert, each a pair of gate_up and down."""
-        return self.pairs
-
-    def ffn(self, x_NH: Tensor, gate_up: Any, down: Any) -> Tensor:
-        """Return f_e(x) [N, H] of an expert, given as its packed and its dequantized pair."""
-        packed, dense = gate_up, down
-        if len(x_NH) < self.crossovers[kind_of(packed)]:
-            return self.cold.ffn(x_NH, *packed)
-        return self.hot.ffn(x_NH, *dense)
+    def add_sorted(self, y_TH: Tensor, x_TH: Tensor, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor) -> None:
+        """Add w * f_e(x): first for all hot experts at once, then for one cold expert after another."""
+        counts_E = offsets_E1.diff()
+        hot_E = counts_E >= self.least_E
+        hot_N = hot_E.repeat_interleave(counts_E)
+        for executor, mine_E, mine_N in ((self.hot, hot_E, hot_N), (self.cold, ~hot_E, ~hot_N)):
+            offsets = _offsets(counts_E * mine_E)
+            executor.add_sorted(y_TH, x_TH, token_N[mine_N], offsets, weight_N[mine_N])
 
     def resident_bytes(self) -> int:
         """Return the bytes of codes and scales, and of the dequantized weights beside them."""
@@ -76,16 +77,15 @@ class DuplexExecutor(LoopExecutor):
         import torch
 
         limit = min(LIMIT, LIMIT if self.spec.tokens is None else self.spec.tokens)
-        pairs = [pair for pair in self.pairs if kind_of(pair[0]) == kind]
-        number = min(SAMPLE, len(pairs))
-        packed, dense = cycle([cold for cold, _ in pairs]), cycle([hot for _, hot in pairs])
+        experts = [expert for expert, other in enumerate(self.kinds) if other == kind]
+        in_turn, number = cycle(experts), min(SAMPLE, len(experts))
         generator = torch.Generator().manual_seed(0)
-        x_NH = torch.randn(limit, self.spec.hidden, generator=generator).to(torch.bfloat16)
+        x_TH = torch.randn(limit, self.spec.hidden, generator=generator).to(torch.bfloat16)
 
         def is_hot(tokens: int) -> bool:
-            cold = partial(_run, self.cold.ffn, packed, number, x_NH[:tokens])
-            hot = partial(_run, self.hot.ffn, dense, number, x_NH[:tokens])
-            return is_faster(hot, cold)
+            chosen = [list(islice(in_turn, number)) for _ in range(ROUNDS + 1)]
+            calls = [_load(len(self.kinds), experts, x_TH[:tokens]) for experts in chosen]
+            return is_faster(partial(_next, self.hot, iter(calls)), partial(_next, self.cold, iter(calls)))
 
         with torch.no_grad():
             return crossover(is_hot, limit)
@@ -98,9 +98,25 @@ class DuplexExecutor(LoopExecutor):
         return f"dequantized from {how} {', '.join(numbers)} tokens per expert on, packed below; {held}"
 
 
-def _run(ffn: Callable[..., Tensor], experts: Iterator[tuple[Any, Any]], number: int, x_NH: Tensor) -> None:
-    for gate_up, down in islice(experts, number):
-        ffn(x_NH, gate_up, down)
+def _offsets(counts_E: Tensor) -> Tensor:
+    """Return where each expert's assignments begin, and where the last ones end: offsets_E1 int32."""
+    offsets_E1 = counts_E.new_zeros(len(counts_E) + 1)
+    offsets_E1[1:] = counts_E.cumsum(0)  # written as int32 again, which the grouped product wants
+    return offsets_E1
+
+
+def _load(number: int, experts: Sequence[int], x_TH: Tensor) -> tuple[Tensor, ...]:
+    """Return the arguments of ``add_sorted`` where each of ``experts``, out of ``number``, has all tokens."""
+    import torch
+
+    counts_E = torch.zeros(number, dtype=torch.int32)
+    counts_E[list(experts)] = len(x_TH)
+    token_N = torch.arange(len(x_TH)).repeat(len(experts))
+    return x_TH.new_zeros(x_TH.shape), x_TH, token_N, _offsets(counts_E), torch.ones(len(token_N))
+
+
+def _next(executor: SortedExecutor, calls: Iterator[tuple[Tensor, ...]]) -> None:
+    executor.add_sorted(*next(calls))
 
 
 def _name(kind: Kind) -> str:

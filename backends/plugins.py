@@ -35,8 +35,8 @@ class Duplex:
     crossover: int | None = None
 
     def __post_init__(self) -> None:
-        if self.crossover is not None and self.crossover < 0:
-            raise ValueError(f"crossover={self.crossover} must not be negative; 0 dequantizes all experts")
+        if self.crossover is not None and not 0 <= self.crossover < 2**31:
+            raise ValueError(f"crossover={self.crossover} must be a number of tokens; 0 dequantizes all experts")
 
 
 DESCRIPTORS = [

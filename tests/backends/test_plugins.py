@@ -142,9 +142,10 @@ def test_batched_wants_a_limit_above_zero():
         supports("batched", layer(), limit_mib=0)
 
 
-def test_duplex_wants_no_negative_crossover():
-    with pytest.raises(MoebenchError, match="crossover=-1 must not be negative; 0 dequantizes all experts"):
-        supports("duplex", layer(), crossover=-1)
+@pytest.mark.parametrize("crossover", [-1, 2**31])
+def test_duplex_wants_a_number_of_tokens(crossover):
+    with pytest.raises(MoebenchError, match=f"crossover={crossover} must be a number of tokens; 0 dequantizes all"):
+        supports("duplex", layer(), crossover=crossover)
 
 
 def test_compiled_is_not_available_without_a_compiler(monkeypatch, tmp_path):
