@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.bench.accuracy_doc import accuracy_page, results_in, results_of
+from moebench.bench.quantization_doc import quantization_page
 from moebench.bench.routing_doc import costs_in, costs_of, routing_page
 from moebench.contracts import BUILTIN_PLUGINS, KINDS, Descriptor, plain
 from moebench.results.database import connect_parts
@@ -277,7 +278,19 @@ def tasks_page(store: Path | None = None) -> str:
     return NOTICE + accuracy_page(results)
 
 
-PAGES = {"accuracy.md": tasks_page, "plugins.md": plugins_page, "results.md": results_page, "routing.md": routings_page}
+def codecs_page() -> str:
+    """Return the page of all quantizations, with the verdicts that papers.md shows."""
+    papers = FOLDER / "papers.md"
+    return NOTICE + quantization_page(builtin(), papers.read_text() if papers.exists() else "")
+
+
+PAGES = {
+    "accuracy.md": tasks_page,
+    "plugins.md": plugins_page,
+    "quantization.md": codecs_page,
+    "results.md": results_page,
+    "routing.md": routings_page,
+}
 
 
 def stale(folder: Path = FOLDER) -> list[str]:
@@ -314,7 +327,8 @@ def main() -> int:
         return 0
     if options.claims:
         (FOLDER / "papers.md").write_text(papers_page(options.claims))
-        print("docs/papers.md")
+        (FOLDER / "quantization.md").write_text(codecs_page())
+        print("docs/papers.md", "docs/quantization.md", sep="\n")
         return 0
     if options.check:
         old = stale()

@@ -1,0 +1,93 @@
+"""The page ``docs/quantization.md``: every quantization with its bytes, what it looks at, how it runs, and its claims.
+
+All but the verdicts comes from the descriptors and from one matrix that is really encoded; verdicts are those of
+``docs/papers.md``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from ..backends.packing import unpackable
+from ..contracts import MIXED, Descriptor, LayerSpec
+from ..suites.paper_specs import Paper, load_papers
+from .routing_doc import defaults, words
+
+SIZE = 512
+"""Rows and columns of the matrix whose bytes are counted."""
+
+INTRO = f"""\
+Every built-in quantization. Bits per weight are 8 x bytes / weights of a matrix of {SIZE} x {SIZE} at the defaults, with
+scales, offsets and padding, as it lies in memory and on disk. *Calibrated* ones look at what each expert of a layer reads
+(its own router says who reads what): give them `calibration.tokens` enough, since an expert sees
+k / E of them. `packed` names the codes for which torch has CPU kernels; all others are dequantized when loaded, which says
+what quality is lost and nothing of speed. Parameters are set as `params.quantization.<name>.<parameter>=VALUE`.
+"""
+
+CLAIMS = """\
+What published systems claim of quantization and of compressed experts, judged here ([papers.md](papers.md) has the
+settings, the seeds and the numbers):
+"""
+
+CONCERNS = re.compile(r"(?:axes|params)\.quantization\b|axes\.structure=.*\b(?:slim|merge|taylor)\b")
+VERDICT = re.compile(r"^\| \[([\w-]+)\]\(#[\w-]+\) \| \w+ \| ([^|]*) \| ([^|]*) \|$", re.MULTILINE)
+
+
+def quantization_page(descriptors: Iterable[Descriptor], papers_page: str) -> str:
+    """Return the page of the quantizations among ``descriptors``, with the verdicts that ``papers_page`` shows."""
+    members = [member for member in descriptors if member.kind == "quantization" and member.name != "none"]
+    lines = ["# Quantization", "", INTRO]
+    lines += ["| quantization | paper | rule | defaults | bits per weight | calibrated | runs |", "|" + "---|" * 7]
+    lines += [_row(member) for member in members]
+    lines += [*_notes(members), "", "## Claims", "", CLAIMS, "| claim | of | estimate | verdict |", "|" + "---|" * 4]
+    lines += list(_claims(load_papers(), papers_page))
+    return "\n".join(lines) + "\n"
+
+
+def _row(member: Descriptor) -> str:
+    said, params = words(member), member.params_from({})
+    calibrated = "yes" if getattr(params, "calibrated", False) else "no"
+    cells = (f"`{member.name}`", said.paper, member.summary, defaults(member), bits_per_weight(params), calibrated)
+    return "| " + " | ".join(cell.replace("|", "\\|") or "-" for cell in (*cells, runs(params))) + " |"
+
+
+def bits_per_weight(params: Any) -> str:
+    """Return the bits that a weight takes, from an encoded matrix; of a mixture, its budget."""
+    import torch
+
+    from ..moe.bits.calibration import channel_stats
+    from ..moe.quantization import encoder
+
+    if params.scheme().codec == MIXED:
+        return f"at most {params.budget:g}"
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))
+    stored = encoder(params)(weight, channel_stats(x, torch.ones(SIZE)))
+    return f"{8 * stored.nbytes / weight.numel():.4g}"
+
+
+def runs(params: Any) -> str:
+    """Return how a layer of such experts is executed: packed, packed where its experts allow it, or dequantized."""
+    scheme = params.scheme()
+    layer = LayerSpec(SIZE, SIZE, ("ffn",), "bfloat16", schemes=(scheme,))
+    if unpackable(layer):
+        return "dequantized"
+    return "`packed` where every expert is int8 or int4" if scheme.codec == MIXED else "`packed`"
+
+
+def _notes(members: Sequence[Descriptor]) -> Iterator[str]:
+    yield from ("", "## What to know")
+    for member in members:
+        rest = words(member).rest
+        if rest:
+            yield f"\n**{member.name}.** {rest}"
+
+
+def _claims(papers: Iterable[Paper], papers_page: str) -> Iterator[str]:
+    verdicts = {key: (estimate, verdict) for key, estimate, verdict in VERDICT.findall(papers_page)}
+    for paper in papers:
+        if any(CONCERNS.search(setting) for setting in paper.run.overrides):
+            estimate, verdict = verdicts.get(paper.key, ("-", "not judged yet"))
+            yield f"| [{paper.key}](papers.md#{paper.key}) | {paper.title} | {estimate} | {verdict} |"
