@@ -20,10 +20,11 @@ SIZE = 512
 
 INTRO = f"""\
 Every built-in quantization. Bits per weight are 8 x bytes / weights of a matrix of {SIZE} x {SIZE} at the defaults, with
-scales, offsets and padding, as it lies in memory and on disk. *Calibrated* ones look at what each expert of a layer reads
-(its own router says who reads what): give them `calibration.tokens` enough, since an expert sees
-k / E of them. `packed` names the codes for which torch has CPU kernels; all others are dequantized when loaded, which says
-what quality is lost and nothing of speed. Parameters are set as `params.quantization.<name>.<parameter>=VALUE`.
+scales, offsets and padding, as it lies in memory and on disk. *Calibrated* ones look at what each expert of a layer
+reads, as its own router says: ask for enough `calibration.tokens`, since an expert sees k / E of them, and what was
+fitted to a hundred tokens does worse on others than rounding to nearest. `packed` marks codes that torch's CPU kernels
+multiply; all others are dequantized when loaded, which says what quality is lost and nothing of speed. Parameters are
+set as `params.quantization.<name>.<parameter>=VALUE`.
 """
 
 CLAIMS = """\
