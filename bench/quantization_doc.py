@@ -19,7 +19,7 @@ SIZE = 512
 """Rows and columns of the matrix whose bytes are counted."""
 
 INTRO = f"""\
-Every built-in quantization. Bits per weight are 8 x bytes / weights of a matrix of {SIZE} x {SIZE} at the defaults, with
+Every built-in quantization. Bits per weight are 8 x bytes / weights of a {SIZE} x {SIZE} matrix at the defaults, with
 scales, offsets and padding, as it lies in memory and on disk. *Calibrated* ones look at what each expert of a layer
 reads, as its own router says: ask for enough `calibration.tokens`, since an expert sees k / E of them, and what was
 fitted to a hundred tokens does worse on others than rounding to nearest. `packed` marks codes that torch's CPU kernels
