@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moebench.backends.packed import MATMULS
 from moebench.backends.packing import pack
 from moebench.contracts import Execution, MoebenchError, Refusal, Scheme
+from moebench.moe import token_params
 from moebench.moe.experts import expert_forward
 from moebench.moe.oracle import compare, reference
-from moebench.moe.quantization import quantize
+from moebench.moe.quantization import quantize, rtn
 from moebench.moe.token_codes import exact_tokens, near_ties, rounded_tokens, token_codes
 
 INT8, W8A8, W4A4 = Scheme("rtn", 8.0), Scheme("rtn", 8.0, act_bits=8), Scheme("rtn", 4.0, 32, act_bits=4)
@@ -194,6 +195,14 @@ def test_only_the_integer_product_runs_and_bytes_are_those_of_int8(lab):
     assert not operators.seen & {*MATMULS, "aten._weight_int8pack_mm.default"}
     assert session.executed().kernels == ("aten::_int_mm", "aten::index_add_")
     assert session.resident_bytes() == store.nbytes == 6 * 3 * 32 * (32 + 2)
+
+
+@pytest.mark.parametrize(("params", "name"), [(token_params.W8A8(), "packed"), (token_params.W4A4(group=32), "eager")])
+def test_the_quantizations_give_stores_that_round_their_tokens(lab, params, name):
+    store = rtn(params)(lab.store(0, torch.float32))
+    assert set(store.schemes) == {params.scheme()}
+    assert store.act_bits == params.scheme().bits
+    lab.check(name, store, torch.float32, "dynamic_k", 17, "topk", 4)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
