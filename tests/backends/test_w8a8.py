@@ -119,6 +119,15 @@ def test_integers_are_multiplied_and_summed_exactly(lab, count, inputs, outputs)
     assert torch.equal(product(x_TI.float(), pack(weight)), sums_TO.float() * scales_O)
 
 
+def test_one_token_of_any_strides_is_multiplied_right(lab):
+    x_TI, weight = normal(1, 32), quantize(normal(16, 32, seed=1), W8A8)
+    store = lab.store(0, torch.bfloat16, W8A8)
+    product = lab.executor("packed", store, lab.spec(store, "float32")).product
+    expected = product(x_TI, pack(weight))
+    for strides in ((1, 1), (3, 1), (77, 1)):
+        assert torch.equal(product(x_TI.as_strided((1, 32), strides), pack(weight)), expected)
+
+
 @relaxed
 @given(dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**20))
 def test_a_product_is_that_of_the_rounded_tokens_with_the_dequantized_matrix(lab, dtype, seed):
