@@ -21,7 +21,8 @@ CODECS = ("rtn", "gptq", "hqq")
 
 INT4_GROUPS = (32, 64, 128, 256)
 BLOCK = 16
-"""What the kernels want sizes to be a multiple of: int8 the input (it reads past the end else), int4 the output."""
+"""What the kernels want sizes to be a multiple of: int8 the input (it reads past the end else), int4 the output. The
+product of two int8 leaves its output unwritten for one input channel (pytorch issue 195066), which this rules out."""
 
 INT8 = "aten::_weight_int8pack_mm"
 INT4 = "aten::_weight_int4pack_mm_for_cpu"
@@ -103,8 +104,8 @@ def _unreadable_tokens(scheme: Scheme) -> str:
 
 def _mixture(scheme: Scheme, spec: LayerSpec) -> str:
     """Return why no mixture at all could be read: experts of 8 bits want blocks, those of 4 groups of whole blocks."""
-    if scheme.act_bits is not None:
-        return "" if scheme.act_bits == 8 else _unreadable_tokens(scheme)
+    if scheme.act_bits not in (None, 8):
+        return _unreadable_tokens(scheme)
     if spec.hidden % BLOCK or spec.width % BLOCK:
         return f"packed kernels want sizes divisible by {BLOCK}, not {spec.hidden} and {spec.width}; use eager"
     return ""
@@ -113,7 +114,7 @@ def _mixture(scheme: Scheme, spec: LayerSpec) -> str:
 def _unreadable_int8(scheme: Scheme, spec: LayerSpec) -> str:
     if scheme.group is not None or not scheme.symmetric:
         return "packed reads int8 codes with one symmetric scale a row; use group=None and symmetric=true"
-    if scheme.act_bits is None and (spec.hidden % BLOCK or spec.width % BLOCK):
+    if spec.hidden % BLOCK or spec.width % BLOCK:
         return f"the int8 kernel wants sizes divisible by {BLOCK}, not {spec.hidden} and {spec.width}; use eager"
     return ""
 

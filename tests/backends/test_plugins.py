@@ -110,6 +110,7 @@ REFUSED = [
     ("duplex", layer("bfloat16", INT8, kinds=("ffn", "zero")), "no 'zero' experts"),
     ("duplex", layer("bfloat16", INT8, backward=True), "no backward"),
     ("packed", layer("bfloat16", W8A8, backward=True), "no backward"),
+    ("packed", layer("bfloat16", W8A8, width=40), "sizes divisible by 16"),
     ("packed", layer("float16", W8A8), "bfloat16, float32, not float16"),
     ("packed", layer("bfloat16", Scheme("rtn", 8.0, act_bits=4)), "not to 4 beside 8; use eager"),
     ("packed", layer("bfloat16", Scheme("rtn", 4.0, 64, act_bits=8)), "not to 8 beside 4; use eager"),

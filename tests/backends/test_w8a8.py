@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moebench.backends.packed import MATMULS
 from moebench.backends.packing import pack
 from moebench.contracts import Execution, MoebenchError, Refusal, Scheme
+from moebench.moe import token_params
 from moebench.moe.experts import expert_forward
 from moebench.moe.oracle import compare, reference
-from moebench.moe.quantization import quantize
+from moebench.moe.quantization import quantize, rtn
 from moebench.moe.token_codes import exact_tokens, near_ties, rounded_tokens, token_codes
 
 INT8, W8A8, W4A4 = Scheme("rtn", 8.0), Scheme("rtn", 8.0, act_bits=8), Scheme("rtn", 4.0, 32, act_bits=4)
@@ -118,6 +119,15 @@ def test_integers_are_multiplied_and_summed_exactly(lab, count, inputs, outputs)
     assert torch.equal(product(x_TI.float(), pack(weight)), sums_TO.float() * scales_O)
 
 
+def test_one_token_of_any_strides_is_multiplied_right(lab):
+    x_TI, weight = normal(1, 32), quantize(normal(16, 32, seed=1), W8A8)
+    store = lab.store(0, torch.bfloat16, W8A8)
+    product = lab.executor("packed", store, lab.spec(store, "float32")).product
+    expected = product(x_TI, pack(weight))
+    for strides in ((1, 1), (3, 1), (77, 1)):
+        assert torch.equal(product(x_TI.as_strided((1, 32), strides), pack(weight)), expected)
+
+
 @relaxed
 @given(dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**20))
 def test_a_product_is_that_of_the_rounded_tokens_with_the_dequantized_matrix(lab, dtype, seed):
@@ -194,6 +204,14 @@ def test_only_the_integer_product_runs_and_bytes_are_those_of_int8(lab):
     assert not operators.seen & {*MATMULS, "aten._weight_int8pack_mm.default"}
     assert session.executed().kernels == ("aten::_int_mm", "aten::index_add_")
     assert session.resident_bytes() == store.nbytes == 6 * 3 * 32 * (32 + 2)
+
+
+@pytest.mark.parametrize(("params", "name"), [(token_params.W8A8(), "packed"), (token_params.W4A4(group=32), "eager")])
+def test_the_quantizations_give_stores_that_round_their_tokens(lab, params, name):
+    store = rtn(params)(lab.store(0, torch.float32))
+    assert set(store.schemes) == {params.scheme()}
+    assert store.act_bits == params.scheme().bits
+    lab.check(name, store, torch.float32, "dynamic_k", 17, "topk", 4)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
