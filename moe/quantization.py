@@ -20,7 +20,6 @@ from .codecs import awq, gptq, hqq, rtn
 from .codecs.awq import AwqTensor
 from .codecs.grid import check_group
 from .codecs.integer import IntTensor
-from .codecs.integer_params import Rtn
 from .experts import ExpertStore, QTensor
 from .router import Router
 from .routing import Context
@@ -29,12 +28,12 @@ Encoder = Callable[[Tensor, ChannelStats | None], QTensor]
 """From a weight [out, in] and the statistics of what it reads to its packed bytes."""
 
 INTEGER: Mapping[str, Callable[[Tensor, Any, ChannelStats | None], QTensor]] = {
-    "rtn": rtn.encode,
+    "rtn": lambda weight, how, stats: rtn.round_to_nearest(weight, how.scheme()),
     "gptq": gptq.encode,
     "awq": awq.encode,
     "hqq": hqq.encode,
 }
-"""Codecs of integers with scales, whose ``parts`` are those of an IntTensor, and of AWQ its channel scales."""
+"""Codecs of integers with scales, by what encodes a weight with the codec's parameters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +90,8 @@ def encoder(params: Any) -> Encoder:
     """Return what encodes one matrix; ``params`` has ``scheme()``, whose codec is looked up."""
     scheme: Scheme = params.scheme()
     if scheme.codec in INTEGER:
-        encode, how = INTEGER[scheme.codec], params if isinstance(params, Rtn) else scheme
-        return lambda weight, stats: encode(weight, how, stats)
+        encode = INTEGER[scheme.codec]
+        return lambda weight, stats: encode(weight, params, stats)
     return lambda weight, stats: blocks.encode(weight, scheme, stats)
 
 

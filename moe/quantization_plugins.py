@@ -7,7 +7,8 @@ from typing import Any
 from ..contracts import Descriptor
 from .bits.mixed_params import Mixed
 from .blocks.params import Binary, Fp4, Fp8, Gguf, Mxfp4, Nf4, Nvfp4, Ternary
-from .codecs.integer_params import W4A4, W8A8, Awq, Gptq, Hqq, Rtn
+from .codecs.integer_params import Awq, Gptq, Hqq, Rtn
+from .token_params import W4A4, W8A8
 
 
 def _codec(name: str, summary: str, params: type[Any]) -> Descriptor:

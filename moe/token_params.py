@@ -1,6 +1,6 @@
 """Parameters of quantizations that round tokens beside weights. Imports no torch.
 
-Weights are rounded to nearest (``quantization.rtn``); ``token_codes`` rounds what products read.
+Weights are rounded to nearest; ``token_codes`` rounds what products read.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Floating-point, codebook, GGUF, ternary and binary codecs, and the quantization of activations per token."""
+"""Floating-point, codebook, GGUF, ternary and binary codecs."""

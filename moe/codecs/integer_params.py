@@ -120,27 +120,3 @@ class Hqq(Rtn):
             raise ValueError(f"p={self.p} must lie in (0, 1]")
         if self.iterations < 0 or self.beta <= 0 or self.kappa <= 0:
             raise ValueError("iterations must be at least 0, beta and kappa above 0")
-
-
-@dataclass(frozen=True)
-class W8A8(Rtn):
-    """Round weights and tokens to 8 bits, symmetric: one scale per output row, and one per token."""
-
-    act_bits: ClassVar[int] = 8
-
-    bits: int = 8
-    group: int | None = None
-    symmetric: bool = True
-
-    def scheme(self) -> Scheme:
-        """Return the scheme."""
-        return Scheme(self.codec, float(self.bits), self.group, self.symmetric, self.act_bits)
-
-
-@dataclass(frozen=True)
-class W4A4(W8A8):
-    """Round weights and tokens to 4 bits, symmetric: one scale per output row, and one per token."""
-
-    act_bits: ClassVar[int] = 4
-
-    bits: int = 4

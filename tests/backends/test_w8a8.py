@@ -14,7 +14,7 @@ from moebench.contracts import Execution, MoebenchError, Refusal, Scheme
 from moebench.moe import token_params
 from moebench.moe.experts import expert_forward
 from moebench.moe.oracle import compare, reference
-from moebench.moe.quantization import quantize, rtn
+from moebench.moe.quantization import coded, quantize
 from moebench.moe.token_codes import exact_tokens, near_ties, rounded_tokens, token_codes
 
 INT8, W8A8, W4A4 = Scheme("rtn", 8.0), Scheme("rtn", 8.0, act_bits=8), Scheme("rtn", 4.0, 32, act_bits=4)
@@ -208,7 +208,7 @@ def test_only_the_integer_product_runs_and_bytes_are_those_of_int8(lab):
 
 @pytest.mark.parametrize(("params", "name"), [(token_params.W8A8(), "packed"), (token_params.W4A4(group=32), "eager")])
 def test_the_quantizations_give_stores_that_round_their_tokens(lab, params, name):
-    store = rtn(params)(lab.store(0, torch.float32))
+    store = coded(params)(lab.store(0, torch.float32), None)
     assert set(store.schemes) == {params.scheme()}
     assert store.act_bits == params.scheme().bits
     lab.check(name, store, torch.float32, "dynamic_k", 17, "topk", 4)
