@@ -61,10 +61,7 @@ class PackedExecutor(LoopExecutor):
     def rounded_product(self, x_NI: Tensor, weight: PackedMatrix) -> Tensor:
         """Return x W^T [N, out] in float32: integers multiplied and summed exactly, then scaled by token and row."""
         codes_NI, scales_N1 = self.token_codes(x_NI, 8)
-        rows_NI = (
-            codes_NI.to(self.int8).reshape(-1).view(codes_NI.shape)
-        )  # the kernel mistakes other strides of one row
-        sums_NO = self.int_mm(rows_NI, weight.codes)
+        sums_NO = self.int_mm(codes_NI.to(self.int8), weight.codes)
         y_NO: Tensor = sums_NO.float() * scales_N1 * weight.scales
         return y_NO
 
