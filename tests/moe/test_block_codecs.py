@@ -201,6 +201,19 @@ def test_every_weight_takes_its_nearest_value(seed, scale, params):
     assert torch.equal(tensor.absmax, weight.abs().reshape(2, -1, scheme.group).amax(-1))
 
 
+def test_the_first_of_two_codes_is_the_high_nibble():
+    weight = torch.tensor([[-1.0, 1.0, 0.0, 0.45]])
+    assert encode(weight, Nf4(4).scheme()).codes.tolist() == [[0x0F, 0x7C]]
+    assert encode(weight, Fp4(4).scheme()).codes.tolist() == [[0xB3, 0x05]]
+
+
+def test_blocks_of_zeros_and_of_subnormal_weights_have_finite_codes():
+    weight = torch.zeros(1, 8)
+    weight[0, 4:] = 2.0**-140
+    assert encode(weight, Nf4(4).scheme()).codes.tolist() == [[0x77] * 4]
+    assert encode(weight, Fp4(4).scheme()).codes[0, :2].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("params", [Nf4(), Fp4(), Nf4(256)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bitsandbytes_makes_the_same_bytes(params, dtype):
@@ -299,6 +312,16 @@ def test_mxfp4_is_the_mxfp4_of_gguf_but_for_ties_and_the_order_of_bytes(seed, sc
     ours, theirs = encode(weight, Mxfp4().scheme()), encode(weight, Gguf("MXFP4").scheme())
     assert torch.equal(ours.scales, theirs.blocks.reshape(2, 8, 17)[:, :, 0])
     assert torch.equal(ours.dequantize(), theirs.dequantize())
+
+
+@pytest.mark.parametrize(("params", "scales"), [(Mxfp4(), [[127]]), (Nvfp4(), [[0x7E, 0x7E]])], ids=str)
+def test_the_first_of_two_codes_is_the_low_nibble(params, scales):
+    weight = torch.zeros(1, 32)
+    weight[0, :4] = torch.tensor([6.0, -0.5, 1.5, 4.0])
+    weight[0, 16] = 6
+    tensor = encode(weight, params.scheme())
+    assert tensor.codes[0, :2].tolist() == [0x97, 0x63]
+    assert tensor.scales.view(torch.uint8).tolist() == scales
 
 
 def test_mxfp4_ties_go_to_even_codes():
