@@ -31,10 +31,10 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests; pytest's arguments may follow `--`."""
+    """Run the tests, file by file on two processes of one thread; pytest's arguments may follow `--`."""
     install(session, "dev")
     install_browser(session)
-    session.run("pytest", *session.posargs, env=ONE_THREAD)
+    session.run("pytest", "-n", "2", "--dist", "loadfile", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

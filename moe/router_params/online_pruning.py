@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ...contracts import Descriptor
 from ..plugins import TopK
@@ -21,6 +21,8 @@ class OnlinePruned(AnyNumber):
     norm alone decides, which needs no attention. ``by="random"`` prunes as many tokens by chance, or each with the
     probability ``rate``. ``k`` None is the model's own.
     """
+
+    pipeline: ClassVar[bool] = True
 
     k: int | None = None
     beta: float = 0.5

@@ -100,8 +100,11 @@ moebench.bench.gate.from_pytest.pytest_gate = ask
 
 
 def python(folder, *arguments, **env):
+    """Run Python; a pytest of it is no worker of the one that runs these tests, and has no xdist but a feigned one."""
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    told = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    told["PYTEST_ADDOPTS"] = "-p no:xdist"
+    return subprocess.run(command, cwd=folder, env={**told, **env}, capture_output=True, text=True, timeout=120)
 
 
 def session(folder, *arguments, **env):

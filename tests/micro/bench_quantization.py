@@ -5,7 +5,8 @@ import torch
 
 from moebench.backends.packing import pack
 from moebench.contracts import Scheme
-from moebench.moe.quantization import pack_codes, quantize
+from moebench.moe.codecs.packing import pack_codes
+from moebench.moe.quantization import quantize
 
 SCHEMES = {
     "int8": Scheme("rtn", 8.0),

@@ -35,7 +35,8 @@ from moebench.moe.bits.scores import block_cosine, expert_outlier_scores, outlie
 from moebench.moe.bits.sensitivity import sensitivities
 from moebench.moe.experts import ExpertStore, Sparsity
 from moebench.moe.layer import PreparedLayer, SharedExpert, ffn_hidden, moe_forward
-from moebench.moe.quantization import quantize, rtn
+from moebench.moe.plugins import Int8
+from moebench.moe.quantization import coded, quantize
 from moebench.moe.router import Linear, Pipeline, Softmax, TopK
 from moebench.moe.routing import Context, Routing
 
@@ -460,7 +461,7 @@ def test_an_expert_without_tokens_has_statistics_of_zeros():
 
 
 def test_calibration_refuses_what_has_no_dense_ffn():
-    quantized = rtn(type("Eight", (), {"scheme": lambda self: Scheme("rtn", 8.0, None, True)})())(make_store())
+    quantized = coded(Int8())(make_store(), None)
     with pytest.raises(MoebenchError, match="quantized experts cannot be calibrated"):
         calibrate(quantized, make_router(), randn(T, H))
     attentions = ExpertStore(randn(1, 3 * H, H), randn(1, H, H), ("sequence",), heads=2)

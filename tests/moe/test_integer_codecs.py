@@ -19,7 +19,7 @@ from moebench.moe.codecs.integer import IntTensor
 from moebench.moe.codecs.integer_params import Awq, Gptq, Hqq, Rtn
 from moebench.moe.codecs.packing import pack_codes, unpack_codes
 from moebench.moe.experts import QTensor
-from moebench.moe.quantization import quantize, stack, unstack
+from moebench.moe.quantization import quantize
 
 BF16_ROUNDING = 2.0**-8
 FLOAT32_SLACK = 2.0**-20
@@ -120,13 +120,6 @@ def test_linear_is_the_product_with_the_dequantized_weights():
         for tensor in every_codec(make_weights(), make_stats(make_inputs())):
             assert torch.equal(tensor.linear(x), x @ tensor.dequantize(dtype).T)
             assert tensor.dequantize(dtype).dtype == dtype
-
-
-def test_calibrated_and_odd_bit_tensors_stack_over_experts():
-    stats = make_stats(make_inputs())
-    tensors = [gptq.encode(make_weights(seed), Gptq(3, 12), stats) for seed in range(3)]
-    back = unstack(stack(tensors), tensors[0].scheme, tensors[0].shape)
-    assert all(same_bytes(a, b) for a, b in zip(tensors, back, strict=True))
 
 
 # --- rounding to nearest ---------------------------------------------------------------------------------------------
