@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ...contracts import Scheme
 
@@ -19,37 +19,40 @@ GGUF_OFFSETS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "IQ1_S", "IQ1_M")
 
 
 @dataclass(frozen=True)
-class Nf4:
+class Codebook:
+    """4 bit codes into a table of 16 values, scaled by float32 max|w| per ``block`` weights."""
+
+    codec: ClassVar[str]
+
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        if self.block < 2 or self.block % 2:
+            raise ValueError(
+                f"block must be even and at least 2, not {self.block}: two codes share a byte; 64 is usual."
+            )
+
+    def scheme(self) -> Scheme:
+        """Return the scheme."""
+        return Scheme(self.codec, 4.0, self.block)
+
+
+class Nf4(Codebook):
     """NormalFloat4 (QLoRA, arXiv 2305.14314): 16 quantiles of a normal; float32 max|w| per ``block`` weights.
 
     4.5 bits per weight at the default of 64, which is also bitsandbytes's.
     """
 
-    block: int = 64
-
-    def __post_init__(self) -> None:
-        _check_block(self.block)
-
-    def scheme(self) -> Scheme:
-        """Return the scheme."""
-        return Scheme("nf4", 4.0, self.block)
+    codec = "nf4"
 
 
-@dataclass(frozen=True)
-class Fp4:
+class Fp4(Codebook):
     """The 4 bit floats of bitsandbytes (0, 1/192, 1/6 ... 1 and their negatives); float32 max|w| per ``block``.
 
     4.5 bits per weight at the default of 64, which is also bitsandbytes's.
     """
 
-    block: int = 64
-
-    def __post_init__(self) -> None:
-        _check_block(self.block)
-
-    def scheme(self) -> Scheme:
-        """Return the scheme."""
-        return Scheme("fp4", 4.0, self.block)
+    codec = "fp4"
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,3 @@ def gguf_scheme(type_name: str, block: int) -> Scheme:
 def gguf_type(scheme: Scheme) -> str:
     """Return the GGUF type of a scheme, such as Q4_K."""
     return scheme.codec.removeprefix("gguf_").upper()
-
-
-def _check_block(block: int) -> None:
-    if block < 2 or block % 2:
-        raise ValueError(f"block must be even and at least 2, not {block}: two codes share a byte; 64 is usual.")

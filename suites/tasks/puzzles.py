@@ -78,14 +78,19 @@ def _after(words: list[str], at: int, other: int) -> str:
     return words[other + 1] if other + 1 != at else words[other]
 
 
+def _possessions(rng: random.Random) -> tuple[str, list[str], list[str], list[int]]:
+    """Return three people with a thing each as told, their names, their things, and two of the three by number."""
+    names, things = rng.sample(NAMES, 3), rng.sample(THINGS, 3)
+    told = " ".join(f"{name} has the {thing}." for name, thing in zip(names, things, strict=True))
+    return told, names, things, rng.sample(range(3), 2)
+
+
 def recall(count: int, seed: int) -> list[Item]:
     """Three people with a thing each: whose is which, asked of any of them, against the thing of another."""
     rng = chance_of(seed, "recall")
 
     def draw() -> Item:
-        names, things = rng.sample(NAMES, 3), rng.sample(THINGS, 3)
-        asked, other = rng.sample(range(3), 2)
-        told = " ".join(f"{name} has the {thing}." for name, thing in zip(names, things, strict=True))
+        told, names, things, (asked, other) = _possessions(rng)
         return two_options(f"{told} {names[asked]} has the", f" {things[asked]}", f" {things[other]}", rng)
 
     return different(count, draw)
@@ -96,9 +101,7 @@ def questions(count: int, seed: int) -> list[Item]:
     rng = chance_of(seed, "questions")
 
     def draw() -> Item:
-        names, things = rng.sample(NAMES, 3), rng.sample(THINGS, 3)
-        shown, asked = rng.sample(range(3), 2)
-        told = " ".join(f"{name} has the {thing}." for name, thing in zip(names, things, strict=True))
+        told, names, things, (shown, asked) = _possessions(rng)
         example = f"Question: What does {names[shown]} have?\nAnswer: the {things[shown]}"
         question = f"Question: What does {names[asked]} have?\nAnswer:"
         return {"context": f"{told}\n{example}\n{question}", "answers": [f"the {things[asked]}"]}

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moebench.contracts import LayerSpec, Refusal, Registry, SparsitySpec
 from moebench.moe.experts import Constants, ExpertStore, Sparsity
@@ -23,6 +24,18 @@ FFN = ("ffn",) * EXPERTS
 OTHERS = ("zero", "ffn", "copy", "ffn", "ffn", "zero", "copy", "ffn", "ffn", "ffn")
 CONSTANTS = ("constant", *OTHERS, "constant")
 REGISTRY = Registry.load()
+
+
+class Operators(TorchDispatchMode):
+    """Names every operator that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -180,6 +193,7 @@ def sparsity(level=0.3, weights=False):
 def lab():
     """Everything above under one name."""
     return SimpleNamespace(
+        operators=Operators,
         archetypes=ARCHETYPES,
         kinds=kinds,
         routing=routing,

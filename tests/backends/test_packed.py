@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moebench.backends.packed import MATMULS
 from moebench.backends.packing import pack
@@ -13,18 +12,6 @@ SCHEMES = [
     Scheme("rtn", 8.0),
     *(Scheme("rtn", 4.0, group, symmetric) for group in (32, 64, 128, 256) for symmetric in (True, False)),
 ]
-
-
-class Operators(TorchDispatchMode):
-    """Names every operator that runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.add(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -48,13 +35,13 @@ def test_no_excluded_operator_is_seen_and_the_packed_one_is(lab, scheme):
     assert (execution.weights, execution.excludes) == ("packed", MATMULS)
     session = lab.backend("packed").load({0: store}, {0: spec})
     inputs = lab.inputs(lab.routing("dynamic_k", 17, 0), "topk")
-    with Operators() as operators:
+    with lab.operators() as operators:
         session.layer(0)(lab.tokens(17, torch.bfloat16), *inputs)
     assert not operators.seen & set(execution.excludes)
     assert any(session.executed().kernels[0].removeprefix("aten::") in name for name in operators.seen)
     assert session.executed().weights == "packed"
     fallback = lab.backend("eager").load({0: store}, {0: spec})
-    with Operators() as operators:
+    with lab.operators() as operators:
         fallback.layer(0)(lab.tokens(17, torch.bfloat16), *inputs)
     assert operators.seen & set(execution.excludes)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moebench.backends.packed import MATMULS
 from moebench.backends.packing import pack
@@ -35,18 +34,6 @@ cases = given(
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Operators(TorchDispatchMode):
-    """Names every operator that runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.add(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 # --- rounding of tokens ----------------------------------------------------------------------------------------------
@@ -198,7 +185,7 @@ def test_only_the_integer_product_runs_and_bytes_are_those_of_int8(lab):
     spec = lab.spec(store, "bfloat16")
     assert lab.backend("packed").supports(spec) == Execution("packed", excludes=MATMULS)
     session = lab.backend("packed").load({0: store}, {0: spec})
-    with Operators() as operators:
+    with lab.operators() as operators:
         session.layer(0)(lab.tokens(17, torch.bfloat16), *lab.inputs(lab.routing("dynamic_k", 17, 0), "topk"))
     assert "aten._int_mm.default" in operators.seen
     assert not operators.seen & {*MATMULS, "aten._weight_int8pack_mm.default"}
