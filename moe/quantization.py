@@ -15,6 +15,7 @@ from torch import Tensor
 from ..contracts import Scheme
 from .bits.calibration import LayerCalibration, calibrate
 from .blocks import codecs as blocks
+from .blocks.tensor import BlockTensor
 from .channel_stats import ChannelStats
 from .codecs import awq, gptq, hqq, rtn
 from .codecs.awq import AwqTensor
@@ -112,7 +113,18 @@ def tensor_of(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int
     """Return the matrix whose ``parts()`` these are."""
     if scheme.codec not in INTEGER:
         return blocks.tensor_of(parts, scheme, shape)
-    return (AwqTensor if scheme.codec == "awq" else IntTensor).of(parts, scheme, shape)
+    return _integer_type(scheme.codec).of(parts, scheme, shape)
+
+
+def parts_of(weight: QTensor) -> dict[str, Tensor] | None:
+    """Return what ``tensor_of`` makes this matrix of again; None of a plug-in's own codes, or codec."""
+    codec = weight.scheme.codec
+    own = type(weight) is _integer_type(codec) if codec in INTEGER else blocks.is_own(weight)
+    return weight.parts() if own and isinstance(weight, IntTensor | AwqTensor | BlockTensor) else None
+
+
+def _integer_type(codec: str) -> type[IntTensor] | type[AwqTensor]:
+    return AwqTensor if codec == "awq" else IntTensor
 
 
 def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.bfloat16) -> IntTensor:

@@ -14,7 +14,7 @@ from ..contracts import Case, Descriptor, Registry, Scheme, load_attribute, make
 from .artefacts import Artefact, cached, sources_sha256, tensors_sha256
 from .experts import Constants, ExpertStore, QTensor, Sparsity
 from .layer import LayerWeights, PreparedLayer, SharedExpert
-from .quantization import Seen, tensor_of
+from .quantization import Seen, parts_of, tensor_of
 from .router import Router
 from .routing import Context
 from .shapes import ModelShape
@@ -225,13 +225,16 @@ def weights_of(artefact: Artefact) -> LayerWeights:
 
 def quantized_artefact(store: ExpertStore) -> Artefact | None:
     """Return the packed bytes of every expert; None where a plug-in's own codes are not ours to write."""
+    if isinstance(store.gate_up, Tensor) or isinstance(store.down, Tensor):
+        return None
     tensors: dict[str, Tensor] = {}
     meta: dict[str, Any] = {}
     for name, weights in (("gate_up", store.gate_up), ("down", store.down)):
-        if not all(hasattr(weight, "parts") for weight in weights):
-            return None
         for slot, weight in enumerate(weights):
-            tensors |= {f"{name}.{slot}.{part}": tensor for part, tensor in weight.parts().items()}
+            parts = parts_of(weight)
+            if parts is None:
+                return None
+            tensors |= {f"{name}.{slot}.{part}": tensor for part, tensor in parts.items()}
         meta[name] = [{"scheme": weight.scheme, "shape": weight.shape} for weight in weights]
     return Artefact(tensors, meta)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -37,6 +38,12 @@ def _codec(name: str) -> tuple[Encoder, type[BlockTensor]]:
 def encode(weight: Tensor, scheme: Scheme, stats: ChannelStats | None = None) -> BlockTensor:
     """Return ``weight`` [out, in] in the codec that ``scheme`` names; raises what its encoder raises."""
     return _codec(scheme.codec)[0](weight, scheme, stats)
+
+
+def is_own(weight: Any) -> bool:
+    """Whether ``tensor_of`` makes this matrix again of its parts."""
+    codec = weight.scheme.codec
+    return (codec in CODECS or codec.startswith("gguf_")) and type(weight) is _codec(codec)[1]
 
 
 def tensor_of(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> BlockTensor:

@@ -390,6 +390,8 @@ class Halves:
     @property
     def nbytes(self):
         return self.half.nbytes
+    def parts(self):
+        return {"half": self.half}
     def dequantize(self, dtype=torch.float32):
         return self.half.to(dtype)
 
