@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shutil
 from functools import cache
@@ -11,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...contracts import NAMED_AXES, Case, Choice, Registry, make_key
+from ...contracts import NAMED_AXES, Case, Registry, make_key
+from ...moe.artefacts import sources_sha256
 from ..models import cache_dir
 from ..models.cache import make_once
 
@@ -29,7 +29,7 @@ class Kept:
 
     def __init__(self, case: Case, registry: Registry, input_sha256: str) -> None:
         packages = [version(package) for package in PACKAGES]
-        plugins = [_plugin(registry, kind, getattr(case, kind)) for kind in NAMED_AXES]
+        plugins = [sources_sha256(registry.get(kind, getattr(case, kind).name).factory) for kind in NAMED_AXES]
         key = make_key([case.case_key, input_sha256, _sources(), plugins, packages])
         self.folder = cache_dir() / "lm_eval" / key[:32]
 
@@ -56,15 +56,6 @@ class Kept:
 
 def _written(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
-
-
-def _plugin(registry: Registry, kind: str, choice: Choice) -> str:
-    """Return the sha256 of the file that a plug-in's factory is in."""
-    place = registry.get(kind, choice.name).factory.rpartition(":")[0]
-    if not place.endswith(".py"):
-        spec = importlib.util.find_spec(place)
-        place = spec.origin or "" if spec is not None else ""
-    return hashlib.sha256(Path(place).read_bytes()).hexdigest() if Path(place).is_file() else place
 
 
 @cache

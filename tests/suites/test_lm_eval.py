@@ -14,6 +14,7 @@ import torch
 
 from moebench.bench.run import planned
 from moebench.contracts import Choice, MoebenchError, Registry
+from moebench.moe.artefacts import sources_sha256
 from moebench.suites.model_plugins import SmolLM2
 from moebench.suites.models.smollm2 import SmolLM2Model
 from moebench.suites.models.smollm2_jobs import ffn_of
@@ -263,6 +264,7 @@ def test_a_plug_ins_source_decides_whether_answers_are_taken_up(tmp_path):
 
     def folder(text, inputs="a"):
         file.write_text(text)
+        sources_sha256.cache_clear()  # as in the process of another run
         registry = Registry.load()
         registry.add(dataclasses.replace(registry.get("quantization", "none"), name="own", factory=f"{file}:keep"))
         own = dataclasses.replace(case, quantization=Choice("own"))
