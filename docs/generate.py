@@ -1,7 +1,7 @@
 """Writes the pages that are made from the code: ``plugins.md`` from descriptors, ``results.md`` from the schema.
 
 ``python docs/generate.py`` writes them; with ``--check`` it only says which are out of date, and exits 1 if any is.
-With ``--claims STORE`` it writes ``papers.md`` from the latest verdict of every claim in that store, with
+With ``--claims STORE`` it writes ``papers.md`` with the latest verdict of every claim in that store, with
 ``--accuracy STORE`` ``accuracy.md`` from the latest run of experiment ``rounding``.
 """
 
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from moebench.bench.accuracy_doc import accuracy_page, results_in, results_of
+from moebench.bench.papers_doc import claims_in, claims_of, papers_page
 from moebench.bench.quantization_doc import quantization_page
 from moebench.bench.routing_doc import costs_in, costs_of, routing_page
 from moebench.contracts import BUILTIN_PLUGINS, KINDS, Descriptor, plain
-from moebench.results.database import connect_parts
 from moebench.results.schema import KEYS, SCHEMA_VERSION, TABLES
 from moebench.results.views import VIEWS, base_table
+from moebench.suites.paper_specs import load_papers
 
 FOLDER = Path(__file__).resolve().parent
 NOTICE = "<!-- Written by docs/generate.py: change the code, then run `nox -s docs`. -->\n"
@@ -214,54 +215,13 @@ SELECT suite, backend, routing, status, reason FROM cases WHERE status <> 'ok'
 ```
 """
 
-CLAIMS = """
-SELECT c.*, r.finished_at, r.git_sha, r.packages->>'torch' AS torch, h.cpu, h.cores
-FROM claims c LEFT JOIN runs r USING (run_id) LEFT JOIN hosts h USING (run_id)
-QUALIFY row_number() OVER (PARTITION BY c.key ORDER BY r.finished_at DESC NULLS LAST, run_id DESC) = 1 ORDER BY c.key
-"""
 
-PAPERS_INTRO = """\
-Claims of published systems, each written down with its rule in `suites/papers/<key>.yaml` before the run that is shown,
-and judged by `moebench papers` whichever way it falls. An identity or a theorem holds or fails for every seed; an
-empirical claim is supported or not, or the data do not tell. One machine, small models: a verdict is about what is
-written under *ours*.
-"""
-
-
-def papers_page(store: Path) -> str:
-    """Return the page of the latest verdict of every claim in ``store``."""
-    connection = connect_parts(store)
-    try:
-        answer = connection.execute(CLAIMS)
-        names = [column[0] for column in answer.description]
-        claims = [dict(zip(names, row, strict=True)) for row in answer.fetchall()]
-    finally:
-        connection.close()
+def papers(store: Path | None = None) -> str:
+    """Return the page of all claims: those judged in ``store`` as they are there, others as the page has them."""
+    page = FOLDER / "papers.md"
+    entries = claims_in(page.read_text() if page.exists() else "") | (claims_of(store) if store else {})
     notice = NOTICE.replace("change the code, then run `nox -s docs`", "run `moebench papers`, then it with --claims")
-    lines = [notice, "# Papers", "", PAPERS_INTRO, "| claim | kind | estimate | verdict |", "|---|---|---|---|"]
-    lines += [f"| [{c['key']}](#{c['key']}) | {c['kind']} | {_estimate(c)} | {c['verdict']} |" for c in claims]
-    for claim in claims:
-        lines += ["", *_claim(claim)]
-    return "\n".join(lines) + "\n"
-
-
-def _estimate(claim: Mapping[str, Any]) -> str:
-    if claim["estimate"] is None:
-        return "none"
-    interval = "" if claim["lo"] is None else f" [{claim['lo']:.4g}, {claim['hi']:.4g}]"
-    return f"{claim['unit']} {claim['estimate']:.4g}{interval}"
-
-
-def _claim(claim: Mapping[str, Any]) -> Iterator[str]:
-    yield f"## {claim['key']}"
-    yield f"\n**{claim['title']}.** {claim['claim']} ({claim['figure']})"
-    yield f"\n*Ours:* {claim['ours']}"
-    yield f"\nRule: {claim['unit']} {claim['direction']}, margin {claim['margin']:g}; seeds {claim['seeds']}."
-    yield f"\n**{claim['verdict']}**: {_estimate(claim)}. {claim['reason'] or ''}".rstrip()
-    pairs = ", ".join(f"({a:.6g}, {b:.6g})" for a, b in zip(claim["a"] or [], claim["b"] or [], strict=True))
-    yield f"\n(a, b) by seed: {pairs or 'none'}."
-    where = f"{claim['cpu']}, {claim['cores']} cores, torch {claim['torch']}"
-    yield f"\nRun {claim['run_id']} at commit {(claim['git_sha'] or 'unknown')[:12]} on {where}."
+    return notice + "\n" + papers_page(entries, {paper.key for paper in load_papers()})
 
 
 def routings_page(store: Path | None = None) -> str:
@@ -286,6 +246,7 @@ def codecs_page() -> str:
 
 PAGES = {
     "accuracy.md": tasks_page,
+    "papers.md": papers,
     "plugins.md": plugins_page,
     "quantization.md": codecs_page,
     "results.md": results_page,
@@ -311,7 +272,7 @@ def main() -> int:
     """Write the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is out of date")
-    parser.add_argument("--claims", type=Path, metavar="STORE", help="write papers.md from the claims of this store")
+    parser.add_argument("--claims", type=Path, metavar="STORE", help="write papers.md with the claims of this store")
     parser.add_argument("--routing", type=Path, metavar="STORE", help="write routing.md with the costs in this store")
     parser.add_argument(
         "--accuracy", type=Path, metavar="STORE", help="write accuracy.md with the results in this store"
@@ -326,7 +287,7 @@ def main() -> int:
         print("docs/routing.md")
         return 0
     if options.claims:
-        (FOLDER / "papers.md").write_text(papers_page(options.claims))
+        (FOLDER / "papers.md").write_text(papers(options.claims))
         (FOLDER / "quantization.md").write_text(codecs_page())
         print("docs/papers.md", "docs/quantization.md", sep="\n")
         return 0

@@ -18,6 +18,7 @@ import pytest
 
 from moebench.bench import cli
 from moebench.bench.config import EngineConfig
+from moebench.bench.papers_doc import claims_in, claims_of, papers_page
 from moebench.bench.run import planned, split_plugins
 from moebench.contracts import Flag, Registry, Status
 from moebench.moe.oracle import BOUNDS
@@ -263,26 +264,41 @@ def test_pages_name_no_machine(page):
     assert not re.search(r"/root/|/home/|/work/|/tmp/|https?://", page.read_text())
 
 
-def test_the_page_of_papers_has_every_claim_with_its_verdict(generate, tmp_path):
-    claim = {
-        "key": "a-claim",
-        "title": "Title",
-        "claim": "It holds.",
-        "kind": "empirical",
-        "figure": "Table 1",
-        "ours": "A small one.",
-        "unit": "ratio",
-        "direction": "at_most",
-        "margin": 0.1,
-        "seeds": [0, 1, 2],
-        "a": [2.0, 2.0, 2.0],
-        "b": [1.0, 1.0, 1.0],
-        "estimate": 2.0,
-        "lo": 1.9,
-        "hi": 2.1,
-        "verdict": "not supported",
-    }
-    write_part(tmp_path / "runs" / "r", "claims", {"claims": [{**claim, "run_id": "r"}]})
-    page = generate.papers_page(tmp_path)
+CLAIM = {
+    "title": "Title",
+    "claim": "It holds.",
+    "kind": "empirical",
+    "figure": "Table 1",
+    "ours": "A small one.",
+    "unit": "ratio",
+    "direction": "at_most",
+    "margin": 0.1,
+    "seeds": [0, 1, 2],
+    "a": [2.0, 2.0, 2.0],
+    "b": [1.0, 1.0, 1.0],
+    "estimate": 2.0,
+    "lo": 1.9,
+    "hi": 2.1,
+    "verdict": "not supported",
+}
+
+
+def judged(folder, **changes):
+    write_part(folder / "runs" / "r", "claims", {"claims": [{**CLAIM, "run_id": "r", **changes}]})
+    return claims_of(folder)
+
+
+def test_the_page_of_papers_has_every_claim_with_its_verdict(tmp_path):
+    page = papers_page(judged(tmp_path, key="a-claim"), {"a-claim"})
     assert "| [a-claim](#a-claim) | empirical | ratio 2 [1.9, 2.1] | not supported |" in page
     assert "(a, b) by seed: (2, 1), (2, 1), (2, 1)." in page
+
+
+def test_a_store_brings_its_own_claims_and_the_page_keeps_the_others(tmp_path):
+    old = judged(tmp_path / "old", key="kept") | judged(tmp_path / "older", key="again") | judged(tmp_path, key="gone")
+    page = papers_page(old, {*old})
+    assert claims_in(page) == old
+    new = judged(tmp_path / "new", key="again", verdict="supported", estimate=1.0)
+    both = papers_page(claims_in(page) | new, {"kept", "again"})
+    assert claims_in(both) == {"kept": old["kept"], "again": new["again"]}
+    assert "gone" not in both
