@@ -5,9 +5,33 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 ROUNDS = 7
 """Pairs of calls by which one number of tokens is judged; the median of their ratios decides."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where experts are divided: hot from ``tokens`` on, once those that are have ``beyond`` more than that in sum.
+
+    The hot kernel has a price for its call as well as for each token; ``beyond`` are the tokens that pay it.
+    """
+
+    tokens: int
+    beyond: int = 0
+
+
+def split(few: int, at_few: int, many: int, at_many: int) -> Split:
+    """Return the Split of two crossovers: ``at_few`` tokens each for ``few`` experts in a call, and so for ``many``.
+
+    Where the hot kernel gains s for each token beyond n and pays f for a call, e experts break even at n + f / (e s)
+    tokens each: two numbers of experts give n and f / s. Where ``at_few`` is not above ``at_many``, f is nothing.
+    """
+    if many <= few or at_few <= at_many:
+        return Split(at_many)
+    tokens = max(1, round((many * at_many - few * at_few) / (many - few)))
+    return Split(tokens, many * (at_many - tokens))
 
 
 def crossover(is_hot: Callable[[int], bool], limit: int) -> int:

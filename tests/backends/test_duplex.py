@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moebench.backends import duplex
-from moebench.backends.crossover import ROUNDS, crossover, is_faster
+from moebench.backends.crossover import ROUNDS, Split, crossover, is_faster, split
 from moebench.contracts import MoebenchError, Scheme
 from moebench.moe.oracle import compare, reference
 from moebench.moe.quantization import quantize
@@ -90,6 +90,19 @@ def test_each_expert_goes_where_its_tokens_say(lab, bound, seed):
         assert all(torch.equal(sent, own) for sent, own in zip(went[side], entries.sorted(), strict=True))
 
 
+@relaxed
+@given(bound=st.integers(1, 6), beyond=st.integers(0, 40), seed=st.integers(0, 2**20))
+def test_hot_experts_of_a_kind_pay_for_the_call_together_or_stay_packed(lab, bound, beyond, seed):
+    run = loaded(lab, mixture(lab, [INT8, INT4] * 3), crossover=bound).layer(0)
+    run.beyond_K[:] = beyond
+    counts_E = lab.routing("dynamic_k", 17, seed).counts_E
+    hot_E = run._hot(counts_E)
+    for kind in ([0, 2, 4], [1, 3, 5]):
+        more = [int(counts_E[expert]) - bound for expert in kind]
+        pays = sum(max(number, 0) for number in more) >= beyond
+        assert hot_E[kind].tolist() == [pays and number >= 0 for number in more]
+
+
 # --- where it turns --------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +112,17 @@ def test_a_predicate_that_turns_once_is_met_exactly_and_asked_seldom(limit, turn
     assert crossover(lambda tokens: asked.append(tokens) or tokens >= turn, limit) == min(turn, limit + 1)
     assert all(1 <= tokens <= limit for tokens in asked)
     assert len(asked) == len(set(asked)) <= 2 * limit.bit_length() + 1
+
+
+@given(tokens=st.integers(1, 60), steps=st.integers(0, 20))
+def test_two_crossovers_tell_the_price_of_a_token_from_that_of_a_call(tokens, steps):
+    beyond = 16 * steps  # tokens that pay for a call: shared by 4 and by 16 experts without a rest
+    assert split(4, tokens + beyond // 4, 16, tokens + beyond // 16) == Split(tokens, beyond)
+
+
+@pytest.mark.parametrize(("few", "at_few", "many", "at_many"), [(4, 9, 4, 9), (2, 9, 2, 9), (4, 5, 16, 9)])
+def test_one_crossover_alone_or_one_that_falls_with_fewer_experts_leaves_the_call_free(few, at_few, many, at_many):
+    assert split(few, at_few, many, at_many) == Split(at_many)
 
 
 @pytest.mark.parametrize(("cost", "faster"), [((3, 5), True), ((5, 3), False), ((4, 4), False)])
@@ -146,12 +170,13 @@ def test_kinds_of_experts_are_measured_apart_on_the_layers_own_experts(lab, monk
 
     monkeypatch.setattr(duplex, "is_faster", turn_at(7))
     session = loaded(lab, mixture(lab, [INT8, *[INT4] * 5]), tokens=64)
-    assert session.layer(0).crossovers == {
-        (("aten::_weight_int8pack_mm", None),) * 2: 7,
-        (("aten::_weight_int4pack_mm_for_cpu", 32),) * 2: 14,
+    assert session.layer(0).splits == {
+        (("aten::_weight_int8pack_mm", None),) * 2: Split(7),
+        (("aten::_weight_int4pack_mm_for_cpu", 32),) * 2: Split(14),
     }
     assert ({1}, {0}) in seen
-    assert ({duplex.SAMPLE}, {1, 2, 3, 4, 5}) in seen  # the five of int4 in turns
+    assert ({5}, {1, 2, 3, 4, 5}) in seen
+    assert ({duplex.FEW}, {1, 2, 3, 4, 5}) in seen  # the five of int4 in turns
     assert "from measured 7 (int8), 14 (int4 in groups of 32) tokens per expert on" in session.executed().notes
 
 
@@ -161,7 +186,7 @@ def test_no_more_tokens_are_tried_than_a_call_will_have(lab, monkeypatch, tokens
     monkeypatch.setattr(duplex, "is_faster", lambda hot, cold: tried.append(len(next(hot.args[1])[1])))
     executor = loaded(lab, mixture(lab, [INT8] * 6), tokens=tokens).layer(0)
     assert max(tried) == most
-    assert set(executor.crossovers.values()) == {most + 1}
+    assert set(executor.splits.values()) == {Split(most + 1)}
 
 
 def test_a_real_measurement_leaves_the_random_numbers_alone_and_is_told(lab):
@@ -169,9 +194,9 @@ def test_a_real_measurement_leaves_the_random_numbers_alone_and_is_told(lab):
     state = torch.random.get_rng_state()
     session = loaded(lab, store, tokens=8)
     assert torch.equal(torch.random.get_rng_state(), state)
-    (tokens,) = session.layer(0).crossovers.values()
-    assert 1 <= tokens <= 9
-    assert session.executed().notes.startswith(f"layer 0: dequantized from measured {tokens} (int8) tokens per expert")
+    (found,) = session.layer(0).splits.values()
+    assert 1 <= found.tokens <= 9
+    assert session.executed().notes.startswith(f"layer 0: dequantized from measured {found.tokens} (int8")
 
 
 # --- what is told ----------------------------------------------------------------------------------------------------
