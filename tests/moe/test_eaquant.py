@@ -8,6 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench.contracts import MoebenchError, Registry, Scheme, Selection
+from moebench.moe.bits.calibration import calibrate_routed
+from moebench.moe.codecs import gptq
+from moebench.moe.codecs.integer_params import Gptq
+from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import LayerWeights, SharedExpert, moe_forward, route
 from moebench.moe.oracle import compare, reference
 from moebench.moe.quantization import quantize
@@ -16,6 +20,7 @@ from moebench.moe.routing import Context, Routing
 from moebench.moe.routing_metrics.agreement import agreement_per_token
 from moebench.moe.shapes import ModelShape
 from moebench.moe.smoothing.params import EAQuant, Outliers
+from moebench.moe.smoothing.scales import inject_outliers
 from moebench.moe.smoothing.steps import eaquant
 from moebench.moe.smoothing.traffic import rows, traffic_of
 
@@ -46,13 +51,16 @@ def calibration():
     return x_TH
 
 
-def prepared(quantization=None, outliers=None, routing="topk", cache=None, dtype=torch.float32, seed=0, own=None):
+def prepared(
+    quantization=None, outliers=None, routing="topk", cache=None, dtype=torch.float32, seed=0, own=None, **others
+):
     """The layer that a recipe makes; ``quantization`` and ``outliers`` are parameters, None where there is no such."""
     chosen = {
         "structure": ("none", {}) if outliers is None else ("outliers", outliers),
         "routing": (routing, {}),
         "quantization": ("none", {}) if quantization is None else ("eaquant", {"group": None, **quantization}),
         "sparsity": ("none", {}),
+        **others,
     }
     members = {kind: (REGISTRY.get(kind, name), told) for kind, (name, told) in chosen.items()}
     stages = {kind: Stage(member, member.params_from(told)) for kind, (member, told) in members.items()}
@@ -122,6 +130,19 @@ def test_every_smoothing_undoes_injected_outliers(smoothing):
     torch.testing.assert_close(injected.input_scale_H, plain.input_scale_H)
     for one, other in zip(injected.store.gate_up, plain.store.gate_up, strict=True):
         torch.testing.assert_close(one.dequantize(), other.dequantize())
+
+
+def test_other_stages_are_calibrated_on_what_the_experts_read():
+    told = {"quantization": ("gptq", {"group": None}), "sparsity": ("teal", {"level": 0.5, "sites": ["input"]})}
+    layer, x_TH = prepared(outliers={"channels": 3, "factor": 64.0}, **told), calibration()
+    read_TH, routing = layer.reads(x_TH), route(layer, x_TH)
+    order_H = (layer.input_scale_H == 64).nonzero()[:, 0].tolist()
+    made = inject_outliers(layer_weights(), order_H, 64.0).weights
+    known = calibrate_routed(ExpertStore(made.gate_up, made.down, ("ffn",) * E), [(routing, read_TH)])
+    for one, dense, stats in zip(layer.store.gate_up, made.gate_up, known.gate_up, strict=True):
+        assert torch.equal(one.codes, gptq.encode(dense, Gptq(group=None), stats).codes)
+    read_NH = read_TH[routing.token_N].abs().flatten()
+    assert float((read_NH <= layer.store.sparsity.thresholds["input"]).float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
 # --- what rounding costs ---------------------------------------------------------------------------------------------
