@@ -52,16 +52,24 @@ def calibration():
 
 
 def prepared(
-    quantization=None, outliers=None, routing="topk", cache=None, dtype=torch.float32, seed=0, own=None, **others
+    quantization=None,
+    outliers=None,
+    routing="topk",
+    cache=None,
+    dtype=torch.float32,
+    seed=0,
+    own=None,
+    sparsity=("none", {}),
 ):
-    """The layer that a recipe makes; ``quantization`` and ``outliers`` are parameters, None where there is no such."""
+    """The layer that a recipe makes, with parameters of eaquant (or a name and its own) and of outliers, or without."""
     chosen = {
         "structure": ("none", {}) if outliers is None else ("outliers", outliers),
         "routing": (routing, {}),
-        "quantization": ("none", {}) if quantization is None else ("eaquant", {"group": None, **quantization}),
-        "sparsity": ("none", {}),
-        **others,
+        "quantization": quantization if isinstance(quantization, tuple) else ("none", {}),
+        "sparsity": sparsity,
     }
+    if isinstance(quantization, dict):
+        chosen["quantization"] = ("eaquant", {"group": None, **quantization})
     members = {kind: (REGISTRY.get(kind, name), told) for kind, (name, told) in chosen.items()}
     stages = {kind: Stage(member, member.params_from(told)) for kind, (member, told) in members.items()}
     own = layer_weights() if own is None else own
@@ -133,8 +141,9 @@ def test_every_smoothing_undoes_injected_outliers(smoothing):
 
 
 def test_other_stages_are_calibrated_on_what_the_experts_read():
-    told = {"quantization": ("gptq", {"group": None}), "sparsity": ("teal", {"level": 0.5, "sites": ["input"]})}
-    layer, x_TH = prepared(outliers={"channels": 3, "factor": 64.0}, **told), calibration()
+    teal = ("teal", {"level": 0.5, "sites": ["input"]})
+    layer = prepared(("gptq", {"group": None}), {"channels": 3, "factor": 64.0}, sparsity=teal)
+    x_TH = calibration()
     read_TH, routing = layer.reads(x_TH), route(layer, x_TH)
     order_H = (layer.input_scale_H == 64).nonzero()[:, 0].tolist()
     made = inject_outliers(layer_weights(), order_H, 64.0).weights
