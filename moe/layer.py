@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..contracts import EXPERT_KINDS, MoebenchError
 from .attention_mixture import Attention, attend
-from .experts import ACTIVATIONS, Constants, ExpertStore, expert_forward
+from .experts import ACTIVATIONS, Constants, ExpertStore, QTensor, expert_forward
 from .routing import Context, Routing
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ class LayerWeights:
     ``gate_up`` is [2F, H] for a dense FFN and [E, 2F, H] for experts (gate rows first, then up rows; [E, F, H] where
     ``gated`` is false); ``down`` is [H, F] or [E, H, F]. ``router_bias_E`` is the selection bias of DeepSeek-V3. With
     ``heads`` experts are attentions: ``gate_up`` [E, 3Q, H] (query, key, value rows) and ``down`` [E, H, Q] (output).
+    With ``input_scale_H`` all experts, the shared one included, read the layer's input times it; the router reads the
+    input itself.
     """
 
     gate_up: Tensor
@@ -113,6 +115,7 @@ class LayerWeights:
     activation: str = "silu"
     gated: bool = True
     heads: int = 0
+    input_scale_H: Tensor | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -120,13 +123,53 @@ class LayerWeights:
         return self.gate_up.dim() == 2
 
 
+@dataclass(frozen=True, eq=False)
+class RoundedGate:
+    """What a layer whose gate was rounded knows of it: the packed weight, and the router before it was rounded."""
+
+    code: QTensor
+    exact: Router
+
+
 @dataclass(frozen=True)
 class PreparedLayer:
-    """The end of a recipe: the experts as stored, the router, and what is always on."""
+    """The end of a recipe: the experts as stored, the router, and what is always on.
+
+    Experts, the shared one included, read the layer's input times ``input_scale_H`` [H] (see ``reads``), a factor that
+    the gain of the norm before the layer would take; the router reads the input itself, and has the factor in its
+    weights where these were rounded. ``short_experts`` counts those that balanced calibration could not give their
+    share of tokens; None where it was not asked for.
+    """
 
     store: ExpertStore
     router: Router
     shared: SharedExpert | None = None
+    input_scale_H: Tensor | None = None
+    gate: RoundedGate | None = None
+    short_experts: int | None = None
+
+    def reads(self, x_TH: Tensor) -> Tensor:
+        """Return what the experts read where the layer's input is ``x_TH``, in its dtype, rounded once."""
+        return scaled_input(x_TH, self.input_scale_H)
+
+    @property
+    def exact_router(self) -> Router:
+        """The router with the gate as it was before any rounding."""
+        return self.router if self.gate is None else self.gate.exact
+
+    @property
+    def router_nbytes(self) -> int:
+        """Bytes of the router's parameters, those of a rounded gate as they are packed."""
+        sizes = [(tuple(parameter.shape), parameter.nbytes) for parameter in self.router.parameters()]
+        if self.gate is not None:
+            rows = next(place for place, (shape, _) in enumerate(sizes) if shape == tuple(self.gate.code.shape))
+            sizes[rows] = (self.gate.code.shape, self.gate.code.nbytes)
+        return sum(nbytes for _, nbytes in sizes)
+
+
+def scaled_input(x_TH: Tensor, scale_H: Tensor | None) -> Tensor:
+    """Return ``x_TH`` times ``scale_H`` (None = 1), in the dtype of ``x_TH``."""
+    return x_TH if scale_H is None else (x_TH.to(scale_H.dtype) * scale_H).to(x_TH.dtype)
 
 
 def assignments(routing: Routing) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -190,6 +233,7 @@ def moe_forward(
     replaces the router.
     """
     routing = route(layer, x_TH, ctx) if routing is None else routing
+    x_TH = layer.reads(x_TH)
     sum_dtype = torch.promote_types(x_TH.dtype, torch.float32)
     y_TH = torch.zeros(x_TH.shape, dtype=sum_dtype, device=x_TH.device)
     for expert, token_N, weight_N in assignments(routing):

@@ -7,8 +7,11 @@ Besides being checked, a parameter class tells the planner what it does to a lay
   where they are not the values in parentheses: ``causal`` (True: the router does not look ahead), ``pipeline`` (whether
   there is a selection: gate and select can be timed apart), ``structure`` (``none``: what makes its experts) and
   ``beyond_text`` (None: a field of the Context that it needs and text does not give)
-- quantization: ``scheme() -> Scheme``; and where it is not False: ``calibrated`` (what the experts read is looked at)
+- quantization: ``scheme() -> Scheme``; and where it is not False: ``calibrated`` (what the experts read is looked at);
+  ``fold``, the place of a step that changes the layer before it is quantized (``smoothing.fold``)
 - sparsity: ``spec() -> SparsitySpec | None``
+
+Structures and quantizations that multiply what experts read by factors say ``rescales``.
 
 Each raises ValueError with one sentence where the combination is impossible.
 """

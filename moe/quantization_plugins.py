@@ -1,4 +1,7 @@
-"""Descriptors of quantizations beside rounding to 8, 4 and 2 bits, which ``plugins`` has. Imports no torch."""
+"""Descriptors of quantizations beside rounding to 8, 4 and 2 bits, which ``plugins`` has, and of their outliers.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from ..contracts import Descriptor
 from .bits.mixed_params import Mixed
 from .blocks.params import Binary, Fp4, Fp8, Gguf, Mxfp4, Nf4, Nvfp4, Ternary
 from .codecs.integer_params import Awq, Gptq, Hqq, Rtn
+from .smoothing.params import EAQuant, Outliers
 from .token_params import W4A4, W8A8
 
 
@@ -36,5 +40,19 @@ DESCRIPTORS = [
         "bits for each expert by a rule, within a budget",
         "moebench.moe.bits.step:mixed",
         Mixed,
+    ),
+    Descriptor(
+        "quantization",
+        "eaquant",
+        "weights and tokens smoothed by expert, an aligned gate, balanced calibration",
+        "moebench.moe.smoothing.steps:eaquant",
+        EAQuant,
+    ),
+    Descriptor(
+        "structure",
+        "outliers",
+        "the model's own experts behind inputs with outlier channels",
+        "moebench.moe.smoothing.steps:outliers",
+        Outliers,
     ),
 ]

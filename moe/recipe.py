@@ -1,4 +1,4 @@
-"""Recipes: structure, then quantization, then routing, then sparsity, each calibrated on the result so far."""
+"""Recipes: structure, fold, quantization, routing and sparsity, each calibrated on the result so far."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from torch import Tensor
 from ..contracts import Case, Descriptor, Registry, Scheme, load_attribute, make_key
 from .artefacts import Artefact, cached, sources_sha256, tensors_sha256
 from .experts import Constants, ExpertStore, QTensor, Sparsity
-from .layer import LayerWeights, PreparedLayer, SharedExpert
+from .fold_stage import FoldedLayer, FoldStep, Unscaled, check_rescaled, check_rounded, gate_of, with_gate
+from .layer import LayerWeights, PreparedLayer, RoundedGate, SharedExpert, scaled_input
 from .quantization import Seen, parts_of, tensor_of
-from .router import Router
+from .router import Router, RouterBundle
 from .routing import Context
 from .shapes import ModelShape
 from .stand_ins import StandIns, alone
 
 SHARED_TENSORS = ("gate_up", "down", "gate_H", "mix_2H")
 """The tensors of a SharedExpert; the last two may be None."""
+
+WEIGHTS = ("gate_up", "down", "router_EH", "router_bias_E", "input_scale_H")
+"""The tensors of a LayerWeights besides; the last three may be None."""
 
 
 class Stage(NamedTuple):
@@ -84,9 +88,10 @@ def prepare_layer(
 
     ``shape`` is the model's after the recipe's structure (``structure.params.reshape``). ``calibration_TH`` [T, H]
     float32 are inputs of this layer. Weights are rounded to ``dtype`` at the end of the structure, and quantized from
-    that; sparsity is calibrated on inputs rounded to ``dtype``, and a router that reads more than these is told
-    stand-ins. ``identity`` names what the weights and the calibration are (model, ``layer``, text ...) and goes into
-    the keys of the artefacts under ``cache``, beside the sha256 of the tensors themselves.
+    that, after the fold stage where the quantization has one; sparsity is calibrated on inputs rounded to ``dtype``,
+    and a router that reads more than these is told stand-ins. ``identity`` names what the weights and the calibration
+    are (model, ``layer``, text ...) and goes into the keys of the artefacts under ``cache``, beside the sha256 of the
+    tensors themselves.
     """
     cache = cache if recipe.changes else None
     with torch.no_grad():
@@ -94,25 +99,46 @@ def prepare_layer(
         weights, parent = _structured(recipe.structure, weights, calibration_TH, seed, parent, cache)
         weights = rounded(weights, dtype)
         layer = int(identity.get("layer", 0))
-        bundle = recipe.routing.create()(weights, shape, router_seed(seed, layer))
-        store = ExpertStore(
-            weights.gate_up if bundle.input_scale == 1.0 else weights.gate_up * bundle.input_scale,
-            weights.down,
-            bundle.kinds,
-            weights.activation,
-            weights.gated,
-            None if bundle.constants is None else _constants(bundle.constants, dtype),
-            heads=weights.heads,
-        )
+        make_router, own_seed = recipe.routing.create(), router_seed(seed, layer)
+        bundle = make_router(weights, shape, own_seed)
         x_TH = calibration_TH.to(dtype).float()
-        fields = StandIns(len(x_TH), store.num_experts, recipe.routing.params, seed)
-        seen = Seen(bundle.router, x_TH, alone(fields, bundle.router, layer, store), router_seed(seed, layer))
+        fields = StandIns(len(x_TH), len(bundle.kinds), recipe.routing.params, seed)
+        made = FoldedLayer(weights)
+        gate = None
+        if hasattr(recipe.quantization.params, "fold"):
+            ctx = alone(fields, bundle.router, layer, _store(weights, bundle, dtype))
+            made, parent = _folded(recipe, weights, bundle, x_TH, ctx, shape, own_seed, parent, cache)
+            weights = made.weights
+        if made.gate is not None and weights.router_EH is not None:
+            gate = RoundedGate(made.gate, bundle.router)
+            bundle = make_router(weights, shape, own_seed)
+            check_rounded(bundle, weights.router_EH, recipe.routing.descriptor.name)
+        store, router = _store(weights, bundle, dtype), bundle.router
+        if weights.input_scale_H is not None:
+            check_rescaled(weights, bundle, recipe.routing.descriptor.name)
+            x_TH = scaled_input(calibration_TH.to(dtype), weights.input_scale_H).float()
+            router = Unscaled(router, weights.input_scale_H)
+        seen = Seen(router, x_TH, alone(fields, router, layer, store), own_seed)
         origin = {"parent": parent, "dtype": str(dtype), "input_scale": bundle.input_scale}
         store, parent = _quantized(recipe, store, seen, origin, cache)
-        ctx = alone(fields, bundle.router, layer, store)
-        store = _sparsified(recipe, store, bundle.router, x_TH, ctx, parent, cache)
+        ctx = alone(fields, router, layer, store)
+        store = _sparsified(recipe, store, router, x_TH, ctx, parent, cache)
     scheme = None if bundle.shared is None else bundle.shared.to(dtype)
-    return PreparedLayer(store, bundle.router, weights.shared or scheme)
+    shared = weights.shared or scheme
+    return PreparedLayer(store, bundle.router, shared, weights.input_scale_H, gate, made.short)
+
+
+def _store(weights: LayerWeights, bundle: RouterBundle, dtype: torch.dtype) -> ExpertStore:
+    """Return the layer's dense experts as the router knows them."""
+    return ExpertStore(
+        weights.gate_up if bundle.input_scale == 1.0 else weights.gate_up * bundle.input_scale,
+        weights.down,
+        bundle.kinds,
+        weights.activation,
+        weights.gated,
+        None if bundle.constants is None else _constants(bundle.constants, dtype),
+        heads=weights.heads,
+    )
 
 
 def router_seed(seed: int, layer: int) -> int:
@@ -166,6 +192,37 @@ def _structured(
     return made, make_key(inputs)
 
 
+def _folded(
+    recipe: Recipe,
+    weights: LayerWeights,
+    bundle: RouterBundle,
+    x_TH: Tensor,
+    ctx: Context,
+    shape: ModelShape,
+    seed: int,
+    parent: str,
+    cache: Path | None,
+) -> tuple[FoldedLayer, str]:
+    stage, routing = recipe.quantization, recipe.routing
+    check_rescaled(weights, bundle, routing.descriptor.name)
+    told = {"dtype": str(weights.gate_up.dtype), "routing": routing.identity(), "parent": parent}
+    inputs = {"stage": "fold", **stage.identity(), **told}
+    step: FoldStep = load_attribute(stage.params.fold)
+
+    def restored(artefact: Artefact) -> FoldedLayer:
+        kept, gate = gate_of(artefact)
+        return FoldedLayer(weights_of(kept), gate, artefact.meta["short"])
+
+    made = cached(
+        cache,
+        inputs,
+        lambda: step(stage.params, weights, bundle.router(x_TH, ctx), x_TH, routing.params.max_k(shape), seed),
+        lambda folded: with_gate(weights_artefact(folded.weights), folded),
+        restored,
+    )
+    return made, make_key(inputs)
+
+
 def _quantized(
     recipe: Recipe, store: ExpertStore, seen: Seen, origin: Mapping[str, Any], cache: Path | None
 ) -> tuple[ExpertStore, str]:
@@ -204,7 +261,7 @@ def _sparsified(
 
 def weights_artefact(weights: LayerWeights) -> Artefact:
     """Return all tensors of ``weights`` by name, and what else it says."""
-    named = {name: getattr(weights, name) for name in ("gate_up", "down", "router_EH", "router_bias_E")}
+    named = {name: getattr(weights, name) for name in WEIGHTS}
     meta: dict[str, Any] = {"activation": weights.activation, "gated": weights.gated, "heads": weights.heads}
     if weights.shared is not None:
         named |= {f"shared.{name}": getattr(weights.shared, name) for name in SHARED_TENSORS}

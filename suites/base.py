@@ -341,6 +341,7 @@ def layer_spec(case: Case, shape: ModelShape, registry: Registry) -> LayerSpec:
     for channels in (shape.hidden, shape.width):
         if scheme.group and channels % scheme.group:
             raise ValueError(f"groups of {scheme.group} do not divide the {channels} channels of the experts")
+    _check_rescaled(case, kinds, registry)
     if "sequence" in kinds and sparsity is not None:
         raise ValueError("attentions have no activations to leave out; use axes.sparsity=none")
     if case.pass_ == "forward_backward":
@@ -361,6 +362,17 @@ def layer_spec(case: Case, shape: ModelShape, registry: Registry) -> LayerSpec:
         tokens=case.tokens,
         heads=shape.heads,
     )
+
+
+def _check_rescaled(case: Case, kinds: Sequence[str], registry: Registry) -> None:
+    """Raise ValueError where inputs are to be rescaled for experts that would hand the factor on."""
+    for axis in ("structure", "quantization"):
+        choice: Choice = getattr(case, axis)
+        if getattr(registry.params(axis, choice), "rescales", False) and set(kinds) != {"ffn"}:
+            raise ValueError(
+                f"{axis} '{choice}' rescales what experts read, and routing '{case.routing}' has others than FFNs, "
+                f"which would not undo it; use axes.routing=topk"
+            )
 
 
 def _check_training(case: Case, kinds: Sequence[str], scheme: Scheme, sparsity: SparsitySpec | None) -> None:

@@ -25,7 +25,7 @@ from ..moe.routing_metrics.cost import weights_per_token
 from ..moe.sparsity import density
 from .base import cold_copies, touched_share
 from .digest import sha256_of
-from .subject import DTYPES, Batch, Subject, make_batch, prepare_subject
+from .subject import DTYPES, Batch, Subject, gate_metrics, make_batch, prepare_subject
 from .traffic_kinds import exact_share, told
 
 STEPS = 3
@@ -137,6 +137,7 @@ class LayerTrial:
         metrics.append(Metric("resident_bytes", float(self.session.resident_bytes()), "byte"))
         metrics.append(Metric("expert_bytes", float(store.nbytes), "byte"))
         metrics.append(Metric("weight_copies", float(self._copies), "1"))
+        metrics.extend(gate_metrics([self.subject.layer]))
         metrics.extend(active_parameters(self.subject, self.batches))
         layer = self.case.layers[0]
         series = [replace(load_series(batch.routing, layer), step=0)]

@@ -110,7 +110,8 @@ class FFNTimeTrial(LayerTrial):
         x_TH = traffic.hidden(self.subject.source, case.layers[0], case.tokens, number, case.seed)
         rng = torch.Generator().manual_seed(substream(case.seed, "moepp_time", number))
         routing = ffn_entries(balanced_routing(kinds, tau, case.tokens, spec.max_k, rng), kinds)
-        return Batch(x_TH.to(DTYPES[case.dtype]), routing, boundary_inputs(case.boundary, routing, spec))
+        x_TH = self.subject.layer.reads(x_TH.to(DTYPES[case.dtype]))
+        return Batch(x_TH, routing, boundary_inputs(case.boundary, routing, spec))
 
 
 def ffn_part(subject: Subject) -> Subject:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..contracts import Case, LayerSpec, Registry, make_key
+from ..contracts import Case, LayerSpec, Metric, Registry, make_key
 from ..moe.layer import PreparedLayer
 from ..moe.recipe import Recipe, prepare_layer
 from ..moe.routing import Routing
@@ -33,7 +34,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Batch:
-    """The input of one step: hidden states in the case's dtype, their Routing, and the boundary's tensors."""
+    """The input of one step: what the experts read, in the case's dtype, the Routing, and the boundary's tensors."""
 
     x_TH: Tensor
     routing: Routing
@@ -97,7 +98,8 @@ def make_batch(case: Case, registry: Registry, subject: Subject, step: int) -> B
             layer, params = subject.layer, registry.params("routing", case.routing)
             fields = StandIns(case.tokens, subject.spec.experts, params, substream(case.seed, "routing", step))
             routing = layer.router(x_TH, alone(fields, layer.router, index, layer.store))
-    return Batch(x_TH, routing, boundary_inputs(case.boundary, routing, subject.spec, selection_bias(subject)))
+    inputs = boundary_inputs(case.boundary, routing, subject.spec, selection_bias(subject))
+    return Batch(subject.layer.reads(x_TH), routing, inputs)
 
 
 def selection_bias(subject: Subject) -> Tensor | None:
@@ -107,6 +109,16 @@ def selection_bias(subject: Subject) -> Tensor | None:
         return None
     bias_E: Tensor = subject.layer.router.get_buffer("selector.bias_E")
     return bias_E
+
+
+def gate_metrics(layers: Sequence[PreparedLayer]) -> list[Metric]:
+    """Return ``router_bytes`` of all layers, and how many experts balanced calibration left short where it was asked.
+
+    A gate that was rounded counts as it is packed.
+    """
+    short = [layer.short_experts for layer in layers if layer.short_experts is not None]
+    found = [Metric("router_bytes", float(sum(layer.router_nbytes for layer in layers)), "byte")]
+    return found + ([Metric("calibration_short_experts", float(sum(short)), "experts")] if short else [])
 
 
 def boundary_inputs(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...contracts import Check
 from ...moe.oracle import compare, reference
+from ...moe.router import Router
 from ...moe.routing import Context, Routing
 from ..subject import DTYPES, Subject, boundary_inputs
 
@@ -19,8 +20,9 @@ from ..subject import DTYPES, Subject, boundary_inputs
 class Call:
     """What one changed layer did for one window.
 
-    ``error_T`` float64 is |y - y'| / |y'| of each token, y' what the dense model's layer makes of the same input;
-    ``dense_routing`` what the router says of that which the layer reads in the dense model.
+    ``x_TH`` is what its experts read. ``error_T`` float64 is |y - y'| / |y'| of each token, y' what the dense model's
+    layer makes of the same input; ``dense_routing`` what the router, its gate not rounded, says of that which the layer
+    reads in the dense model.
     """
 
     block: MoEBlock
@@ -61,28 +63,31 @@ class MoEBlock(nn.Module):
         x_TH = x_BTH.flatten(0, -2).to(DTYPES[self.subject.spec.dtype])
         before = [call.routing for call in self.calls]
         routing = self.route(x_TH, before) if self.forced is None else self.forced
-        y_TH = self.computed(x_TH, routing)
+        read_TH = self.subject.layer.reads(x_TH)
+        y_TH = self.computed(read_TH, routing)
         error_T = relative_error(y_TH, self.dense(x_BTH).flatten(0, -2))
-        self.calls.append(Call(self, x_TH, routing, y_TH, error_T, self._dense_routing(routing)))
+        self.calls.append(Call(self, read_TH, routing, y_TH, error_T, self._dense_routing(x_TH, routing)))
         return y_TH.to(x_BTH.dtype).view_as(x_BTH)
 
     def computed(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        """Return the experts' output, and that of the shared expert where there is one, in the dtype of ``x_TH``."""
+        """Return the output of the experts that read ``x_TH``, the shared one among them, in its dtype."""
         layer, spec = self.subject.layer, self.subject.spec
         y_TH: Tensor = self.executor(x_TH, *boundary_inputs(spec.boundary, routing, spec), out_TH=None)
         return y_TH if layer.shared is None else layer.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
 
-    def _dense_routing(self, routing: Routing) -> Routing:
-        if self.dense_x_TH is None or self.forced is not None:
-            return routing
-        x_TH = self.dense_x_TH.to(DTYPES[self.subject.spec.dtype])
-        return self.route(x_TH, [call.dense_routing for call in self.calls])
-
-    def route(self, x_TH: Tensor, before: Sequence[Routing]) -> Routing:
-        """Ask the router, with what a window of text says: token ids, one sequence, language alone, and the layers
-        ``before``."""
+    def _dense_routing(self, x_TH: Tensor, routing: Routing) -> Routing:
         layer = self.subject.layer
-        once = layer.router.scope == "model" and bool(before)
+        if self.forced is not None or (self.dense_x_TH is None and layer.gate is None):
+            return routing
+        x_TH = x_TH if self.dense_x_TH is None else self.dense_x_TH.to(DTYPES[self.subject.spec.dtype])
+        return self.route(x_TH, [call.dense_routing for call in self.calls], layer.exact_router)
+
+    def route(self, x_TH: Tensor, before: Sequence[Routing], router: Router | None = None) -> Routing:
+        """Ask the router (another where one is given), with what a window of text says: token ids, one sequence,
+        language alone, and the layers ``before``."""
+        layer = self.subject.layer
+        router = layer.router if router is None else router
+        once = router.scope == "model" and bool(before)
         ctx = Context(
             layer=self.index,
             experts=layer.store,
@@ -93,7 +98,7 @@ class MoEBlock(nn.Module):
             prev=before[-1] if before else None,
             plan={self.index: before[0]} if once else None,
         )
-        routing: Routing = layer.router(x_TH, ctx)
+        routing: Routing = router(x_TH, ctx)
         return routing
 
 

@@ -19,8 +19,8 @@ FIGURES = ("output_error", "router_top1_agreement", "router_jaccard")
 """Means over tokens and changed layers.
 
 ``output_error``: |y - y'| / |y'|, y' the dense model's layer on the same input. The others compare the router's choice
-with what it would have chosen in the dense model, where no layer before it had changed: the same heaviest expert, and
-common over all experts.
+with what it would have chosen in the dense model, where no layer before it had changed and no gate is rounded: the same
+heaviest expert, and common over all experts.
 """
 
 

@@ -15,6 +15,7 @@ from ...moe.metrics import load_series, routing_metrics
 from ...moe.routing import Routing
 from ...moe.sparsity import density
 from ..models import substream
+from ..subject import gate_metrics
 from .block import Call
 from .distance import columns_of, distance_metrics, error_series
 from .language_model import dense_states
@@ -69,6 +70,7 @@ class AccuracyTrial(TextTrial):
             *distance_metrics(self.distances, seed),
             *_means(per_layer),
             Metric("expert_bytes", float(expert_bytes), "byte"),
+            *gate_metrics([subject.layer for subject in self.subjects.values()]),
         ]
         series: list[Series] = [replace(load_series(joined[i], i), step=0) for i in joined]
         series.append(error_series(self.distances))

@@ -53,7 +53,8 @@ class TaskBlock(MoEBlock):
         self.token_ids_T = self.rows.ids[row]
         x_TH = x_TH.to(DTYPES[self.subject.spec.dtype])
         routing = self.route(x_TH, before)
-        y_TH = self.computed(x_TH, routing)
+        read_TH = self.subject.layer.reads(x_TH)
+        y_TH = self.computed(read_TH, routing)
         before.append(routing)
-        self.last = Call(self, x_TH, routing, y_TH, torch.empty(0), routing)
+        self.last = Call(self, read_TH, routing, y_TH, torch.empty(0), routing)
         return y_TH

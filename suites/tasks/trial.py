@@ -11,7 +11,7 @@ from ..models import substream
 from ..quality.block import Call
 from ..quality.changed import Changed, language_model
 from ..quality.language_model import exchanged
-from ..subject import prepare_subject
+from ..subject import gate_metrics, prepare_subject
 from .block import Rows, TaskBlock
 from .harness import answer, give, load_tasks, wrap
 from .judging import judge
@@ -122,7 +122,9 @@ class TaskTrial:
             metrics += own_metrics
         expert_bytes = sum(subject.layer.store.nbytes for subject in self.subjects.values())
         metrics.append(Metric("tokens_read", float(self.tokens), "token"))
-        metrics += [Metric("expert_bytes", float(expert_bytes), "byte")] if self.subjects else []
+        if self.subjects:
+            metrics.append(Metric("expert_bytes", float(expert_bytes), "byte"))
+            metrics += gate_metrics([subject.layer for subject in self.subjects.values()])
         executed = self.changed.session.executed() if self.changed else ExecutedPath("dense", notes="the whole model")
         notes = {"reason": f"{self.resumed} of {self.steps} shards are from before a kill"} if self.resumed else {}
         return Facts(tuple(metrics), (), tuple(items), executed, notes)
