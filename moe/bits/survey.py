@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..codecs.rtn import round_to_nearest
@@ -56,6 +57,7 @@ class LayerSurvey:
     fitted: Fitted | None = None
 
 
+@torch.no_grad()
 def survey(params: Mixed, store: ExpertStore, seen: Seen, attention: Sequence[Tensor] = ()) -> LayerSurvey:
     """Return what the rule of ``params`` looks at in a layer, and nothing else.
 
