@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from ...contracts import MIXED, Scheme
 from ..codecs.integer_params import Gptq, Hqq, Rtn
-from .params import Allocation
+from .params import Allocation, By
 
 CODECS = {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq}
 
@@ -45,20 +45,7 @@ class Mixed:
     calibrated: ClassVar[bool] = True
 
     budget: float = 2.5
-    by: Literal[
-        "pmq",
-        "greedy",
-        "frequency",
-        "outlier",
-        "cosine",
-        "first",
-        "last",
-        "shared",
-        "attention",
-        "random",
-        "random_layers",
-        "uniform",
-    ] = "pmq"
+    by: By = "pmq"
     bits: tuple[int, ...] = (1, 2, 3)
     codec: Literal["rtn", "gptq", "hqq"] = "gptq"
     group: int | None = 128
