@@ -20,6 +20,7 @@ from .experts import ACTIVATIONS, Constants, ExpertStore, QTensor, expert_forwar
 from .routing import Context, Routing
 
 if TYPE_CHECKING:
+    from .bits.params import LayerBits
     from .router import Router
 
 
@@ -64,18 +65,18 @@ class SharedExpert:
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Return what is added to the routed sum, y_TH in the dtype of ``x_TH``."""
-        return self._output(x_TH, self._factors(x_TH)[1])
+        return self._output(x_TH, self.factors(x_TH)[1])
 
     __call__ = forward
 
     def added_to(self, routed_TH: Tensor, x_TH: Tensor) -> Tensor:
         """Return the layer's output from the sum of its routed experts, in the wider of both dtypes."""
-        routed_T1, own_T1 = self._factors(x_TH)
+        routed_T1, own_T1 = self.factors(x_TH)
         return (routed_TH if routed_T1 is None else routed_TH * routed_T1) + self._output(x_TH, own_T1)
 
     def add_to_(self, routed_TH: Tensor, x_TH: Tensor) -> None:
         """Turn the sum of the routed experts into the layer's output, in place and in its dtype."""
-        routed_T1, own_T1 = self._factors(x_TH)
+        routed_T1, own_T1 = self.factors(x_TH)
         if routed_T1 is not None:
             routed_TH *= routed_T1
         routed_TH += self._output(x_TH, own_T1)
@@ -85,7 +86,7 @@ class SharedExpert:
         y_TH = nnf.linear(hidden_TS, self.down.to(x_TH.dtype))
         return y_TH if factor_T1 is None else y_TH * factor_T1.to(x_TH.dtype)
 
-    def _factors(self, x_TH: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def factors(self, x_TH: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return what the routed sum and the own output are multiplied by, [T, 1] each; None stands for 1."""
         if self.mix_2H is not None:
             wide = torch.promote_types(x_TH.dtype, torch.float32)  # two close logits must not be rounded to one
@@ -139,6 +140,8 @@ class PreparedLayer:
     the gain of the norm before the layer would take; the router reads the input itself, and has the factor in its
     weights where these were rounded. ``short_experts`` counts those that balanced calibration could not give their
     share of tokens; None where it was not asked for.
+    Where the shared expert is quantized, ``shared_store`` has its bytes and ``shared`` what these dequantize to;
+    ``bits`` is what a plan over several layers gave the layer.
     """
 
     store: ExpertStore
@@ -147,6 +150,8 @@ class PreparedLayer:
     input_scale_H: Tensor | None = None
     gate: RoundedGate | None = None
     short_experts: int | None = None
+    shared_store: ExpertStore | None = None
+    bits: LayerBits | None = None
 
     def reads(self, x_TH: Tensor) -> Tensor:
         """Return what the experts read where the layer's input is ``x_TH``, in its dtype, rounded once."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..contracts import Scheme
 from .bits.calibration import LayerCalibration, calibrate
+from .bits.params import LayerBits
 from .blocks import codecs as blocks
 from .blocks.tensor import BlockTensor
 from .channel_stats import ChannelStats
@@ -22,6 +23,7 @@ from .codecs.awq import AwqTensor
 from .codecs.grid import check_group
 from .codecs.integer import IntTensor
 from .experts import ExpertStore, QTensor
+from .layer import SharedExpert
 from .router import Router
 from .routing import Context
 
@@ -42,13 +44,17 @@ class Seen:
     """What a layer reads in calibration, given to quantizations whose parameters say ``calibrated``.
 
     ``x_TH`` are float32 inputs rounded to the case's dtype, ``ctx`` what the router reads beside them, ``seed`` is of
-    this layer alone.
+    this layer alone. ``layer`` is its decoder index, ``shared`` its shared expert; ``bits`` is what a plan over several
+    layers gave it.
     """
 
     router: Router
     x_TH: Tensor
     ctx: Context
     seed: int
+    layer: int = 0
+    shared: SharedExpert | None = None
+    bits: LayerBits | None = None
 
     def calibration(self, store: ExpertStore) -> LayerCalibration:
         """Return the statistics of every expert."""

@@ -10,22 +10,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..contracts import Case, Descriptor, Registry, Scheme, load_attribute, make_key
-from .artefacts import Artefact, cached, sources_sha256, tensors_sha256
-from .experts import Constants, ExpertStore, QTensor, Sparsity
+from ..contracts import Case, Descriptor, Registry, load_attribute, make_key
+from .artefacts import cached, sources_sha256, tensors_sha256
+from .bits.params import LayerBits
+from .bits.shared import shared_of, store_of
+from .bits.step import shared_step
+from .experts import Constants, ExpertStore, Sparsity
 from .fold_stage import FoldedLayer, FoldStep, Unscaled, check_rescaled, check_rounded, gate_of, with_gate
-from .layer import LayerWeights, PreparedLayer, RoundedGate, SharedExpert, scaled_input
-from .quantization import Seen, parts_of, tensor_of
+from .layer import LayerWeights, PreparedLayer, RoundedGate, scaled_input
+from .quantization import Seen
 from .router import Router, RouterBundle
 from .routing import Context
 from .shapes import ModelShape
+from .stage_artefacts import (
+    quantized_artefact,
+    quantized_of,
+    sparsity_artefact,
+    sparsity_of,
+    weights_artefact,
+    weights_of,
+)
 from .stand_ins import StandIns, alone
-
-SHARED_TENSORS = ("gate_up", "down", "gate_H", "mix_2H")
-"""The tensors of a SharedExpert; the last two may be None."""
-
-WEIGHTS = ("gate_up", "down", "router_EH", "router_bias_E", "input_scale_H")
-"""The tensors of a LayerWeights besides; the last three may be None."""
 
 
 class Stage(NamedTuple):
@@ -74,6 +79,21 @@ class Recipe:
         return any(stage.descriptor.name != "none" for stage in (self.structure, self.quantization, self.sparsity))
 
 
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A layer after its structure and its router, in the dtype of the case: what quantization starts from.
+
+    ``layer`` has its dense experts, and a router that reads the layer's input; ``seen`` is what its experts read.
+    ``origin`` is what of all this goes into the keys of artefacts, whose folder is ``cache`` (None: nothing is kept).
+    """
+
+    layer: PreparedLayer
+    seen: Seen
+    fields: StandIns
+    origin: Mapping[str, Any]
+    cache: Path | None
+
+
 def prepare_layer(
     recipe: Recipe,
     weights: LayerWeights,
@@ -83,8 +103,41 @@ def prepare_layer(
     dtype: torch.dtype,
     identity: Mapping[str, Any],
     cache: Path | None,
+    bits: LayerBits | None = None,
 ) -> PreparedLayer:
-    """Return the layer that ``recipe`` makes of one layer's ``weights``.
+    """Return the layer that ``recipe`` makes of one layer's ``weights``: ``begin_layer``, then ``finish_layer``."""
+    begun = begin_layer(recipe, weights, shape, calibration_TH, seed, dtype, identity, cache)
+    return finish_layer(recipe, begun, bits)
+
+
+def finish_layer(recipe: Recipe, begun: Begun, bits: LayerBits | None = None) -> PreparedLayer:
+    """Return what quantization and sparsity of ``recipe`` make of a layer that has begun.
+
+    ``bits`` is what a plan over several layers gives this one, where its quantization spends a budget over them.
+    """
+    seen, cache = replace(begun.seen, bits=bits), begun.cache
+    with torch.no_grad():
+        store, parent = _quantized(recipe, begun.layer.store, seen, begun.origin, cache)
+        shared_store = _quantized_shared(recipe, seen, begun.origin, cache)
+        ctx = alone(begun.fields, seen.router, seen.layer, store)
+        store = _sparsified(recipe, store, seen.router, seen.x_TH, ctx, parent, cache)
+    shared = seen.shared
+    if shared is not None and shared_store is not None:
+        shared = shared_of(shared, shared_store)
+    return replace(begun.layer, store=store, shared=shared, shared_store=shared_store, bits=bits)
+
+
+def begin_layer(
+    recipe: Recipe,
+    weights: LayerWeights,
+    shape: ModelShape,
+    calibration_TH: Tensor,
+    seed: int,
+    dtype: torch.dtype,
+    identity: Mapping[str, Any],
+    cache: Path | None,
+) -> Begun:
+    """Return one layer's ``weights`` after the structure and with the router of ``recipe``.
 
     ``shape`` is the model's after the recipe's structure (``structure.params.reshape``). ``calibration_TH`` [T, H]
     float32 are inputs of this layer. Weights are rounded to ``dtype`` at the end of the structure, and quantized from
@@ -103,8 +156,7 @@ def prepare_layer(
         bundle = make_router(weights, shape, own_seed)
         x_TH = calibration_TH.to(dtype).float()
         fields = StandIns(len(x_TH), len(bundle.kinds), recipe.routing.params, seed)
-        made = FoldedLayer(weights)
-        gate = None
+        made, gate = FoldedLayer(weights), None
         if hasattr(recipe.quantization.params, "fold"):
             ctx = alone(fields, bundle.router, layer, _store(weights, bundle, dtype))
             made, parent = _folded(recipe, weights, bundle, x_TH, ctx, shape, own_seed, parent, cache)
@@ -118,14 +170,11 @@ def prepare_layer(
             check_rescaled(weights, bundle, recipe.routing.descriptor.name)
             x_TH = scaled_input(calibration_TH.to(dtype), weights.input_scale_H).float()
             router = Unscaled(router, weights.input_scale_H)
-        seen = Seen(router, x_TH, alone(fields, router, layer, store), own_seed)
-        origin = {"parent": parent, "dtype": str(dtype), "input_scale": bundle.input_scale}
-        store, parent = _quantized(recipe, store, seen, origin, cache)
-        ctx = alone(fields, router, layer, store)
-        store = _sparsified(recipe, store, router, x_TH, ctx, parent, cache)
-    scheme = None if bundle.shared is None else bundle.shared.to(dtype)
-    shared = weights.shared or scheme
-    return PreparedLayer(store, bundle.router, shared, weights.input_scale_H, gate, made.short)
+        shared = weights.shared or (None if bundle.shared is None else bundle.shared.to(dtype))
+        seen = Seen(router, x_TH, alone(fields, router, layer, store), own_seed, layer, shared)
+    origin = {"parent": parent, "dtype": str(dtype), "input_scale": bundle.input_scale}
+    layer_so_far = PreparedLayer(store, bundle.router, shared, weights.input_scale_H, gate, made.short)
+    return Begun(layer_so_far, seen, fields, origin, cache)
 
 
 def _store(weights: LayerWeights, bundle: RouterBundle, dtype: torch.dtype) -> ExpertStore:
@@ -231,6 +280,8 @@ def _quantized(
     calibrated = getattr(stage.params, "calibrated", False)
     if calibrated:
         inputs["routing"] = recipe.routing.identity()
+    if seen.bits is not None:
+        inputs["bits"] = seen.bits.experts
     made = cached(
         _kept(stage, cache),
         inputs,
@@ -239,6 +290,21 @@ def _quantized(
         lambda artefact: quantized_of(store, artefact),
     )
     return made, make_key(inputs)
+
+
+def _quantized_shared(recipe: Recipe, seen: Seen, origin: Mapping[str, Any], cache: Path | None) -> ExpertStore | None:
+    """Return the shared expert's bytes where a plan gives it bits, otherwise None."""
+    bits = None if seen.bits is None else seen.bits.shared
+    if bits is None or seen.shared is None:
+        return None
+    stage, dense = recipe.quantization, store_of(seen.shared)
+    return cached(
+        cache,
+        {"stage": "shared", **stage.identity(), **origin, "routing": recipe.routing.identity(), "bits": bits},
+        lambda: shared_step(stage.params, seen, bits),
+        quantized_artefact,
+        lambda artefact: quantized_of(dense, artefact),
+    )
 
 
 def _sparsified(
@@ -254,70 +320,3 @@ def _sparsified(
         return made.sparsity
 
     return replace(store, sparsity=cached(cache, inputs, build, sparsity_artefact, sparsity_of))
-
-
-# --- what a stage made, as an artefact and back ----------------------------------------------------------------------
-
-
-def weights_artefact(weights: LayerWeights) -> Artefact:
-    """Return all tensors of ``weights`` by name, and what else it says."""
-    named = {name: getattr(weights, name) for name in WEIGHTS}
-    meta: dict[str, Any] = {"activation": weights.activation, "gated": weights.gated, "heads": weights.heads}
-    if weights.shared is not None:
-        named |= {f"shared.{name}": getattr(weights.shared, name) for name in SHARED_TENSORS}
-        meta["shared"] = {"activation": weights.shared.activation, "gated": weights.shared.gated}
-    return Artefact({name: tensor for name, tensor in named.items() if tensor is not None}, meta)
-
-
-def weights_of(artefact: Artefact) -> LayerWeights:
-    """Return the LayerWeights of ``weights_artefact``."""
-    values: dict[str, Any] = {name: t for name, t in artefact.tensors.items() if not name.startswith("shared.")}
-    values |= artefact.meta
-    shared = values.pop("shared", None)
-    if shared is not None:
-        parts: dict[str, Any] = {name: artefact.tensors.get(f"shared.{name}") for name in SHARED_TENSORS}
-        values["shared"] = SharedExpert(**parts, **shared)
-    return LayerWeights(**values)
-
-
-def quantized_artefact(store: ExpertStore) -> Artefact | None:
-    """Return the packed bytes of every expert; None where a plug-in's own codes are not ours to write."""
-    if isinstance(store.gate_up, Tensor) or isinstance(store.down, Tensor):
-        return None
-    tensors: dict[str, Tensor] = {}
-    meta: dict[str, Any] = {}
-    for name, weights in (("gate_up", store.gate_up), ("down", store.down)):
-        for slot, weight in enumerate(weights):
-            parts = parts_of(weight)
-            if parts is None:
-                return None
-            tensors |= {f"{name}.{slot}.{part}": tensor for part, tensor in parts.items()}
-        meta[name] = [{"scheme": weight.scheme, "shape": weight.shape} for weight in weights]
-    return Artefact(tensors, meta)
-
-
-def quantized_of(store: ExpertStore, artefact: Artefact) -> ExpertStore:
-    """Return ``store`` with the weights of ``quantized_artefact``."""
-
-    def weight(place: str, told: Mapping[str, Any]) -> QTensor:
-        parts = {key.removeprefix(place): t for key, t in artefact.tensors.items() if key.startswith(place)}
-        rows, columns = told["shape"]
-        return tensor_of(parts, Scheme(**told["scheme"]), (rows, columns))
-
-    def weights(name: str) -> tuple[QTensor, ...]:
-        return tuple(weight(f"{name}.{slot}.", told) for slot, told in enumerate(artefact.meta[name]))
-
-    return replace(store, gate_up=weights("gate_up"), down=weights("down"))
-
-
-def sparsity_artefact(sparsity: Sparsity | None) -> Artefact:
-    """Return thresholds and channel weights; nothing where nothing is left out."""
-    if sparsity is None:
-        return Artefact({}, {"thresholds": None})
-    return Artefact(dict(sparsity.weights), {"thresholds": sparsity.thresholds})
-
-
-def sparsity_of(artefact: Artefact) -> Sparsity | None:
-    """Return the Sparsity of ``sparsity_artefact``."""
-    thresholds = artefact.meta["thresholds"]
-    return None if thresholds is None else Sparsity(thresholds, artefact.tensors)

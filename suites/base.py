@@ -200,6 +200,7 @@ class _Planner:
             return Planned(case, f"{error}.")
         stored = size * min(1.0, spec.schemes[0].bits / (8.0 * ELEMENT_SIZE[case.dtype])) if spec.schemes else size
         refusal = attention_refusal(case, spec) or self._traffic_refusal(case, model, spec)
+        refusal = refusal or self._budget_refusal(case, shape)
         refusal = refusal or self._cold_refusal(case, spec, stored)
         if refusal:
             return Planned(case, refusal)
@@ -225,6 +226,13 @@ class _Planner:
         except ValueError as error:
             return f"traffic '{case.traffic}': {error}"
         return None
+
+    def _budget_refusal(self, case: Case, shape: ModelShape) -> str | None:
+        """Ask a quantization whose budget reaches beyond a layer whether it covers what the case runs."""
+        params = self.registry.params("quantization", case.quantization)
+        asked = getattr(params, "refusal", None)
+        why: str | None = None if asked is None else asked(case.layers, shape.moe_layers, not self.kind.per_layer)
+        return None if why is None else f"quantization '{case.quantization}': {why}."
 
     def _cold_refusal(self, case: Case, spec: LayerSpec, layer_bytes: float) -> str | None:
         if case.residency == "warm":

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..contracts import Case, LayerSpec, Metric, Registry, make_key
+from ..moe.bits.plan import Plan
 from ..moe.layer import PreparedLayer
-from ..moe.recipe import Recipe, prepare_layer
+from ..moe.recipe import Begun, Recipe, begin_layer, finish_layer
 from ..moe.routing import Routing
 from ..moe.shapes import ModelShape
 from ..moe.stand_ins import StandIns, alone
+from .allocation import plan_for
 from .base import layer_spec
 from .models import ModelSource, cache_dir, substream
 
@@ -24,12 +26,13 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Subject:
-    """One layer of a case with everything needed to call it."""
+    """One layer of a case with everything needed to call it; ``plan`` where its bits are those of several layers."""
 
     source: ModelSource
     shape: ModelShape
     layer: PreparedLayer
     spec: LayerSpec
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,16 @@ def _build(case: Case, registry: Registry) -> Subject:
     shape: ModelShape = registry.params("structure", case.structure).reshape(source.shape)
     index = case.layers[0]
     recipe = Recipe.of(case, registry)
-    layer = prepare_layer(
-        recipe,
-        source.layer(index),
-        shape,
-        calibration_states(case, registry, source, index, recipe.changes),
-        case.seed,
-        DTYPES[case.dtype],
-        {"weights": case.weights_sha256, "layer": index},
-        cache_dir(),
-    )
-    return Subject(source, shape, layer, layer_spec(case, shape, registry))
+
+    def begin(layer: int) -> Begun:
+        states_TH = calibration_states(case, registry, source, layer, recipe.changes)
+        identity = {"weights": case.weights_sha256, "layer": layer}
+        dtype = DTYPES[case.dtype]
+        return begin_layer(recipe, source.layer(layer), shape, states_TH, case.seed, dtype, identity, cache_dir())
+
+    plan = plan_for(case, source, recipe, begin)
+    layer = finish_layer(recipe, begin(index), None if plan is None else plan.layers[index])
+    return Subject(source, shape, layer, layer_spec(case, shape, registry), plan)
 
 
 def calibration_states(case: Case, registry: Registry, source: ModelSource, index: int, wanted: bool = True) -> Tensor:

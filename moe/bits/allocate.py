@@ -14,6 +14,7 @@ from .allocators import (
     Rule,
     greedy,
     kind_first,
+    layers_drawn,
     layers_first,
     least_first,
     most_first,
@@ -77,11 +78,15 @@ def allocate(params: Allocation, costs: Costs, features: Features, seed: int = 0
             f"costs of {len(costs)} units at {costs.choices} bits do not fit {len(features.layer_U)} units at "
             f"{params.bits}; make them for the same."
         )
-    absent = sorted(set(params.protected) - set(features.expert_U))
+    absent = sorted(set(params.protected) - set(zip(features.layer_U, features.expert_U, strict=True)))
     if absent:
-        raise ValueError(f"protected expert {absent[0]} does not exist; name ids below {max(features.expert_U) + 1}.")
+        layer, expert = absent[0]
+        raise ValueError(
+            f"protected expert {expert} of layer {layer} is no unit of this budget; name ids below "
+            f"{max(features.expert_U) + 1} of layers {sorted(set(features.layer_U))}."
+        )
     bits_U = [0] * len(costs)
-    for units in _budgets(params, features):
+    for units in budgets(params.by, features.layer_U):
         own, price = features.subset(units), costs.subset(units)
         bits = _protected(params, own, seed)(price, price.allowed(params.budget))
         for unit, chosen in zip(units, bits, strict=True):
@@ -89,16 +94,17 @@ def allocate(params: Allocation, costs: Costs, features: Features, seed: int = 0
     return tuple(bits_U)
 
 
-def _budgets(params: Allocation, features: Features) -> list[list[int]]:
-    """Return the units that share a budget."""
-    everything = list(range(len(features.layer_U)))
-    if params.by != "pmq":
+def budgets(by: str, layer_U: Sequence[int]) -> list[list[int]]:
+    """Return the units that share a budget under rule ``by``."""
+    everything = list(range(len(layer_U)))
+    if by != "pmq":
         return [everything]
-    return [[u for u in everything if features.layer_U[u] == layer] for layer in sorted(set(features.layer_U))]
+    return [[unit for unit in everything if layer_U[unit] == layer] for layer in sorted(set(layer_U))]
 
 
 def _protected(params: Allocation, features: Features, seed: int) -> Rule:
-    kept = [unit for unit, expert in enumerate(features.expert_U) if expert in params.protected]
+    pairs = zip(features.layer_U, features.expert_U, strict=True)
+    kept = [unit for unit, pair in enumerate(pairs) if pair in params.protected]
     return protect(kept, lambda others: RULES[params.by](params, features.subset(others), seed))
 
 
@@ -117,6 +123,7 @@ def _pmq(params: Allocation, features: Features, seed: int) -> Rule:
 RULES: dict[str, Callable[[Allocation, Features, int], Rule]] = {
     "uniform": lambda params, known, seed: uniform,
     "random": lambda params, known, seed: _most(params, shuffled(len(known.layer_U), seed)),
+    "random_layers": lambda params, known, seed: promote(layers_drawn(known.layer_U, params.layers, seed)),
     "first": lambda params, known, seed: promote(layers_first(known.layer_U, params.layers)),
     "last": lambda params, known, seed: promote(layers_first(known.layer_U, params.layers, last=True)),
     "frequency": lambda params, known, seed: _most(params, most_first(known.known("count_U", "frequency"))),

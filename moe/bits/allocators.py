@@ -132,7 +132,16 @@ def shuffled(count: int, seed: int) -> list[int]:
 
 def layers_first(layer_U: Sequence[int], count: int, last: bool = False) -> list[int]:
     """Return the units of the first ``count`` layers, from the first on; of the last ones, from the last on."""
-    layers = sorted(set(layer_U), reverse=last)
+    return _units_of(sorted(set(layer_U), reverse=last), layer_U, count)
+
+
+def layers_drawn(layer_U: Sequence[int], count: int, seed: int) -> list[int]:
+    """Return the units of ``count`` layers that ``seed`` alone decides, layer by layer."""
+    layers = sorted(set(layer_U))
+    return _units_of([layers[place] for place in shuffled(len(layers), seed)], layer_U, count)
+
+
+def _units_of(layers: Sequence[int], layer_U: Sequence[int], count: int) -> list[int]:
     if not 0 < count <= len(layers):
         raise ValueError(f"layers={count} must lie between 1 and the {len(layers)} layers there are.")
     rank = {layer: place for place, layer in enumerate(layers[:count])}

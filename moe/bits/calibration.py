@@ -58,15 +58,20 @@ def calibrate_routed(store: ExpertStore, parts: Sequence[tuple[Routing, Tensor]]
     with torch.no_grad():
         pairs = [_expert_stats(store, expert, parts) for expert in store.ffn_ids]
     traffic = parts[0][0]
-    raw_E = _summed(traffic, unrenormalised(traffic))
-    total = float(raw_E.sum())
     return LayerCalibration(
         tuple(gate_up for gate_up, _ in pairs),
         tuple(down for _, down in pairs),
         traffic.counts_E,
         _summed(traffic, traffic.weight_N),
-        raw_E / total if total else raw_E,
+        weight_shares(traffic),
     )
+
+
+def weight_shares(traffic: Routing) -> Tensor:
+    """Return share_E float64: each expert's part of the summed weights before renormalisation; 0 without tokens."""
+    raw_E = _summed(traffic, unrenormalised(traffic))
+    total = float(raw_E.sum())
+    return raw_E / total if total else raw_E
 
 
 def unrenormalised(routing: Routing) -> Tensor:

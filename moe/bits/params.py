@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 By = Literal[
-    "uniform", "random", "first", "last", "frequency", "shared", "attention", "outlier", "cosine", "greedy", "pmq"
+    "uniform",
+    "random",
+    "random_layers",
+    "first",
+    "last",
+    "frequency",
+    "shared",
+    "attention",
+    "outlier",
+    "cosine",
+    "greedy",
+    "pmq",
 ]
 
 
@@ -18,13 +29,14 @@ class Allocation:
     rule: PMQ's integer program (MC-MoE, arXiv 2410.06270), layer by layer; the rules of QuantMoE-Bench (arXiv
     2406.08155), which raise units from the widest uniform choice to the widest of all, by first or last layers,
     frequency, shared experts or attention first, outlier scores or the cosine of blocks, most important first; or
-    ``greedy``, least error per stored bit. ``uniform`` and ``random`` are what these are held against.
+    ``greedy``, least error per stored bit. ``uniform``, ``random`` (units) and ``random_layers`` are what these are
+    held against.
 
     ``alpha``, ``beta`` and ``gamma`` are PMQ's exponents of frequency, routing weight and error (the released code
     never uses its gamma: that is 1). ``one_of_each`` wants PMQ to use the two widest choices at least once each.
-    ``layers`` is how many layers ``first`` and ``last`` raise; ``share`` is the largest part of the units that
-    ``random``, ``frequency``, ``outlier`` and ``cosine`` raise (QuantMoE-Bench: a quarter by outlier). Experts
-    ``protected`` in every layer, such as super experts, get the widest choice before the rule is asked.
+    ``layers`` is how many layers ``first``, ``last`` and ``random_layers`` raise; ``share`` is the largest part of the
+    units that ``random``, ``frequency``, ``outlier`` and ``cosine`` raise (QuantMoE-Bench: a quarter by outlier).
+    ``protected`` are (layer, expert) pairs, such as super experts: they get the widest choice before the rule is asked.
     """
 
     budget: float = 2.5
@@ -36,7 +48,7 @@ class Allocation:
     one_of_each: bool = True
     layers: int = 1
     share: float = 1.0
-    protected: tuple[int, ...] = ()
+    protected: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.bits or list(self.bits) != sorted(set(self.bits)) or self.bits[0] < 1:
@@ -49,8 +61,17 @@ class Allocation:
             raise ValueError(f"share={self.share} must lie in [0, 1]")
         if min(self.alpha, self.beta, self.gamma) < 0:
             raise ValueError("alpha, beta and gamma must not be negative")
-        if any(expert < 0 for expert in self.protected):
-            raise ValueError(f"protected={list(self.protected)} must be expert ids, from 0 on")
+        if any(len(pair) != 2 or min(pair) < 0 for pair in self.protected):
+            raise ValueError(f"protected={list(self.protected)} must be pairs [layer, expert], from 0 on")
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """What a plan gives one layer: the bits of each expert that owns weights, and of what else has a part in it."""
+
+    experts: tuple[int, ...]
+    shared: int | None = None
+    attention: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,34 +5,28 @@ Shape letters: T tokens, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ...contracts import Case, MoebenchError, Registry
+from ...contracts import Case, Registry
 from ...moe.fold import Folded, fold_store
 from ...moe.routing import Routing
-from ..models import ModelSource, substream
+from ..models import substream
 from ..models.smollm2_jobs import ffn_of
 from ..subject import Subject
+from .attention import QuantizedAttention
 from .block import Call, MoEBlock
 from .language_model import DenseStates, exchanged, forward_from
 
-_MODELS: dict[str, tuple[Any, Any]] = {}
-
-
-def language_model(case: Case, source: ModelSource) -> tuple[Any, Any]:
-    """Return (model, tokenizer), loaded once per worker."""
-    if not hasattr(source, "language_model"):
-        raise MoebenchError(f"model '{case.model}' has no language model around its layers; use model=smollm2.")
-    if case.weights_sha256 not in _MODELS:
-        _MODELS[case.weights_sha256] = source.language_model()
-    return _MODELS[case.weights_sha256]
-
 
 class Changed:
-    """The changed layers of a case, loaded into ``backend``, and the model around them. ``calls`` are of one window."""
+    """The changed layers of a case, loaded into ``backend``, and the model around them. ``calls`` are of one window.
+
+    ``attention`` holds what of the attention in these layers a plan gives bits, which is quantized, too.
+    """
 
     def __init__(
         self,
@@ -63,6 +57,8 @@ class Changed:
             dense = ffn_of(model.model.layers[index])
             draws = substream(case.seed, "routing", index)
             self.blocks[index] = block(index, subject, executor, self.calls, draws, dense)
+        params = registry.params("quantization", case.quantization)
+        self.attention = QuantizedAttention(model, params, attention_bits(subjects))
 
     def forward(
         self, dense: DenseStates, part: slice, ids_T: Tensor, forced: Mapping[int, Routing] | None = None
@@ -76,9 +72,21 @@ class Changed:
             block.token_ids_T = ids_T[part]
             block.dense_x_TH = dense.reading[index][part] if index in dense.reading else None
             block.forced = None if forced is None else forced[index]
-        with exchanged(self.model, self.blocks):
+        with self.applied():
             return forward_from(self.model, dense.first, dense.entering[part])
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Change the model until the block ends: its FFNs, and the attention that is quantized."""
+        with exchanged(self.model, self.blocks), self.attention.applied():
+            yield
 
     def close(self) -> None:
         """Free the backend's session."""
         self.session.close()
+
+
+def attention_bits(subjects: Mapping[int, Subject]) -> dict[int, int]:
+    """Return the bits of each layer's attention, of the layers whose plan gives it some."""
+    found = {index: subject.layer.bits for index, subject in subjects.items()}
+    return {index: bits.attention for index, bits in found.items() if bits is not None and bits.attention is not None}

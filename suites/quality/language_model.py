@@ -18,12 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...contracts import make_key
+from ...contracts import Case, MoebenchError, make_key
 from ..digest import sha256_of
-from ..models import cache_dir
+from ..models import ModelSource, cache_dir
 from ..models.cache import make_once
 from ..models.smollm2_jobs import ffn_name, ffn_of
 from ..models.tensors import read_checked, save_checked
+
+_MODELS: dict[str, tuple[Any, Any]] = {}
+
+
+def language_model(case: Case, source: ModelSource) -> tuple[Any, Any]:
+    """Return (model, tokenizer), loaded once per worker."""
+    if not hasattr(source, "language_model"):
+        raise MoebenchError(f"model '{case.model}' has no language model around its layers; use model=smollm2.")
+    if case.weights_sha256 not in _MODELS:
+        _MODELS[case.weights_sha256] = source.language_model()
+    return _MODELS[case.weights_sha256]
 
 
 @dataclass(frozen=True)

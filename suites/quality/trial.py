@@ -20,6 +20,7 @@ from .block import Call
 from .distance import columns_of, distance_metrics, error_series
 from .language_model import dense_states
 from .scores import quality_metrics, score
+from .stored import stored_metrics
 from .windows import TextTrial
 
 
@@ -29,6 +30,8 @@ class AccuracyTrial(TextTrial):
     def __init__(self, case: Case, registry: Registry) -> None:
         super().__init__(case, registry)
         first, *later = sorted(self.subjects)
+        # the first changed layer reads what it reads in the dense model, unless its own attention is quantized
+        later = [first, *later] if self.changed.attention.packed else later
         ids, weights = self.passage.ids, case.weights_sha256
         self.dense = dense_states(self.model, weights, ids[:-1], self.window, first, later)
         self.routings: dict[int, list[Routing]] = {index: [] for index in self.subjects}
@@ -64,12 +67,11 @@ class AccuracyTrial(TextTrial):
         seed = substream(self.case.seed, "bootstrap")
         joined = {index: _joined(parts) for index, parts in self.routings.items()}
         per_layer = [[*routing_metrics(joined[index]), *self.densities[index]] for index in self.subjects]
-        expert_bytes = sum(subject.layer.store.nbytes for subject in self.subjects.values())
         metrics = [
             *quality_metrics(torch.cat(self.scores), seed),
             *distance_metrics(self.distances, seed),
             *_means(per_layer),
-            Metric("expert_bytes", float(expert_bytes), "byte"),
+            *stored_metrics(self.changed),
             *gate_metrics([subject.layer for subject in self.subjects.values()]),
         ]
         series: list[Series] = [replace(load_series(joined[i], i), step=0) for i in joined]

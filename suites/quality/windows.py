@@ -17,7 +17,8 @@ from ..digest import sha256_of
 from ..subject import prepare_subject
 from ..text import evaluation_text
 from .bootstrap import BLOCK
-from .changed import Changed, language_model
+from .changed import Changed
+from .language_model import language_model
 from .passage import take_passage
 from .scores import COLUMNS
 

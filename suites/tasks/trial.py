@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,8 +10,9 @@ from typing import Any, Literal
 from ...contracts import Case, Check, Cost, ExecutedPath, Facts, Item, Metric, Registry, make_key
 from ..models import substream
 from ..quality.block import Call
-from ..quality.changed import Changed, language_model
-from ..quality.language_model import exchanged
+from ..quality.changed import Changed
+from ..quality.language_model import language_model
+from ..quality.stored import stored_metrics
 from ..subject import gate_metrics, prepare_subject
 from .block import Rows, TaskBlock
 from .harness import answer, give, load_tasks, wrap
@@ -90,7 +92,7 @@ class TaskTrial:
         self.rows.tokens = 0
         hook = self.model.register_forward_pre_hook(self.rows.begin, with_kwargs=True)
         try:
-            with exchanged(self.model, self.blocks):
+            with self.changed.applied() if self.changed is not None else contextlib.nullcontext():
                 answers = answer(self.lm, shard.requests)
         finally:
             hook.remove()
@@ -120,10 +122,9 @@ class TaskTrial:
             own_items, own_metrics = judge(name, task, substream(self.case.seed, "bootstrap"))
             items += own_items
             metrics += own_metrics
-        expert_bytes = sum(subject.layer.store.nbytes for subject in self.subjects.values())
         metrics.append(Metric("tokens_read", float(self.tokens), "token"))
-        if self.subjects:
-            metrics.append(Metric("expert_bytes", float(expert_bytes), "byte"))
+        if self.changed is not None:
+            metrics += stored_metrics(self.changed)
             metrics += gate_metrics([subject.layer for subject in self.subjects.values()])
         executed = self.changed.session.executed() if self.changed else ExecutedPath("dense", notes="the whole model")
         notes = {"reason": f"{self.resumed} of {self.steps} shards are from before a kill"} if self.resumed else {}

@@ -17,6 +17,7 @@ from moebench.moe.bits.allocators import (
     by_layer,
     greedy,
     kind_first,
+    layers_drawn,
     layers_first,
     least_first,
     most_first,
@@ -123,15 +124,16 @@ def test_no_rule_ever_exceeds_a_budget(made, hundredths, seed, protected, each):
     costs, features = made
     budget = hundredths / 100
     for by in RULES:
-        params = Allocation(budget, CHOICES, by, one_of_each=each, share=0.5, protected=tuple(sorted(protected)))
+        pairs = tuple((0, expert) for expert in sorted(protected))
+        params = Allocation(budget, CHOICES, by, one_of_each=each, share=0.5, protected=pairs)
         bits = allocated(params, costs, features, seed)
         if bits is None:  # but for protection and one_of_each, everything fits wherever the fewest bits do
             assert protected or each or too_poor(costs, features, budget, by == "pmq")
             continue
         assert costs.average(bits) <= budget
         assert set(bits) <= set(CHOICES)
-        for unit, expert in enumerate(features.expert_U):
-            assert expert not in protected or bits[unit] == 3
+        for unit, (layer, expert) in enumerate(zip(features.layer_U, features.expert_U, strict=True)):
+            assert layer != 0 or expert not in protected or bits[unit] == 3
         assert bits == allocate(params, costs, features, seed)
 
 
@@ -175,6 +177,8 @@ def test_orders():
     assert least_first([0.9, 0.1, 0.1]) == [1, 2, 0]
     assert layers_first([5, 5, 2, 9, 2], 2) == [2, 4, 0, 1]
     assert layers_first([5, 5, 2, 9, 2], 2, last=True) == [3, 0, 1]
+    assert sorted(layers_drawn([5, 5, 2, 9, 2], 3, 1)) == [0, 1, 2, 3, 4]
+    assert {tuple(layers_drawn([5, 5, 2, 9], 1, seed)) for seed in range(20)} == {(0, 1), (2,), (3,)}
     assert kind_first(["routed", "shared", "attention", "shared"], "shared") == [1, 3, 0, 2]
     assert sorted(shuffled(20, 1)) == list(range(20)) != shuffled(20, 1)
     assert shuffled(20, 1) == shuffled(20, 1) != shuffled(20, 2)
@@ -356,8 +360,8 @@ def test_a_share_of_the_units_is_promoted():
     assert allocate(Allocation(3.5, (2, 4), "outlier"), costs, features) == (2, 4, 4, 4)
     with pytest.raises(ValueError, match="'frequency' needs count_U, which was not measured"):
         allocate(Allocation(3.5, (2, 4), "frequency"), costs, features)
-    with pytest.raises(ValueError, match=r"protected expert 9 does not exist; name ids below 4\.$"):
-        allocate(Allocation(3.5, (2, 4), "outlier", protected=(9,)), costs, features)
+    with pytest.raises(ValueError, match=r"protected expert 9 of layer 0 is no unit of this budget; name ids below 4"):
+        allocate(Allocation(3.5, (2, 4), "outlier", protected=((0, 9),)), costs, features)
     with pytest.raises(ValueError, match="make them for the same"):
         allocate(Allocation(3.5, (2, 3), "outlier"), costs, features)
 
@@ -394,7 +398,8 @@ def test_from_a_layer_to_packed_bytes_within_the_budget(by):
         (lambda: Allocation(share=1.5), r"must lie in \[0, 1\]"),
         (lambda: Allocation(layers=0), "at least 1"),
         (lambda: Allocation(gamma=-1.0), "must not be negative"),
-        (lambda: Allocation(protected=(-1,)), "from 0 on"),
+        (lambda: Allocation(protected=((0, -1),)), "from 0 on"),
+        (lambda: Allocation(protected=((1,),)), "must be pairs"),
         (lambda: CosinePredictor(held_out=1.0), r"in \(0, 1\)"),
         (lambda: Costs((2, 1), ((1, 2),), (1,)), "sort them"),
         (lambda: Costs((1, 2), ((2, 2),), (1,)), "must rise with the choices"),
