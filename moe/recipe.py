@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Case, Descriptor, Registry, load_attribute, make_key
-from .artefacts import cached, sources_sha256, tensors_sha256
+from .artefacts import Artefact, cached, sources_sha256, tensors_sha256
 from .bits.params import LayerBits
 from .bits.shared import shared_of, store_of
 from .bits.step import shared_step

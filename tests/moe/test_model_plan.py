@@ -161,7 +161,8 @@ def test_layers_and_kinds_are_raised_first_at_one_cost():
 
 def test_the_cosine_rule_raises_the_layer_of_the_lowest_prediction_and_tells_how_well_it_predicts():
     recipe = recipe_of(by="cosine")
-    found = {layer: survey(recipe.quantization.params, (b := begin(recipe, layer)).store, b.seen) for layer in LAYERS}
+    started = {layer: begin(recipe, layer) for layer in LAYERS}
+    found = {i: survey(recipe.quantization.params, one.layer.store, one.seen) for i, one in started.items()}
     made = plan(by="cosine", bits=[2, 4], budget=4.0 + 2 / 3)
     lowest = min(LAYERS, key=lambda layer: found[layer].cosine)
     assert {layer for layer in LAYERS if 4 in made.layers[layer].experts} == {lowest}
@@ -245,9 +246,9 @@ def test_a_shared_expert_runs_on_what_its_bytes_dequantize_to(codec):
 def test_the_error_of_a_shared_expert_is_that_of_the_layers_output():
     recipe = recipe_of(by="greedy", shared=True)
     params, begun = recipe.quantization.params, begin(recipe_of(by="greedy", shared=True), 4)
-    error_B = survey(params, begun.store, begun.seen).parts[1].errors[0]
+    error_B = survey(params, begun.layer.store, begun.seen).parts[1].errors[0]
     own = begun.seen.shared
-    whole = PreparedLayer(begun.store, begun.seen.router, own)
+    whole = PreparedLayer(begun.layer.store, begun.seen.router, own)
     for bits, error in zip(params.bits, error_B, strict=True):
         coded = [round_to_nearest(w, params.at(bits).scheme()).dequantize() for w in (own.gate_up, own.down)]
         other = replace(whole, shared=replace(own, gate_up=coded[0], down=coded[1]))
@@ -270,7 +271,7 @@ def test_a_layer_without_a_shared_expert_says_so():
     begun = begin(recipe, 1)
     params, seen = recipe.quantization.params, replace(begun.seen, shared=None)
     with pytest.raises(ValueError, match=r"layer 1 has no shared expert; give shared=false\.$"):
-        survey(params, begun.store, seen)
+        survey(params, begun.layer.store, seen)
     with pytest.raises(ValueError, match=r"layer 1 has no shared expert; give shared=false\.$"):
         shared_step(params, seen, 2)
 
