@@ -34,6 +34,11 @@ class Stage(NamedTuple):
         """Return what the plug-in's factory makes of the parameters."""
         return load_attribute(self.descriptor.factory)(self.params)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the plug-in looks at what the layer reads in calibration."""
+        return bool(getattr(self.params, "calibrated", False))
+
     def identity(self) -> dict[str, Any]:
         """Return what tells this step from another: name, version, parameters, and the sources behind it."""
         return {
@@ -67,7 +72,8 @@ class Recipe:
     @property
     def changes(self) -> bool:
         """Whether any stage that makes artefacts does something."""
-        return any(stage.descriptor.name != "none" for stage in (self.structure, self.quantization, self.sparsity))
+        made = (self.structure, self.quantization, self.sparsity)
+        return self.routing.calibrated or any(stage.descriptor.name != "none" for stage in made)
 
 
 def prepare_layer(
@@ -106,6 +112,8 @@ def prepare_layer(
         )
         x_TH = calibration_TH.to(dtype).float()
         fields = StandIns(len(x_TH), store.num_experts, recipe.routing.params, seed)
+        ctx = alone(fields, bundle.router, layer, store)
+        _calibrated(recipe.routing, bundle.router, x_TH, ctx, {"parent": parent, "dtype": str(dtype)}, cache)
         seen = Seen(bundle.router, x_TH, alone(fields, bundle.router, layer, store), router_seed(seed, layer))
         origin = {"parent": parent, "dtype": str(dtype), "input_scale": bundle.input_scale}
         store, parent = _quantized(recipe, store, seen, origin, cache)
@@ -166,18 +174,39 @@ def _structured(
     return made, make_key(inputs)
 
 
+def _calibrated(
+    stage: Stage, router: Router, x_TH: Tensor, ctx: Context, origin: Mapping[str, Any], cache: Path | None
+) -> None:
+    """Tell ``router`` what calibration says, where its parameters ask for it.
+
+    The router reads what the dense model's layer reads, so nothing that is done to the experts changes the outcome: it
+    is known before they are quantized, and codecs that look at traffic see that which the layer will have.
+    """
+    if not stage.calibrated:
+        return
+    inputs = {"stage": "routing", **stage.identity(), **origin}
+    router.adopt(
+        cached(
+            cache,
+            inputs,
+            lambda: router.calibration(x_TH, ctx),
+            lambda told: Artefact(told, {}),
+            lambda artefact: artefact.tensors,
+        )
+    )
+
+
 def _quantized(
     recipe: Recipe, store: ExpertStore, seen: Seen, origin: Mapping[str, Any], cache: Path | None
 ) -> tuple[ExpertStore, str]:
     stage = recipe.quantization
     inputs = {"stage": "quantization", **stage.identity(), **origin}
-    calibrated = getattr(stage.params, "calibrated", False)
-    if calibrated:
+    if stage.calibrated:
         inputs["routing"] = recipe.routing.identity()
     made = cached(
         _kept(stage, cache),
         inputs,
-        lambda: stage.create()(store, seen if calibrated else None),
+        lambda: stage.create()(store, seen if stage.calibrated else None),
         quantized_artefact,
         lambda artefact: quantized_of(store, artefact),
     )
