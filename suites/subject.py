@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -56,10 +57,14 @@ def prepare_subject(case: Case, registry: Registry) -> Subject:
 
 
 def _build(case: Case, registry: Registry) -> Subject:
+    return build_subject(case, registry, Recipe.of(case, registry), cache_dir())
+
+
+def build_subject(case: Case, registry: Registry, recipe: Recipe, cache: Path | None) -> Subject:
+    """Return the case's one layer after ``recipe``; its stages find what they made before under ``cache``, if any."""
     source: ModelSource = registry.get("model", case.model.name).create(case.model.params)
     shape: ModelShape = registry.params("structure", case.structure).reshape(source.shape)
     index = case.layers[0]
-    recipe = Recipe.of(case, registry)
     layer = prepare_layer(
         recipe,
         source.layer(index),
@@ -68,7 +73,7 @@ def _build(case: Case, registry: Registry) -> Subject:
         case.seed,
         DTYPES[case.dtype],
         {"weights": case.weights_sha256, "layer": index},
-        cache_dir(),
+        cache,
     )
     return Subject(source, shape, layer, layer_spec(case, shape, registry))
 

@@ -5,6 +5,7 @@ Shape letters: T tokens, H hidden, C columns of scores.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from ...moe.metrics import load_series, routing_metrics
 from ...moe.routing import Routing
 from ...moe.sparsity import density
 from ..models import substream
+from ..subject import Subject
 from .block import Call
 from .distance import columns_of, distance_metrics, error_series
 from .language_model import dense_states
@@ -25,8 +27,8 @@ from .windows import TextTrial
 class AccuracyTrial(TextTrial):
     """The whole model with the case's layers changed, on the case's backend, against the dense model."""
 
-    def __init__(self, case: Case, registry: Registry) -> None:
-        super().__init__(case, registry)
+    def __init__(self, case: Case, registry: Registry, subjects: Mapping[int, Subject] | None = None) -> None:
+        super().__init__(case, registry, subjects)
         first, *later = sorted(self.subjects)
         ids, weights = self.passage.ids, case.weights_sha256
         self.dense = dense_states(self.model, weights, ids[:-1], self.window, first, later)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...contracts import Case, Cost, Item, Registry
 from ..digest import sha256_of
-from ..subject import prepare_subject
+from ..subject import Subject, prepare_subject
 from ..text import evaluation_text
 from .bootstrap import BLOCK
 from .changed import Changed, language_model
@@ -23,13 +23,16 @@ from .scores import COLUMNS
 
 
 class TextTrial:
-    """A passage and the changed layers; one step is one window, whose ``scores`` a subclass appends."""
+    """A passage and the changed layers; one step is one window, whose ``scores`` a subclass appends.
+
+    The layers are the case's own, or ``subjects`` by rising index where somebody made them already.
+    """
 
     state: Literal["none"] = "none"
 
-    def __init__(self, case: Case, registry: Registry) -> None:
+    def __init__(self, case: Case, registry: Registry, subjects: Mapping[int, Subject] | None = None) -> None:
         self.case, self.window = case, int(case.workload["window"])
-        self.subjects = {i: prepare_subject(replace(case, layers=(i,)), registry) for i in sorted(case.layers)}
+        self.subjects = dict(subjects) if subjects is not None else subjects_of(case, registry)
         self.model, tokenizer = language_model(case, next(iter(self.subjects.values())).source)
         self.passage = take_passage(tokenizer, evaluation_text(), case.tokens, case.seed)
         self.steps = case.tokens // self.window
@@ -55,6 +58,11 @@ class TextTrial:
     def close(self) -> None:
         """Free the backend's session."""
         self.changed.close()
+
+
+def subjects_of(case: Case, registry: Registry) -> dict[int, Subject]:
+    """Return the case's layers after their recipe, by rising index."""
+    return {index: prepare_subject(replace(case, layers=(index,)), registry) for index in sorted(case.layers)}
 
 
 def block_items(windows: Sequence[Tensor], task: str, names: Mapping[str, str]) -> list[Item]:
