@@ -85,14 +85,11 @@ class QuantizationTrial:
         self.executed = ExecutedPath("")
         self.input_sha256 = sha256_of(*(self._held_out(index) for index in self.layers))
 
-    def _layer_case(self, index: int) -> Case:
-        return replace(self.case, layers=(index,), tokens=min(self.case.tokens, HELD_OUT))
-
     def _held_out(self, index: int) -> Tensor:
-        case = self._layer_case(index)
+        case = self.case
         source: ModelSource = self.registry.get("model", case.model.name).create(case.model.params)
         traffic = self.registry.get("traffic", case.traffic.name).create(case.traffic.params)
-        x_TH: Tensor = traffic.hidden(source, index, case.tokens, 0, case.seed)
+        x_TH: Tensor = traffic.hidden(source, index, min(case.tokens, HELD_OUT), 0, case.seed)
         return x_TH
 
     def begin_turn(self) -> None:
@@ -109,7 +106,7 @@ class QuantizationTrial:
 
     @torch.no_grad()
     def _quantized(self, index: int) -> Quantized | Check:
-        case = self._layer_case(index)
+        case = replace(self.case, layers=(index,))
         recipe = Recipe.of(case, self.registry)
         stage = TimedStage(*recipe.quantization)
         subject = build_subject(case, self.registry, replace(recipe, quantization=stage), None)
@@ -119,7 +116,7 @@ class QuantizationTrial:
         problem = mistake(store, plain, disk)
         if problem:
             return Check(False, reason=f"layer {index}: {problem}")
-        batch = make_batch(case, self.registry, subject, 0)
+        batch = make_batch(replace(case, tokens=min(case.tokens, HELD_OUT)), self.registry, subject, 0)
         exact, found = (reference(one, batch.routing, batch.x_TH, shared).y_TH for one in (plain, store))
         figures = Layer(
             store=store,
@@ -136,9 +133,8 @@ class QuantizationTrial:
         """Return what the case's backend makes of a batch, with what is always on, in the dtype of its input."""
         layer, folded = subject.layer, case.execution.folded
         store, spec = (fold_store(layer.store), subject.spec.folded()) if folded else (layer.store, subject.spec)
-        session = (
-            self.registry.get("backend", case.backend.name).create(case.backend.params).load({0: store}, {0: spec})
-        )
+        backend = self.registry.get("backend", case.backend.name).create(case.backend.params)
+        session = backend.load({0: store}, {0: spec})
         executor = Folded(session.layer(0), layer.store) if folded else session.layer(0)
         y_TH: Tensor = executor(batch.x_TH, *batch.inputs, out_TH=None)
         self.executed = session.executed()
