@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from ..contracts import MIXED, Case, Planned, Registry, Trial
 from .accuracy import AccuracySuite
 from .base import SuiteConfig
+from .estimate import STARTED
 
-ENCODING = {"rtn": 1e-7, "gptq": 4e-6, "awq": 4e-5, "hqq": 3e-6, MIXED: 8e-6}
+ENCODING = {"gptq": 2e-6, "awq": 3e-6, "hqq": 1e-6, MIXED: 4e-6}
 """About how many seconds a weight takes, by codec; ``OTHER`` for all other codecs."""
 
-OTHER = 5e-7
+OTHER = 2e-7
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ class QuantizationSuite(AccuracySuite):
     """The suite; how much text is judged, in windows of what length, is said by its parameters."""
 
     def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
-        """Yield one case per method and dtype."""
+        """Yield one case per method and dtype; the first that runs has the seconds that the model takes to load."""
+        loading = 0.0
         for planned in super().cases(config, registry):
-            yield replace(planned, seconds=planned.seconds + _encoding_seconds(planned.case, registry))
+            yield replace(planned, seconds=planned.seconds - loading + _encoding_seconds(planned.case, registry))
+            loading = STARTED if planned.refusal is None else loading
 
     def refusal(self, case: Case, registry: Registry) -> str | None:
         """Return None: what cannot be judged on text has bytes and errors nevertheless."""

@@ -58,6 +58,12 @@ def test_a_method_is_planned_once_and_meets_speed_and_accuracy_on_method_key():
         assert {case.method_key for case in plan_of(f"suite={suite}", *chosen, "axes.backend=eager").cases} == keys
 
 
+def test_a_plan_knows_that_codecs_take_time_and_that_the_model_is_loaded_once():
+    plan = plan_of("suite=quantization", "model=small", "axes.quantization=[none,rtn,awq]")
+    seconds = {case.quantization.name: plan.seconds[case.case_key] for case in plan.cases}
+    assert seconds["none"] > 20 > seconds["awq"] > seconds["rtn"] > 0
+
+
 def test_several_layers_make_one_case():
     (case,) = plan_of("suite=quantization", "model=small", "model.layers=all", *RTN).cases
     assert case.layers == tuple(range(len(case.layers)))
