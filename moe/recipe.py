@@ -185,15 +185,8 @@ def _calibrated(
     if not stage.calibrated:
         return
     inputs = {"stage": "routing", **stage.identity(), **origin}
-    router.adopt(
-        cached(
-            cache,
-            inputs,
-            lambda: router.calibration(x_TH, ctx),
-            lambda told: Artefact(told, {}),
-            lambda artefact: artefact.tensors,
-        )
-    )
+    kept = cached(cache, inputs, lambda: Artefact(router.calibration(x_TH, ctx), {}), lambda own: own, lambda own: own)
+    router.adopt(kept.tensors)
 
 
 def _quantized(

@@ -39,6 +39,16 @@ class Layer:
     error_T: Tensor
 
     @property
+    def file_bytes(self) -> float | None:
+        """Bytes of the file."""
+        return None if self.disk is None else float(self.disk.file_bytes)
+
+    @property
+    def header_bytes(self) -> float | None:
+        """Those of its header."""
+        return None if self.disk is None else float(self.disk.header_bytes)
+
+    @property
     def bytes_E(self) -> list[int]:
         """Bytes in memory of every expert."""
         return [gate_up.nbytes + down.nbytes for gate_up, down in zip(self.store.gate_up, self.store.down, strict=True)]
@@ -55,9 +65,12 @@ def weight_squares(store: ExpertStore, dense: ExpertStore) -> Tensor:
     rows = []
     for slot in range(len(store.ffn_ids)):
         pairs = zip(dense.weights(slot), store.weights(slot), strict=True)
-        squares = [((one.double() - other).square().sum(), one.double().square().sum()) for one, other in pairs]
-        rows.append(torch.stack([sum(column) for column in zip(*squares, strict=True)]))  # type: ignore[arg-type]
-    return torch.stack(rows)
+        rows.append([(_squares(one.double() - other), _squares(one)) for one, other in pairs])
+    return torch.tensor(rows, dtype=torch.float64).sum(1)
+
+
+def _squares(weight_OI: Tensor) -> float:
+    return float(weight_OI.double().square().sum())
 
 
 def layer_metrics(layers: Mapping[int, Layer], seed: int) -> list[Metric]:
@@ -69,8 +82,8 @@ def layer_metrics(layers: Mapping[int, Layer], seed: int) -> list[Metric]:
     columns_T2 = torch.stack([mean_T, torch.ones_like(mean_T)], dim=1)
     return [
         Metric("expert_bytes", float(stored), "byte"),
-        Metric("file_bytes", _sum([layer.disk and layer.disk.file_bytes for layer in chosen]), "byte"),
-        Metric("file_header_bytes", _sum([layer.disk and layer.disk.header_bytes for layer in chosen]), "byte"),
+        Metric("file_bytes", _sum([layer.file_bytes for layer in chosen]), "byte"),
+        Metric("file_header_bytes", _sum([layer.header_bytes for layer in chosen]), "byte"),
         Metric("bits_per_weight", 8.0 * stored / weights, "bit", n=weights),
         Metric("quantize_elapsed", _sum([layer.elapsed for layer in chosen]), "s", n=len(chosen)),
         Metric("weight_error", _relative(torch.cat([layer.weight_squares_E2 for layer in chosen])), "1", n=weights),
@@ -87,9 +100,9 @@ def layer_metrics(layers: Mapping[int, Layer], seed: int) -> list[Metric]:
 def layer_series(layers: Mapping[int, Layer]) -> tuple[Series, ...]:
     """Return the figures by layer, in the order of their indices, and by expert for each layer."""
     chosen = [layers[index] for index in sorted(layers)]
-    by_layer = {
+    by_layer: dict[tuple[str, str], list[float | None]] = {
         ("expert_bytes_by_layer", "byte"): [float(layer.store.nbytes) for layer in chosen],
-        ("file_bytes_by_layer", "byte"): [layer.disk and float(layer.disk.file_bytes) for layer in chosen],
+        ("file_bytes_by_layer", "byte"): [layer.file_bytes for layer in chosen],
         ("bits_per_weight_by_layer", "bit"): [8.0 * layer.store.nbytes / sum(layer.weights_E) for layer in chosen],
         ("quantize_elapsed_by_layer", "s"): [layer.elapsed for layer in chosen],
         ("weight_error_by_layer", "1"): [_relative(layer.weight_squares_E2) for layer in chosen],

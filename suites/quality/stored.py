@@ -23,6 +23,10 @@ LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, a little-endian number of so many bytes."""
 
 
+DENSE = ("gate_up", "down")
+"""The tensors of experts that are not quantized."""
+
+
 @dataclass(frozen=True)
 class OnDisk:
     """A file of one layer's experts: its bytes, how many of these are its header, and the experts as it gives them."""
@@ -48,8 +52,10 @@ def written(store: ExpertStore) -> OnDisk | None:
         back = artefacts.read(made)
     if back is None:
         raise OSError("a file that was just written cannot be read back; check the temporary folder's disk.")
-    read = quantized_of(store, back) if store.quantized else replace(store, **back.tensors)
-    return OnDisk(size, header, read)
+    if store.quantized:
+        return OnDisk(size, header, quantized_of(store, back))
+    gate_up, down = (back.tensors[name] for name in DENSE)
+    return OnDisk(size, header, replace(store, gate_up=gate_up, down=down))
 
 
 def header_bytes(file: Path) -> int:
@@ -59,7 +65,7 @@ def header_bytes(file: Path) -> int:
 
 
 def _dense_artefact(store: ExpertStore) -> Artefact:
-    return Artefact({name: getattr(store, name) for name in ("gate_up", "down")}, {})
+    return Artefact({name: getattr(store, name) for name in DENSE}, {})
 
 
 def matrices(store: ExpertStore) -> Iterator[tuple[str, Any]]:

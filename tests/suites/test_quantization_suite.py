@@ -59,7 +59,8 @@ def test_a_method_is_planned_once_and_meets_speed_and_accuracy_on_method_key():
 
 
 def test_a_plan_knows_that_codecs_take_time_and_that_the_model_is_loaded_once():
-    plan = plan_of("suite=quantization", "model=small", "axes.quantization=[none,rtn,awq]")
+    groups = ("params.quantization.rtn.group=32", "params.quantization.awq.group=32")
+    plan = plan_of("suite=quantization", "model=tiny", "axes.quantization=[none,rtn,awq]", *groups)
     seconds = {case.quantization.name: plan.seconds[case.case_key] for case in plan.cases}
     assert seconds["none"] > 20 > seconds["awq"] > seconds["rtn"] > 0
 
