@@ -27,16 +27,17 @@ class PruningRule:
 
     ``beta`` None is not known yet: the median on calibration tokens, see ``OnlinePruning.calibration``. The share
     ``protect`` of the tokens of a call, rounded down, is never pruned: those of the largest importance, which is the
-    paper's with ``importance="attention"`` and the ``norm`` |h|_1 alone with that. The weight of what is dropped goes
-    to the experts that are kept. ``by="random"`` is the control: as many tokens lose their lowest expert, drawn among
-    those that have a second one and are not protected. With a ``rate`` each of these loses it with that probability
-    instead, so that how many there are does not depend on later tokens.
+    paper's with ``importance="attention"``, the ``norm`` |h|_1 alone with that, and drawn with ``random``, the control
+    of protection. The weight of what is dropped goes to the experts that are kept. ``by="random"`` is the control of
+    the rule: as many tokens lose their lowest expert, drawn among those that have a second one and are not protected.
+    With a ``rate`` each of these loses it with that probability instead, so that how many there are does not depend on
+    later tokens.
     """
 
     beta: float | None
     protect: float = 0.02
     by: Literal["ratio", "random"] = "ratio"
-    importance: Literal["attention", "norm"] = "attention"
+    importance: Literal["attention", "norm", "random"] = "attention"
     rate: float | None = None
 
     def __post_init__(self) -> None:
@@ -84,9 +85,13 @@ def importance(x_TH: Tensor, attn: Tensor | None = None) -> Tensor:
 def prune_lowest(
     routing: Routing, importance_T: Tensor, rule: PruningRule, rng: torch.Generator | None = None
 ) -> Routing:
-    """Return the Routing without the entries that ``rule`` drops, its weights scaled to the sums that they had."""
+    """Return the Routing without the entries that ``rule`` drops, its weights scaled to the sums that they had.
+
+    ``importance_T`` may be that of the first tokens alone: the others are then not protected.
+    """
     ratio_T, pair_T, lowest_T = _ratios(routing)
-    free_T = pair_T & ~protected(importance_T, rule.protect)
+    free_T = pair_T
+    free_T[: len(importance_T)] &= ~protected(importance_T, rule.protect)
     drop_T = free_T & _light(ratio_T, rule)
     if rule.by == "random":
         drop_T = _drawn(free_T, int(drop_T.sum()), rule.rate, rng)
@@ -152,21 +157,33 @@ class OnlinePruning(Router):
 
     Protection ranks the tokens of one call, so that with it, or with as many random choices, later tokens matter to
     earlier ones. Importance by attention reads ``attn`` of the Context, and is the norm alone where that is not there.
+    Where the Context names a ``prompt``, its tokens alone are ranked, by attention among themselves, and protected.
     """
 
     def __init__(self, router: Router, rule: PruningRule) -> None:
         super().__init__()
         self.router = router
         self.rule = rule
-        read = {"attn": rule.protect > 0 and rule.importance == "attention", "rng": rule.by == "random"}
+        drawn = rule.by == "random" or (rule.protect > 0 and rule.importance == "random")
+        read = {"attn": rule.protect > 0 and rule.importance == "attention", "rng": drawn}
         self.needs = router.needs | {name for name, wanted in read.items() if wanted}
         self.causal = router.causal and rule.protect == 0 and (rule.by == "ratio" or rule.rate is not None)
         self.scope = router.scope
 
     def forward(self, x_TH: Tensor, ctx: Context) -> Routing:
         """Return the router's Routing without the entries that the rule drops."""
+        return prune_lowest(self.router(x_TH, ctx), self._importance(x_TH, ctx), self.rule, ctx.rng)
+
+    def _importance(self, x_TH: Tensor, ctx: Context) -> Tensor:
+        prompt = len(x_TH) if ctx.prompt is None else ctx.prompt
+        if self.rule.importance == "random" and self.rule.protect > 0:
+            if ctx.rng is None:
+                raise ValueError("protection by 'random' needs rng in the Context; give a torch.Generator.")
+            return torch.rand(prompt, generator=ctx.rng, device=ctx.rng.device).to(x_TH.device)
         attn = ctx.attn if "attn" in self.needs else None
-        return prune_lowest(self.router(x_TH, ctx), importance(x_TH, attn), self.rule, ctx.rng)
+        if attn is not None and ctx.prompt is not None:
+            attn = attn[..., :prompt, :prompt]
+        return importance(x_TH[:prompt], attn)
 
     def update(self, routing: Routing, signal: Any = None) -> None:
         """Hand everything on to the router."""

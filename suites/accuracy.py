@@ -62,7 +62,7 @@ class AccuracySuite:
 
     def workload(self, params: Any) -> dict[str, Any]:
         """Return what is asked of every method alike."""
-        return {"window": params.window}
+        return {"window": params.window, **({"prompt": params.prompt} if params.prompt else {})}
 
     def backends(self, config: SuiteConfig, registry: Registry) -> dict[str, Any]:
         """Return the one backend on which quality is judged."""
@@ -95,10 +95,11 @@ def text_refusal(case: Case, registry: Registry) -> str | None:
     if not registry.params("model", case.model).recorded:
         return f"model '{case.model}' has no text to be judged on; use model=smollm2."
     params = registry.params("routing", case.routing)
-    if not getattr(params, "causal", True):
+    prompted = bool(case.workload.get("prompt")) and getattr(params, "causal_after_prompt", False)
+    if not getattr(params, "causal", True) and not prompted:
         return f"routing '{case.routing}' looks at later tokens, which a language model must not; use suite=routing."
     absent = getattr(params, "beyond_text", None)
-    if absent is not None:
+    if absent is not None and not (prompted and absent == "attn"):
         return (
             f"routing '{case.routing}' needs the Context's '{absent}', which a text does not give; use suite=routing."
         )

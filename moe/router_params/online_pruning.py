@@ -19,8 +19,9 @@ class OnlinePruned(AnyNumber):
     that ratio on calibration tokens, of each layer its own, so that about half of the tokens lose an expert; a number
     is that of all layers (the released code lists 0.40 to 0.62 for Mixtral). The share ``protect`` of a call's tokens,
     those of the largest |h|_1 times the attention received, keep all; with ``importance="norm"`` the norm alone
-    decides, which needs no attention. Both look at later tokens: with protect=0 the routing is causal. ``by="random"``
-    prunes as many tokens by chance, or each with the probability ``rate``. ``k`` None is the model's own.
+    decides, which needs no attention, and with ``importance="random"`` as many are drawn. All look at later tokens, of
+    the prompt alone where one is told: with protect=0 the routing is causal. ``by="random"`` prunes as many tokens by
+    chance, or each with the probability ``rate``. ``k`` None is the model's own.
     """
 
     pipeline: ClassVar[bool] = True
@@ -29,7 +30,7 @@ class OnlinePruned(AnyNumber):
     beta: float | None = None
     protect: float = 0.02
     by: Literal["ratio", "random"] = "ratio"
-    importance: Literal["attention", "norm"] = "attention"
+    importance: Literal["attention", "norm", "random"] = "attention"
     rate: float | None = None
 
     def __post_init__(self) -> None:
@@ -45,6 +46,11 @@ class OnlinePruned(AnyNumber):
     def causal(self) -> bool:
         """Whether later tokens leave earlier ones alone: not where some of a call's tokens are chosen."""
         return self.protect == 0 and (self.by == "ratio" or self.rate is not None)
+
+    @property
+    def causal_after_prompt(self) -> bool:
+        """Whether, with a prompt told, no token is treated by what follows it beyond the prompt."""
+        return self.by == "ratio" or self.rate is not None
 
     @property
     def beyond_text(self) -> str | None:

@@ -5,7 +5,8 @@ Shape letters: T tokens, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +32,39 @@ def language_model(case: Case, source: ModelSource) -> tuple[Any, Any]:
     return _MODELS[case.weights_sha256]
 
 
+@contextlib.contextmanager
+def attention_seen(model: Any, blocks: Sequence[MoEBlock]) -> Iterator[None]:
+    """Tell each of ``blocks`` the attention weights of its decoder layer, until the context ends.
+
+    Only attention of kind ``eager`` hands them out, so the whole model has that meanwhile; without blocks nothing
+    changes.
+    """
+    if not blocks:
+        yield
+        return
+
+    def tell(block: MoEBlock) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            block.attn = output[1].detach()
+
+        return hook
+
+    kind = model.config._attn_implementation
+    hooks = [model.model.layers[b.index].self_attn.register_forward_hook(tell(b)) for b in blocks]
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(kind)
+        for handle in hooks:
+            handle.remove()
+
+
 class Changed:
-    """The changed layers of a case, loaded into ``backend``, and the model around them. ``calls`` are of one window."""
+    """The changed layers of a case, loaded into ``backend``, and the model around them. ``calls`` are of one window.
+
+    ``prompt`` is how many tokens of each window are its prompt, None where nobody asks.
+    """
 
     def __init__(
         self,
@@ -56,6 +88,7 @@ class Changed:
             )
         )
         self.calls: list[Call] = []
+        self.prompt: int | None = None
         self.blocks: dict[int, MoEBlock] = {}
         for index, subject in subjects.items():
             executor = self.session.layer(index)
@@ -76,7 +109,9 @@ class Changed:
             block.token_ids_T = ids_T[part]
             block.dense_x_TH = dense.reading[index][part] if index in dense.reading else None
             block.forced = None if forced is None else forced[index]
-        with exchanged(self.model, self.blocks):
+            block.prompt = self.prompt
+        seen = [block for block in self.blocks.values() if "attn" in block.subject.layer.router.needs]
+        with exchanged(self.model, self.blocks), attention_seen(self.model, seen):
             return forward_from(self.model, dense.first, dense.entering[part])
 
     def close(self) -> None:

@@ -38,10 +38,10 @@ class AccuracyTrial(TextTrial):
 
     def run(self, step: int) -> list[Call]:
         """Judge the window ``step``; return what the changed layers did."""
-        part = self.part(step)
-        final_TH = self.changed.forward(self.dense, part, self.passage.ids[:-1])
-        ids, bytes_T = self.passage.ids[1:][part], self.passage.bytes_T[part]
-        self.scores.append(score(self.model.lm_head, final_TH, self.dense.final[part], ids, bytes_T))
+        judged = self.judged(step)
+        final_TH = self.changed.forward(self.dense, self.part(step), self.passage.ids[:-1])[self.prompt :]
+        ids, bytes_T = self.passage.ids[1:][judged], self.passage.bytes_T[judged]
+        self.scores.append(score(self.model.lm_head, final_TH, self.dense.final[judged], ids, bytes_T))
         for call in self.changed.calls:
             index = call.block.index
             self.routings[index].append(call.routing)

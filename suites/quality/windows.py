@@ -38,6 +38,8 @@ class TextTrial:
         self.steps = case.tokens // self.window
         self.input_sha256 = sha256_of(self.passage.ids)
         self.changed = Changed(case, registry, case.backend.name, self.subjects, self.model)
+        self.prompt = int(case.workload.get("prompt", 0))
+        self.changed.prompt = self.prompt or None
         self.scores: list[Tensor] = []
 
     def begin_turn(self) -> None:
@@ -46,6 +48,10 @@ class TextTrial:
     def part(self, step: int) -> slice:
         """Return the tokens of window ``step``."""
         return slice(step * self.window, (step + 1) * self.window)
+
+    def judged(self, step: int) -> slice:
+        """Return the tokens of window ``step`` that are judged: those after its prompt."""
+        return slice(step * self.window + self.prompt, (step + 1) * self.window)
 
     def cost(self, step: int) -> Cost:
         """Return nothing: quality has no time to compare work with."""

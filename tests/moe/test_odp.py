@@ -204,6 +204,39 @@ def test_attention_protects_other_tokens_than_the_norm():
     assert not torch.equal(*spared.values())
 
 
+PROMPT = 24
+
+
+@pytest.mark.parametrize("name", ["attention", "norm", "random"])
+def test_with_a_prompt_its_tokens_alone_are_protected_and_nothing_after_it_is_looked_at(name):
+    weights, shape = layer()
+    x_TH, attn = seeded(60, H, seed=4), seeded(1, 2, 60, 60, seed=6).exp().tril()
+    attn = attn / attn.sum(-1, keepdim=True)
+    router = build(OnlinePruned(beta=1.1, protect=0.25, importance=name))(weights, shape, 0).router
+
+    def route(tokens):
+        ctx = Context(attn=attn[..., :tokens, :tokens], prompt=PROMPT, rng=rng())
+        return router(x_TH[:tokens], ctx)
+
+    whole = route(60)
+    spared_T = whole.k_T == 2  # beta above 1 prunes whatever is not protected
+    assert int(spared_T.sum()) == PROMPT // 4
+    assert not bool(spared_T[PROMPT:].any())
+    for tokens in (PROMPT, PROMPT + 1, 59):
+        assert torch.equal(route(tokens).to_dense(), whole.to_dense()[:tokens])
+    if name == "attention":
+        own = importance(x_TH[:PROMPT], attn[..., :PROMPT, :PROMPT])
+        assert torch.equal(spared_T[:PROMPT], protected(own, 0.25))
+
+
+def test_protection_by_chance_needs_a_generator():
+    weights, shape = layer()
+    router = build(OnlinePruned(beta=0.5, protect=0.1, importance="random"))(weights, shape, 0).router
+    assert "rng" in router.needs
+    with pytest.raises(ValueError, match="needs rng"):
+        router(seeded(20, H), Context())
+
+
 @pytest.mark.parametrize(
     ("params", "needs", "causal"),
     [

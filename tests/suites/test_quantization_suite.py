@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from moebench.bench.run import planned
-from moebench.contracts import Registry
+from moebench.contracts import Registry, load_file
 from moebench.moe.oracle import reference
-from moebench.suites.base import SuiteConfig
 from moebench.suites.quality.quantized import QuantizationTrial
 from moebench.suites.quality.stored import written
 from moebench.suites.subject import make_batch, prepare_subject
@@ -184,26 +183,11 @@ def test_a_file_gives_the_store_back():
 
 @pytest.fixture(scope="module")
 def smoke(cache, tmp_path_factory):
-    """Model tinymoe in its smallest variant, trained in a second on a text of its own."""
+    """The settings of model tinymoe in its smallest variant, trained on a text of its own."""
     pytest.importorskip("transformers")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 8))) for _ in range(300)]
-    sentences = [" ".join(draw.choices(words, k=draw.randint(8, 25))).capitalize() + "." for _ in range(1400)]
-    file = tmp_path_factory.mktemp("data") / "corpus.txt"
-    file.write_text("\n\n".join(f"{i}. {sentence}" for i, sentence in enumerate(sentences)))
-    registry = Registry.load()
-    model = registry.get("model", "tinymoe").choose({"variant": "smoke", "data": str(file)})
-    suite = registry.get("suite", "pretraining")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEBENCH_CACHE", str(cache))
-        config = SuiteConfig("pretraining", suite.version, None, {"model": [model], "threads": [1]}, device="cpu")
-        (item,) = suite.create().cases(config, registry)
-        trial = suite.create().prepare(item.case, registry)
-        for step in range(trial.steps):
-            assert trial.verify(step, trial.run(step)).ok
-        trial.facts()
-        trial.close()
-    return "model=tinymoe", "model.variant=smoke", f"model.data={file}"
+        return load_file(Path(__file__).parent.parent / "smoke_model.py").train(tmp_path_factory.mktemp("data"))
 
 
 TEXT = ("model.layers=all", "suite.tokens=256", "suite.window=64", *RTN)
