@@ -297,6 +297,7 @@ BUILTIN_PLUGINS = (
     "moebench.suites.plugins",
     "moebench.suites.hub_plugins",
     "moebench.suites.tiny_plugins",
+    "moebench.suites.quantization_plugins",
     "moebench.suites.routing_plugins",
     "moebench.suites.claims_plugins",
     "moebench.suites.traffic_params",

@@ -9,6 +9,7 @@ it receives. Shape letters: T tokens, H hidden, N assignments, B sequences, S po
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,22 +25,29 @@ from .routing import Context, Routing
 class PruningRule:
     """Drop a token's lowest expert where its weight is below ``beta`` times the highest one's.
 
-    The share ``protect`` of the tokens of a call, rounded down, is never pruned: those of the largest importance, which
-    is the paper's with ``importance="attention"`` and the ``norm`` |h|_1 alone with that. The weight of what is dropped
-    goes to the experts that are kept. ``by="random"`` is the control: as many tokens lose their lowest expert, drawn
-    among those that have a second one and are not protected. With a ``rate`` each of these loses it with that
-    probability instead, so that how many there are does not depend on later tokens.
+    ``beta`` None is not known yet: the median on calibration tokens, see ``OnlinePruning.calibration``. The share
+    ``protect`` of the tokens of a call, rounded down, is never pruned: those of the largest importance, which is the
+    paper's with ``importance="attention"``, the ``norm`` |h|_1 alone with that, and drawn with ``random``, the control
+    of protection. The weight of what is dropped goes to the experts that are kept. ``by="random"`` is the control of
+    the rule: as many tokens lose their lowest expert, drawn among those that have a second one and are not protected.
+    With a ``rate`` each of these loses it with that probability instead, so that how many there are does not depend on
+    later tokens.
     """
 
-    beta: float
+    beta: float | None
     protect: float = 0.02
     by: Literal["ratio", "random"] = "ratio"
-    importance: Literal["attention", "norm"] = "attention"
+    importance: Literal["attention", "norm", "random"] = "attention"
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.beta < 0 or not 0 <= self.protect <= 1:
+        if (self.beta or 0.0) < 0 or not 0 <= self.protect <= 1:
             raise ValueError(f"beta={self.beta} must not be negative, and protect={self.protect} lie in [0, 1].")
+
+    @property
+    def reads_beta(self) -> bool:
+        """Whether ``beta`` matters: not where a ``rate`` says how many tokens chance takes."""
+        return self.by == "ratio" or self.rate is None
 
 
 def median_ratio(routing: Routing) -> float:
@@ -77,10 +85,14 @@ def importance(x_TH: Tensor, attn: Tensor | None = None) -> Tensor:
 def prune_lowest(
     routing: Routing, importance_T: Tensor, rule: PruningRule, rng: torch.Generator | None = None
 ) -> Routing:
-    """Return the Routing without the entries that ``rule`` drops, its weights scaled to the sums that they had."""
+    """Return the Routing without the entries that ``rule`` drops, its weights scaled to the sums that they had.
+
+    ``importance_T`` may be that of the first tokens alone: the others are then not protected.
+    """
     ratio_T, pair_T, lowest_T = _ratios(routing)
-    free_T = pair_T & ~protected(importance_T, rule.protect)
-    drop_T = free_T & (ratio_T < rule.beta)
+    free_T = pair_T
+    free_T[: len(importance_T)] &= ~protected(importance_T, rule.protect)
+    drop_T = free_T & _light(ratio_T, rule)
     if rule.by == "random":
         drop_T = _drawn(free_T, int(drop_T.sum()), rule.rate, rng)
     kept_N = torch.ones_like(routing.token_N, dtype=torch.bool)
@@ -95,6 +107,15 @@ def protected(importance_T: Tensor, share: float) -> Tensor:
     chosen_T = torch.zeros_like(importance_T, dtype=torch.bool)
     chosen_T[order_T[:count]] = True
     return chosen_T
+
+
+def _light(ratio_T: Tensor, rule: PruningRule) -> Tensor:
+    """Return whether each token's lowest expert weighs too little, [T] bool; nowhere where ``beta`` does not matter."""
+    if not rule.reads_beta:
+        return torch.zeros_like(ratio_T, dtype=torch.bool)
+    if rule.beta is None:
+        raise ValueError("beta is the median on calibration tokens; calibrate the router first, or give beta.")
+    return ratio_T < rule.beta
 
 
 def _drawn(free_T: Tensor, count: int, rate: float | None, rng: torch.Generator | None) -> Tensor:
@@ -136,32 +157,47 @@ class OnlinePruning(Router):
 
     Protection ranks the tokens of one call, so that with it, or with as many random choices, later tokens matter to
     earlier ones. Importance by attention reads ``attn`` of the Context, and is the norm alone where that is not there.
+    Where the Context names a ``prompt``, its tokens alone are ranked, by attention among themselves, and protected.
     """
 
     def __init__(self, router: Router, rule: PruningRule) -> None:
         super().__init__()
         self.router = router
         self.rule = rule
-        read = {"attn": rule.protect > 0 and rule.importance == "attention", "rng": rule.by == "random"}
+        drawn = rule.by == "random" or (rule.protect > 0 and rule.importance == "random")
+        read = {"attn": rule.protect > 0 and rule.importance == "attention", "rng": drawn}
         self.needs = router.needs | {name for name, wanted in read.items() if wanted}
         self.causal = router.causal and rule.protect == 0 and (rule.by == "ratio" or rule.rate is not None)
         self.scope = router.scope
 
     def forward(self, x_TH: Tensor, ctx: Context) -> Routing:
         """Return the router's Routing without the entries that the rule drops."""
+        return prune_lowest(self.router(x_TH, ctx), self._importance(x_TH, ctx), self.rule, ctx.rng)
+
+    def _importance(self, x_TH: Tensor, ctx: Context) -> Tensor:
+        prompt = len(x_TH) if ctx.prompt is None else ctx.prompt
+        if self.rule.importance == "random" and self.rule.protect > 0:
+            if ctx.rng is None:
+                raise ValueError("protection by 'random' needs rng in the Context; give a torch.Generator.")
+            return torch.rand(prompt, generator=ctx.rng, device=ctx.rng.device).to(x_TH.device)
         attn = ctx.attn if "attn" in self.needs else None
-        return prune_lowest(self.router(x_TH, ctx), importance(x_TH, attn), self.rule, ctx.rng)
+        if attn is not None and ctx.prompt is not None:
+            attn = attn[..., :prompt, :prompt]
+        return importance(x_TH[:prompt], attn)
 
     def update(self, routing: Routing, signal: Any = None) -> None:
         """Hand everything on to the router."""
         self.router.update(routing, signal)
 
+    def calibration(self, x_TH: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """Return ``beta``: the median ratio of what its router chooses, unpruned, for ``x_TH``."""
+        return {"beta": torch.tensor(median_ratio(self.router(x_TH, ctx)), dtype=torch.float64)}
+
+    def adopt(self, told: Mapping[str, Tensor]) -> None:
+        """Prune by the ``beta`` of ``calibration`` from now on."""
+        self.rule = replace(self.rule, beta=float(told["beta"]))
+
 
 def with_online_pruning(bundle: RouterBundle, rule: PruningRule) -> RouterBundle:
     """Return the bundle with its router pruned online by ``rule``."""
     return replace(bundle, router=OnlinePruning(bundle.router, rule))
-
-
-def calibrated(rule: PruningRule, router: Router, x_TH: Tensor, ctx: Context | None = None) -> PruningRule:
-    """Return ``rule`` with the beta of this layer's router on calibration tokens ``x_TH``."""
-    return replace(rule, beta=median_ratio(router(x_TH, Context() if ctx is None else ctx)))

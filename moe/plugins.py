@@ -6,7 +6,9 @@ Besides being checked, a parameter class tells the planner what it does to a lay
 - routing: ``kinds(shape)``, ``max_k(shape)``, ``selection(shape)`` (None where a fused kernel cannot take it over); and
   where they are not the values in parentheses: ``causal`` (True: the router does not look ahead), ``pipeline`` (whether
   there is a selection: gate and select can be timed apart), ``structure`` (``none``: what makes its experts) and
-  ``beyond_text`` (None: a field of the Context that it needs and text does not give)
+  ``beyond_text`` (None: a field of the Context that it needs and text does not give), ``calibrated`` (False: the
+  router learns something from calibration tokens) and ``causal_after_prompt`` (False: it looks ahead within a prompt at
+  most, where the Context tells one)
 - quantization: ``scheme() -> Scheme``; and where it is not False: ``calibrated`` (what the experts read is looked at);
   ``fold``, the place of a step that changes the layer before it is quantized (``smoothing.fold``)
 - sparsity: ``spec() -> SparsitySpec | None``

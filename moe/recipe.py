@@ -43,6 +43,11 @@ class Stage(NamedTuple):
         """Return what the plug-in's factory makes of the parameters."""
         return load_attribute(self.descriptor.factory)(self.params)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the plug-in looks at what the layer reads in calibration."""
+        return bool(getattr(self.params, "calibrated", False))
+
     def identity(self) -> dict[str, Any]:
         """Return what tells this step from another: name, version, parameters, and the sources behind it."""
         return {
@@ -76,7 +81,8 @@ class Recipe:
     @property
     def changes(self) -> bool:
         """Whether any stage that makes artefacts does something."""
-        return any(stage.descriptor.name != "none" for stage in (self.structure, self.quantization, self.sparsity))
+        made = (self.structure, self.quantization, self.sparsity)
+        return self.routing.calibrated or any(stage.descriptor.name != "none" for stage in made)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,15 +162,18 @@ def begin_layer(
         bundle = make_router(weights, shape, own_seed)
         x_TH = calibration_TH.to(dtype).float()
         fields = StandIns(len(x_TH), len(bundle.kinds), recipe.routing.params, seed)
+        told = {"dtype": str(dtype), "parent": parent}
+        ctx = alone(fields, bundle.router, layer, _store(weights, bundle, dtype))
+        _calibrated(recipe.routing, bundle.router, x_TH, ctx, told, cache)
         made, gate = FoldedLayer(weights), None
         if hasattr(recipe.quantization.params, "fold"):
-            ctx = alone(fields, bundle.router, layer, _store(weights, bundle, dtype))
             made, parent = _folded(recipe, weights, bundle, x_TH, ctx, shape, own_seed, parent, cache)
             weights = made.weights
         if made.gate is not None and weights.router_EH is not None:
             gate = RoundedGate(made.gate, bundle.router)
             bundle = make_router(weights, shape, own_seed)
             check_rounded(bundle, weights.router_EH, recipe.routing.descriptor.name)
+            _calibrated(recipe.routing, bundle.router, x_TH, ctx, {**told, "parent": parent}, cache)
         store, router = _store(weights, bundle, dtype), bundle.router
         if weights.input_scale_H is not None:
             check_rescaled(weights, bundle, recipe.routing.descriptor.name)
@@ -272,20 +281,34 @@ def _folded(
     return made, make_key(inputs)
 
 
+def _calibrated(
+    stage: Stage, router: Router, x_TH: Tensor, ctx: Context, origin: Mapping[str, Any], cache: Path | None
+) -> None:
+    """Tell ``router`` what calibration says, where its parameters ask for it.
+
+    The router reads what the dense model's layer reads, so nothing that is done to the experts changes the outcome: it
+    is known before they are quantized, and codecs that look at traffic see that which the layer will have.
+    """
+    if not stage.calibrated:
+        return
+    inputs = {"stage": "routing", **stage.identity(), **origin}
+    kept = cached(cache, inputs, lambda: Artefact(router.calibration(x_TH, ctx), {}), lambda own: own, lambda own: own)
+    router.adopt(kept.tensors)
+
+
 def _quantized(
     recipe: Recipe, store: ExpertStore, seen: Seen, origin: Mapping[str, Any], cache: Path | None
 ) -> tuple[ExpertStore, str]:
     stage = recipe.quantization
     inputs = {"stage": "quantization", **stage.identity(), **origin}
-    calibrated = getattr(stage.params, "calibrated", False)
-    if calibrated:
+    if stage.calibrated:
         inputs["routing"] = recipe.routing.identity()
     if seen.bits is not None:
         inputs["bits"] = seen.bits.experts
     made = cached(
         _kept(stage, cache),
         inputs,
-        lambda: stage.create()(store, seen if calibrated else None),
+        lambda: stage.create()(store, seen if stage.calibrated else None),
         quantized_artefact,
         lambda artefact: quantized_of(store, artefact),
     )

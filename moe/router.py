@@ -5,7 +5,7 @@ Shape letters: T tokens, H hidden, E expert ids, K slots per token, N assignment
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,16 @@ class Router(nn.Module):
     def forward(self, x_TH: Tensor, ctx: Context) -> Routing:
         """Return the Routing of ``x_TH``."""
         raise NotImplementedError
+
+    def calibration(self, x_TH: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """Return what calibration inputs tell it, by name, to be kept and given to ``adopt``; most learn nothing.
+
+        Asked only where the routing's parameters say ``calibrated``.
+        """
+        return {}
+
+    def adopt(self, told: Mapping[str, Tensor]) -> None:
+        """Route from now on by what ``calibration`` returned, which may have been kept."""
 
     def update(self, routing: Routing, signal: Any = None) -> None:
         """Change state that lies outside autograd after a training step; most routers have none.

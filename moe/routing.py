@@ -153,7 +153,8 @@ class Context:
     and ``modality_T`` int64, ``features`` free, ``attn`` [B, heads, S, S]. ``prev`` is the Routing of the MoE layer
     before; ``experts`` the ExpertStore; ``plan`` the Routings of a model-scope router by layer; ``ranks`` overrides
     which experts a decoder takes: those at these ranks of the scores, the best that hold a share of the probability
-    (a number), or one by chance.
+    (a number), or one by chance. ``prompt`` is how many tokens at the start of the call's one sequence are known
+    before any other: what looks ahead may look that far and no further (None: at all of them).
     """
 
     layer: int = 0
@@ -168,6 +169,7 @@ class Context:
     features: Tensor | None = None
     prev: Routing | None = None
     attn: Tensor | None = None
+    prompt: int | None = None
     experts: Any = None
     ranks: tuple[int, ...] | float | Literal["random"] | None = None
     plan: dict[int, Routing] | None = None

@@ -35,6 +35,7 @@ class Axis:
 
 NO_TIME = "run a suite of speed, such as `moebench run suite=throughput`"
 NO_BYTES = "run a suite of layers, such as `moebench run suite=throughput`"
+NO_BITS = "run `moebench run suite=quantization` on the same methods"
 NO_QUALITY = "run `moebench run suite=accuracy` on the same methods"
 NO_ENERGY = (
     "take --x tpot or --x bytes, because no counter of energy was read where these rows were measured, and none is "
@@ -57,6 +58,8 @@ X_AXES: dict[str, Axis] = {
         ),
         Axis("bytes", "bytes of the experts as stored", "byte", "lower", "counted", "expert_bytes", absent=NO_BYTES),
         Axis("resident", "bytes that the backend holds", "byte", "lower", "counted", "resident_bytes", absent=NO_BYTES),
+        Axis("bits", "stored bits per weight", "bit", "lower", "counted", "bits_per_weight", absent=NO_BITS),
+        Axis("disk", "bytes of the experts on disk", "byte", "lower", "counted", "file_bytes", absent=NO_BITS),
         Axis("energy", "energy per call", "J", "lower", "read", "energy", absent=NO_ENERGY),
     )
 }

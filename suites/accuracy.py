@@ -34,9 +34,13 @@ class AccuracySuite:
             axes = {**config.axes, **self._fixed(config, registry, model.recorded), "model": [choice]}
             kind = Kind("once", per_layer=False, workload=self.workload(config.suite_params))
             for planned in expand(replace(config, axes=axes, layers=layers), registry, kind):
-                refusal = planned.refusal or self._layerless(planned.case) or _refusal(planned.case, model, registry)
+                refusal = planned.refusal or self._layerless(planned.case) or self.refusal(planned.case, registry)
                 seconds = model_seconds(model.shape(), planned.case.tokens, PASSES)
                 yield replace(planned, refusal=refusal, seconds=seconds)
+
+    def refusal(self, case: Case, registry: Registry) -> str | None:
+        """Return why a case that could be planned is none for this suite, or None."""
+        return text_refusal(case, registry)
 
     def _layerless(self, case: Case) -> str | None:
         if case.layers or self.without_layers:
@@ -58,7 +62,7 @@ class AccuracySuite:
 
     def workload(self, params: Any) -> dict[str, Any]:
         """Return what is asked of every method alike."""
-        return {"window": params.window}
+        return {"window": params.window, **({"prompt": params.prompt} if params.prompt else {})}
 
     def backends(self, config: SuiteConfig, registry: Registry) -> dict[str, Any]:
         """Return the one backend on which quality is judged."""
@@ -86,15 +90,16 @@ class BackendSuite(AccuracySuite):
         return BackendTrial(case, registry)
 
 
-def _refusal(case: Case, model: Any, registry: Registry) -> str | None:
+def text_refusal(case: Case, registry: Registry) -> str | None:
     """Return why this method cannot be judged on text, or None."""
-    if not model.recorded:
+    if not registry.params("model", case.model).recorded:
         return f"model '{case.model}' has no text to be judged on; use model=smollm2."
     params = registry.params("routing", case.routing)
-    if not getattr(params, "causal", True):
+    prompted = bool(case.workload.get("prompt")) and getattr(params, "causal_after_prompt", False)
+    if not getattr(params, "causal", True) and not prompted:
         return f"routing '{case.routing}' looks at later tokens, which a language model must not; use suite=routing."
     absent = getattr(params, "beyond_text", None)
-    if absent is not None:
+    if absent is not None and not (prompted and absent == "attn"):
         return (
             f"routing '{case.routing}' needs the Context's '{absent}', which a text does not give; use suite=routing."
         )

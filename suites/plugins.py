@@ -68,16 +68,23 @@ class Training(LayerSuite):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Quality on ``tokens`` tokens of the evaluation text, in windows of ``window`` tokens that see each other."""
+    """Quality on ``tokens`` tokens of the evaluation text, in windows of ``window`` tokens that see each other.
+
+    The first ``prompt`` tokens of each window are given and not judged: a routing that looks ahead within a prompt
+    alone can be judged on what follows it.
+    """
 
     tokens: int = 2048
     window: int = 256
+    prompt: int = 0
 
     AXES: ClassVar[Mapping[str, Any]] = {**LayerSuite.AXES, "model": ["smollm2"], "backend": ["eager"]}
 
     def __post_init__(self) -> None:
         if self.window < 2 or self.tokens < 1 or self.tokens % self.window:
             raise ValueError(f"tokens={self.tokens} must be a positive multiple of window={self.window}, itself >= 2")
+        if not 0 <= self.prompt < self.window:
+            raise ValueError(f"prompt={self.prompt} must be shorter than window={self.window}, and not negative")
 
 
 @dataclass(frozen=True)

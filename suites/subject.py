@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -60,16 +61,20 @@ def prepare_subject(case: Case, registry: Registry) -> Subject:
 
 
 def _build(case: Case, registry: Registry) -> Subject:
+    return build_subject(case, registry, Recipe.of(case, registry), cache_dir())
+
+
+def build_subject(case: Case, registry: Registry, recipe: Recipe, cache: Path | None) -> Subject:
+    """Return the case's one layer after ``recipe``; its stages find what they made before under ``cache``, if any."""
     source: ModelSource = registry.get("model", case.model.name).create(case.model.params)
     shape: ModelShape = registry.params("structure", case.structure).reshape(source.shape)
     index = case.layers[0]
-    recipe = Recipe.of(case, registry)
 
     def begin(layer: int) -> Begun:
         states_TH = calibration_states(case, registry, source, layer, recipe.changes)
         identity = {"weights": case.weights_sha256, "layer": layer}
         dtype = DTYPES[case.dtype]
-        return begin_layer(recipe, source.layer(layer), shape, states_TH, case.seed, dtype, identity, cache_dir())
+        return begin_layer(recipe, source.layer(layer), shape, states_TH, case.seed, dtype, identity, cache)
 
     plan = plan_for(case, source, recipe, begin)
     layer = finish_layer(recipe, begin(index), None if plan is None else plan.layers[index])

@@ -15,30 +15,42 @@ from .dynamic import AnyNumber
 class OnlinePruned(AnyNumber):
     """The model's own top-k without a token's lowest expert where it weighs little (MC-MoE's ODP, arXiv 2410.06270).
 
-    That is where it weighs less than ``beta`` times the token's highest; the paper's beta is the median of that ratio
-    on calibration tokens, 0.40 to 0.62 in the layers of Mixtral, with two experts per token. The share ``protect`` of
-    a call's tokens, those of the largest |h|_1 times the attention received, keep all; with ``importance="norm"`` the
-    norm alone decides, which needs no attention. ``by="random"`` prunes as many tokens by chance, or each with the
-    probability ``rate``. ``k`` None is the model's own.
+    That is where it weighs less than ``beta`` times the token's highest. ``beta`` None is the paper's: the median of
+    that ratio on calibration tokens, of each layer its own, so that about half of the tokens lose an expert; a number
+    is that of all layers (the released code lists 0.40 to 0.62 for Mixtral). The share ``protect`` of a call's tokens,
+    those of the largest |h|_1 times the attention received, keep all; with ``importance="norm"`` the norm alone
+    decides, which needs no attention, and with ``importance="random"`` as many are drawn. All look at later tokens, of
+    the prompt alone where one is told: with protect=0 the routing is causal. ``by="random"`` prunes as many tokens by
+    chance, or each with the probability ``rate``. ``k`` None is the model's own.
     """
 
     pipeline: ClassVar[bool] = True
 
     k: int | None = None
-    beta: float = 0.5
+    beta: float | None = None
     protect: float = 0.02
     by: Literal["ratio", "random"] = "ratio"
-    importance: Literal["attention", "norm"] = "attention"
+    importance: Literal["attention", "norm", "random"] = "attention"
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.beta < 0 or not 0 <= self.protect <= 1:
+        if (self.beta or 0.0) < 0 or not 0 <= self.protect <= 1:
             raise ValueError(f"beta={self.beta} must not be negative, and protect={self.protect} lie in [0, 1]")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the router is given calibration tokens, from which it learns ``beta``."""
+        return self.beta is None and (self.by == "ratio" or self.rate is None)
 
     @property
     def causal(self) -> bool:
         """Whether later tokens leave earlier ones alone: not where some of a call's tokens are chosen."""
         return self.protect == 0 and (self.by == "ratio" or self.rate is not None)
+
+    @property
+    def causal_after_prompt(self) -> bool:
+        """Whether, with a prompt told, no token is treated by what follows it beyond the prompt."""
+        return self.by == "ratio" or self.rate is not None
 
     @property
     def beyond_text(self) -> str | None:

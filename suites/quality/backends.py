@@ -64,6 +64,7 @@ class BackendTrial(TextTrial):
         ids = self.passage.ids
         self.dense = dense_states(self.model, case.weights_sha256, ids[:-1], self.window, min(self.subjects))
         self.reference = Changed(case, registry, REFERENCE, self.subjects, self.model)
+        self.reference.prompt = self.changed.prompt
         self.bound = kl_bound(DTYPES[case.dtype], len(self.subjects), len(self.model.model.layers))
 
     def run(self, step: int) -> Window:
@@ -72,8 +73,9 @@ class BackendTrial(TextTrial):
         expected_TH = self.reference.forward(self.dense, part, ids_T)
         forced = {call.block.index: call.routing for call in self.reference.calls}
         final_TH = self.changed.forward(self.dense, part, ids_T, forced)
-        next_T, bytes_T = self.passage.ids[1:][part], self.passage.bytes_T[part]
-        scores_TC = score(self.model.lm_head, final_TH, expected_TH, next_T, bytes_T)
+        next_T, bytes_T = self.passage.ids[1:][self.judged(step)], self.passage.bytes_T[self.judged(step)]
+        after = slice(self.prompt, None)
+        scores_TC = score(self.model.lm_head, final_TH[after], expected_TH[after], next_T, bytes_T)
         self.scores.append(scores_TC)
         return Window(list(self.changed.calls), scores_TC)
 

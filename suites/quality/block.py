@@ -45,6 +45,8 @@ class MoEBlock(nn.Module):
     routers with a gating residual, and appends its own call. ``dense`` is the layer that it stands in for.
     ``token_ids_T`` are those of the window to come, ``dense_x_TH`` what the layer reads of it in the dense model (None:
     the same), ``forced`` a Routing in the place of the router's. A router that draws begins each window at ``seed``.
+    ``attn`` is the attention of the window before it in its decoder layer, [1, heads, T, T], where the router reads it,
+    and ``prompt`` how many of the tokens are the prompt.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class MoEBlock(nn.Module):
         self.token_ids_T = torch.empty(0, dtype=torch.int64)
         self.dense_x_TH: Tensor | None = None
         self.forced: Routing | None = None
+        self.attn: Tensor | None = None
+        self.prompt: int | None = None
 
     @torch.no_grad()
     def forward(self, x_BTH: Tensor) -> Tensor:
@@ -95,6 +99,8 @@ class MoEBlock(nn.Module):
             segment_T=torch.zeros(len(x_TH), dtype=torch.int64),
             modality_T=torch.zeros(len(x_TH), dtype=torch.int64),
             rng=torch.Generator().manual_seed(self.seed),
+            attn=self.attn,
+            prompt=self.prompt,
             prev=before[-1] if before else None,
             plan={self.index: before[0]} if once else None,
         )

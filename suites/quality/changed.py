@@ -6,7 +6,7 @@ Shape letters: T tokens, H hidden.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,10 +22,39 @@ from .block import Call, MoEBlock
 from .language_model import DenseStates, exchanged, forward_from
 
 
+@contextlib.contextmanager
+def attention_seen(model: Any, blocks: Sequence[MoEBlock]) -> Iterator[None]:
+    """Tell each of ``blocks`` the attention weights of its decoder layer, until the context ends.
+
+    Only attention of kind ``eager`` hands them out, so the whole model has that meanwhile; without blocks nothing
+    changes.
+    """
+    if not blocks:
+        yield
+        return
+
+    def tell(block: MoEBlock) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            block.attn = output[1].detach()
+
+        return hook
+
+    kind = model.config._attn_implementation
+    hooks = [model.model.layers[b.index].self_attn.register_forward_hook(tell(b)) for b in blocks]
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(kind)
+        for handle in hooks:
+            handle.remove()
+
+
 class Changed:
     """The changed layers of a case, loaded into ``backend``, and the model around them. ``calls`` are of one window.
 
     ``attention`` holds what of the attention in these layers a plan gives bits, which is quantized, too.
+    ``prompt`` is how many tokens of each window are its prompt, None where nobody asks.
     """
 
     def __init__(
@@ -50,6 +79,7 @@ class Changed:
             )
         )
         self.calls: list[Call] = []
+        self.prompt: int | None = None
         self.blocks: dict[int, MoEBlock] = {}
         for index, subject in subjects.items():
             executor = self.session.layer(index)
@@ -72,7 +102,9 @@ class Changed:
             block.token_ids_T = ids_T[part]
             block.dense_x_TH = dense.reading[index][part] if index in dense.reading else None
             block.forced = None if forced is None else forced[index]
-        with self.applied():
+            block.prompt = self.prompt
+        seen = [block for block in self.blocks.values() if "attn" in block.subject.layer.router.needs]
+        with self.applied(), attention_seen(self.model, seen):
             return forward_from(self.model, dense.first, dense.entering[part])
 
     @contextlib.contextmanager

@@ -5,6 +5,7 @@ Shape letters: T tokens, H hidden, C columns of scores.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from ...moe.metrics import load_series, routing_metrics
 from ...moe.routing import Routing
 from ...moe.sparsity import density
 from ..models import substream
-from ..subject import gate_metrics
+from ..subject import Subject, gate_metrics
 from .block import Call
 from .distance import columns_of, distance_metrics, error_series
 from .language_model import dense_states
@@ -27,8 +28,8 @@ from .windows import TextTrial
 class AccuracyTrial(TextTrial):
     """The whole model with the case's layers changed, on the case's backend, against the dense model."""
 
-    def __init__(self, case: Case, registry: Registry) -> None:
-        super().__init__(case, registry)
+    def __init__(self, case: Case, registry: Registry, subjects: Mapping[int, Subject] | None = None) -> None:
+        super().__init__(case, registry, subjects)
         first, *later = sorted(self.subjects)
         # the first changed layer reads what it reads in the dense model, unless its own attention is quantized
         later = [first, *later] if self.changed.attention.packed else later
@@ -40,10 +41,10 @@ class AccuracyTrial(TextTrial):
 
     def run(self, step: int) -> list[Call]:
         """Judge the window ``step``; return what the changed layers did."""
-        part = self.part(step)
-        final_TH = self.changed.forward(self.dense, part, self.passage.ids[:-1])
-        ids, bytes_T = self.passage.ids[1:][part], self.passage.bytes_T[part]
-        self.scores.append(score(self.model.lm_head, final_TH, self.dense.final[part], ids, bytes_T))
+        judged = self.judged(step)
+        final_TH = self.changed.forward(self.dense, self.part(step), self.passage.ids[:-1])[self.prompt :]
+        ids, bytes_T = self.passage.ids[1:][judged], self.passage.bytes_T[judged]
+        self.scores.append(score(self.model.lm_head, final_TH, self.dense.final[judged], ids, bytes_T))
         for call in self.changed.calls:
             index = call.block.index
             self.routings[index].append(call.routing)

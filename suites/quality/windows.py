@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...contracts import Case, Cost, Item, Registry
 from ..digest import sha256_of
-from ..subject import prepare_subject
+from ..subject import Subject, prepare_subject
 from ..text import evaluation_text
 from .bootstrap import BLOCK
 from .changed import Changed
@@ -24,18 +24,23 @@ from .scores import COLUMNS
 
 
 class TextTrial:
-    """A passage and the changed layers; one step is one window, whose ``scores`` a subclass appends."""
+    """A passage and the changed layers; one step is one window, whose ``scores`` a subclass appends.
+
+    The layers are the case's own, or ``subjects`` by rising index where somebody made them already.
+    """
 
     state: Literal["none"] = "none"
 
-    def __init__(self, case: Case, registry: Registry) -> None:
+    def __init__(self, case: Case, registry: Registry, subjects: Mapping[int, Subject] | None = None) -> None:
         self.case, self.window = case, int(case.workload["window"])
-        self.subjects = {i: prepare_subject(replace(case, layers=(i,)), registry) for i in sorted(case.layers)}
+        self.subjects = dict(subjects) if subjects is not None else subjects_of(case, registry)
         self.model, tokenizer = language_model(case, next(iter(self.subjects.values())).source)
         self.passage = take_passage(tokenizer, evaluation_text(), case.tokens, case.seed)
         self.steps = case.tokens // self.window
         self.input_sha256 = sha256_of(self.passage.ids)
         self.changed = Changed(case, registry, case.backend.name, self.subjects, self.model)
+        self.prompt = int(case.workload.get("prompt", 0))
+        self.changed.prompt = self.prompt or None
         self.scores: list[Tensor] = []
 
     def begin_turn(self) -> None:
@@ -44,6 +49,10 @@ class TextTrial:
     def part(self, step: int) -> slice:
         """Return the tokens of window ``step``."""
         return slice(step * self.window, (step + 1) * self.window)
+
+    def judged(self, step: int) -> slice:
+        """Return the tokens of window ``step`` that are judged: those after its prompt."""
+        return slice(step * self.window + self.prompt, (step + 1) * self.window)
 
     def cost(self, step: int) -> Cost:
         """Return nothing: quality has no time to compare work with."""
@@ -56,6 +65,11 @@ class TextTrial:
     def close(self) -> None:
         """Free the backend's session."""
         self.changed.close()
+
+
+def subjects_of(case: Case, registry: Registry) -> dict[int, Subject]:
+    """Return the case's layers after their recipe, by rising index."""
+    return {index: prepare_subject(replace(case, layers=(index,)), registry) for index in sorted(case.layers)}
 
 
 def block_items(windows: Sequence[Tensor], task: str, names: Mapping[str, str]) -> list[Item]:

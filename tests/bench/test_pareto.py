@@ -114,6 +114,37 @@ def test_without_a_probe_there_is_no_utilisation_but_advice(capsys, tmp_path):
     assert "S-MBU  " not in out
 
 
+def quantized(name, bits, kl, half=0.001):
+    """Return the tables of a case of suite quantization, which has bytes and quality of its own."""
+    own = {"suite": "quantization", "protocol": "once", "group_key": "z", "method_key": name, "quantization": name}
+    tables = stored.case("eager", **own, case_key=stored.key(name))
+    key = {"case_key": stored.key(name)}
+    tables["metrics"] = [
+        {**key, "name": "kl_to_dense", "value": kl, "unit": "nat/token", "lo": kl - half, "hi": kl + half},
+        {**key, "name": "bits_per_weight", "value": bits, "unit": "bit"},
+        {**key, "name": "file_bytes", "value": None if name == "own" else 1000 * bits, "unit": "byte"},
+    ]
+    return tables
+
+
+def test_stored_bits_stand_against_the_quality_of_the_same_cases(capsys, tmp_path):
+    cases = [("int8", 8.1, 0.001), ("int4", 4.5, 0.02), ("poor", 9.0, 0.5), ("own", 5.0, 0.3)]
+    stored.write_run(tmp_path, 0, *(quantized(*told) for told in cases))
+    for x, places in (
+        ("bits", {"int8": "front", "int4": "front", "poor": "dominated", "own": "dominated"}),
+        ("disk", {"int8": "front", "int4": "front", "poor": "dominated"}),
+    ):
+        _, out, _ = pareto(capsys, tmp_path, "--format", "json", "--x", x, "--y", "kl")
+        (front,) = json.loads(out)["fronts"]
+        assert {case["case"]: case["place"] for case in front["cases"]} == places
+        assert front["cases"][0]["x"] == (4.5 if x == "bits" else 4500)
+
+
+def test_without_bits_the_suite_that_has_them_is_named(capsys, store):
+    _, out, err = pareto(capsys, store, "--x", "bits")
+    assert "moebench run suite=quantization" in out + err
+
+
 def test_the_page_is_written_whole(capsys, store, tmp_path):
     target = tmp_path / "new" / "pareto.html"
     status, out, err = pareto(capsys, store, "--page", str(target))

@@ -116,7 +116,11 @@ class Variant:
             constants=bundle.constants,
             heads=layer.heads,
         )
-        return Built(self, bundle, store)
+        built = Built(self, bundle, store)
+        if getattr(self.params, "calibrated", False):
+            x_TH = seeded(TOKENS, self.shape.hidden, seed=9)
+            bundle.router.adopt(bundle.router.calibration(x_TH, built.context()))
+        return built
 
 
 @dataclass(frozen=True)

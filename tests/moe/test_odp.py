@@ -5,17 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebench.contracts import Selection
+from moebench.contracts import Registry, Selection
+from moebench.moe.artefacts import read
 from moebench.moe.dynamic_pruning import (
     PruningRule,
     attention_received,
-    calibrated,
     importance,
     median_ratio,
     protected,
     prune_lowest,
 )
 from moebench.moe.layer import LayerWeights
+from moebench.moe.recipe import Recipe, Stage, prepare_layer
 from moebench.moe.router_params.online_pruning import DESCRIPTORS, OnlinePruned
 from moebench.moe.routers.online_pruning import build
 from moebench.moe.routing import Context, Routing
@@ -125,15 +126,68 @@ def layer(k=2):
 def test_the_router_prunes_what_its_own_router_chose():
     weights, shape = layer()
     x_TH = seeded(100, H, seed=4)
-    bundle = build(OnlinePruned(protect=0.0))(weights, shape, 0)
+    bundle = build(OnlinePruned(beta=0.5, protect=0.0))(weights, shape, 0)
     whole = bundle.router.router(x_TH, Context())
-    rule = calibrated(bundle.router.rule, bundle.router.router, x_TH)
-    assert rule.beta == pytest.approx(median_ratio(whole))
     found = bundle.router(x_TH, Context())
     wanted = prune_lowest(whole, importance(x_TH), PruningRule(0.5, 0.0))
     assert torch.equal(found.to_dense(), wanted.to_dense())
     assert 100 < len(found.token_N) < 200
     assert bundle.kinds == ("ffn",) * E
+
+
+# --- beta from calibration -------------------------------------------------------------------------------------------
+
+
+def prepared(tokens=200, seed=0, cache=None, **params):
+    """The router of a recipe, and what its layer read in calibration."""
+    registry, (weights, shape) = Registry.load(), layer()
+    names = {"structure": "none", "routing": "odp", "quantization": "none", "sparsity": "none"}
+    members = {kind: registry.get(kind, name) for kind, name in names.items()}
+    chosen = {"protect": 0.0, **params}
+    recipe = Recipe(**{k: Stage(m, m.params_from(chosen if k == "routing" else {})) for k, m in members.items()})
+    x_TH = seeded(tokens, H, seed=100 + seed)
+    made = prepare_layer(recipe, weights, shape, x_TH, seed, torch.float32, {"layer": 0}, cache)
+    return made.router, x_TH
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(26, 400), st.integers(0, 99))
+def test_a_calibrated_beta_prunes_half_of_the_second_experts(tokens, seed):
+    """No two of continuous weights have the same ratio, so exactly the lower half of the tokens goes."""
+    router, x_TH = prepared(tokens, seed)
+    whole = router.router(x_TH, Context())
+    assert int((whole.k_T == 2).sum()) == tokens
+    pruned = tokens - int((router(x_TH, Context()).k_T == 2).sum())
+    assert pruned == tokens // 2
+    assert abs(pruned / tokens - 0.5) <= 0.02
+    assert router.rule.beta == median_ratio(whole)
+
+
+def test_beta_is_kept_as_an_artefact_and_found_again(tmp_path, monkeypatch):
+    first, _ = prepared(cache=tmp_path)
+    (folder,) = (tmp_path / "artefacts").iterdir()
+    assert float(read(folder).tensors["beta"]) == first.rule.beta
+    monkeypatch.setattr("moebench.moe.dynamic_pruning.median_ratio", lambda routing: pytest.fail("made anew"))
+    assert prepared(cache=tmp_path)[0].rule == first.rule
+
+
+def test_beta_is_that_of_the_calibration_tokens_and_the_same_every_time():
+    betas = [prepared(seed=seed)[0].rule.beta for seed in (0, 0, 1)]
+    assert betas[0] == betas[1] != betas[2]
+
+
+def test_a_beta_that_is_given_is_not_calibrated(tmp_path):
+    for params in ({"beta": 0.25}, {"by": "random", "rate": 0.5}):
+        router, _ = prepared(cache=tmp_path, **params)
+        assert router.rule.beta == params.get("beta")
+    assert not (tmp_path / "artefacts").exists()
+
+
+def test_an_unknown_beta_prunes_nothing_unseen():
+    weights, shape = layer()
+    router = build(OnlinePruned(protect=0.0))(weights, shape, 0).router
+    with pytest.raises(ValueError, match="calibrate the router first, or give beta"):
+        router(seeded(10, H), Context())
 
 
 def test_attention_protects_other_tokens_than_the_norm():
@@ -148,6 +202,39 @@ def test_attention_protects_other_tokens_than_the_norm():
     for name, routing in found.items():  # every token that is not protected loses one
         assert torch.equal(routing.k_T == 2, spared[name])
     assert not torch.equal(*spared.values())
+
+
+PROMPT = 24
+
+
+@pytest.mark.parametrize("name", ["attention", "norm", "random"])
+def test_with_a_prompt_its_tokens_alone_are_protected_and_nothing_after_it_is_looked_at(name):
+    weights, shape = layer()
+    x_TH, attn = seeded(60, H, seed=4), seeded(1, 2, 60, 60, seed=6).exp().tril()
+    attn = attn / attn.sum(-1, keepdim=True)
+    router = build(OnlinePruned(beta=1.1, protect=0.25, importance=name))(weights, shape, 0).router
+
+    def route(tokens):
+        ctx = Context(attn=attn[..., :tokens, :tokens], prompt=PROMPT, rng=rng())
+        return router(x_TH[:tokens], ctx)
+
+    whole = route(60)
+    spared_T = whole.k_T == 2  # beta above 1 prunes whatever is not protected
+    assert int(spared_T.sum()) == PROMPT // 4
+    assert not bool(spared_T[PROMPT:].any())
+    for tokens in (PROMPT, PROMPT + 1, 59):
+        assert torch.equal(route(tokens).to_dense(), whole.to_dense()[:tokens])
+    if name == "attention":
+        own = importance(x_TH[:PROMPT], attn[..., :PROMPT, :PROMPT])
+        assert torch.equal(spared_T[:PROMPT], protected(own, 0.25))
+
+
+def test_protection_by_chance_needs_a_generator():
+    weights, shape = layer()
+    router = build(OnlinePruned(beta=0.5, protect=0.1, importance="random"))(weights, shape, 0).router
+    assert "rng" in router.needs
+    with pytest.raises(ValueError, match="needs rng"):
+        router(seeded(20, H), Context())
 
 
 @pytest.mark.parametrize(
@@ -167,6 +254,7 @@ def test_what_the_router_reads_and_whether_it_is_causal(params, needs, causal):
     assert params.beyond_text == ("attn" if "attn" in needs else None)
     if causal:
         x_TH = seeded(40, H, seed=4)
+        router.adopt(router.calibration(x_TH, Context()))
         whole, part = (router(rows, Context(rng=rng())).to_dense() for rows in (x_TH, x_TH[:25]))
         assert torch.equal(whole[:25], part)
 
