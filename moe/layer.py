@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..contracts import EXPERT_KINDS, MoebenchError
 from .attention_mixture import Attention, attend
-from .experts import ACTIVATIONS, Constants, ExpertStore, expert_forward
+from .experts import ACTIVATIONS, Constants, ExpertStore, Stored, expert_forward
 from .routing import Context, Routing
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class LayerWeights:
     ``gate_up`` is [2F, H] for a dense FFN and [E, 2F, H] for experts (gate rows first, then up rows; [E, F, H] where
     ``gated`` is false); ``down`` is [H, F] or [E, H, F]. ``router_bias_E`` is the selection bias of DeepSeek-V3. With
     ``heads`` experts are attentions: ``gate_up`` [E, 3Q, H] (query, key, value rows) and ``down`` [E, H, Q] (output).
+    ``stored`` are the matrices of which ``gate_up`` and ``down`` are the values, as the model's file has them.
     """
 
     gate_up: Tensor
@@ -113,6 +114,7 @@ class LayerWeights:
     activation: str = "silu"
     gated: bool = True
     heads: int = 0
+    stored: Stored | None = None
 
     @property
     def is_dense(self) -> bool:

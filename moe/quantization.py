@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contracts import Scheme
+from ..contracts import MoebenchError, Scheme
 from .bits.calibration import LayerCalibration, calibrate
 from .blocks import codecs as blocks
 from .blocks.tensor import BlockTensor
@@ -62,6 +62,20 @@ QuantizationStep = Callable[[ExpertStore, Seen | None], ExpertStore]
 def keep(params: Any) -> QuantizationStep:
     """Quantization ``none``: the store as it is."""
     return lambda store, seen: store
+
+
+def as_stored(params: Any) -> QuantizationStep:
+    """Quantization ``file``: the bytes of the model's own file, neither decoded nor encoded again."""
+
+    def step(store: ExpertStore, seen: Seen | None) -> ExpertStore:
+        if store.stored is None:
+            raise MoebenchError(
+                "these experts are not the matrices of a model's file as they lie there; use model=gguf, a structure "
+                "and a routing that leave its blocks whole, or quantization=none."
+            )
+        return replace(store, gate_up=store.stored.gate_up, down=store.stored.down, stored=None)
+
+    return step
 
 
 def coded(params: Any) -> QuantizationStep:

@@ -19,6 +19,7 @@ from .router import Router
 from .routing import Context
 from .shapes import ModelShape
 from .stand_ins import StandIns, alone
+from .stored import stored_after
 
 SHARED_TENSORS = ("gate_up", "down", "gate_H", "mix_2H")
 """The tensors of a SharedExpert; the last two may be None."""
@@ -33,6 +34,12 @@ class Stage(NamedTuple):
     def create(self) -> Any:
         """Return what the plug-in's factory makes of the parameters."""
         return load_attribute(self.descriptor.factory)(self.params)
+
+    @property
+    def makes(self) -> bool:
+        """Whether this step makes something that is worth keeping: neither does one that changes nothing, nor one that
+        takes what lies in the model's file."""
+        return self.descriptor.name != "none" and not getattr(self.params, "as_stored", False)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this step from another: name, version, parameters, and the sources behind it."""
@@ -67,7 +74,7 @@ class Recipe:
     @property
     def changes(self) -> bool:
         """Whether any stage that makes artefacts does something."""
-        return any(stage.descriptor.name != "none" for stage in (self.structure, self.quantization, self.sparsity))
+        return any(stage.makes for stage in (self.structure, self.quantization, self.sparsity))
 
 
 def prepare_layer(
@@ -90,6 +97,7 @@ def prepare_layer(
     """
     cache = cache if recipe.changes else None
     with torch.no_grad():
+        stored = stored_after(recipe.structure.params, weights.stored)
         parent = "" if cache is None else root_key(weights, shape, calibration_TH, seed, identity)
         weights, parent = _structured(recipe.structure, weights, calibration_TH, seed, parent, cache)
         weights = rounded(weights, dtype)
@@ -103,12 +111,14 @@ def prepare_layer(
             weights.gated,
             None if bundle.constants is None else _constants(bundle.constants, dtype),
             heads=weights.heads,
+            stored=stored if bundle.input_scale == 1.0 else None,
         )
         x_TH = calibration_TH.to(dtype).float()
         fields = StandIns(len(x_TH), store.num_experts, recipe.routing.params, seed)
         seen = Seen(bundle.router, x_TH, alone(fields, bundle.router, layer, store), router_seed(seed, layer))
         origin = {"parent": parent, "dtype": str(dtype), "input_scale": bundle.input_scale}
         store, parent = _quantized(recipe, store, seen, origin, cache)
+        store = replace(store, stored=None)
         ctx = alone(fields, bundle.router, layer, store)
         store = _sparsified(recipe, store, bundle.router, x_TH, ctx, parent, cache)
     scheme = None if bundle.shared is None else bundle.shared.to(dtype)
@@ -149,7 +159,7 @@ def _constants(constants: Constants, dtype: torch.dtype) -> Constants:
 
 
 def _kept(stage: Stage, cache: Path | None) -> Path | None:
-    return None if stage.descriptor.name == "none" else cache
+    return cache if stage.makes else None
 
 
 def _structured(
