@@ -87,7 +87,7 @@ def as_bytes(data):
 
 
 def plan_of(path, *settings):
-    own = ["suite=throughput", "model=gguf", f"model.path={path}", "axes.tokens=8", "axes.quantization=file"]
+    own = ["suite=throughput", "model=gguf", f"model.path={path}", "axes.tokens=32", "axes.quantization=file"]
     return planned([*own, *settings], Registry.load())[0]
 
 
@@ -173,6 +173,7 @@ def test_what_cannot_be_kept_is_told(write):
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64, "initializer_range": 0.3}
 SIZES |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "rms_norm_eps": 1e-5}
+SIZES |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FAMILIES = {
     "llama": ("llama", {}),
