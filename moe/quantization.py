@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..contracts import MoebenchError, Scheme
@@ -36,6 +35,9 @@ INTEGER: Mapping[str, Callable[[Tensor, Any, ChannelStats | None], QTensor]] = {
 }
 """Codecs of integers with scales, by what encodes a weight with the codec's parameters."""
 
+LOOK_AT_MOMENTS = ("gptq", "awq")
+"""Codecs that read the second moments of what a matrix multiplies; others of our own leave statistics alone."""
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:
@@ -50,9 +52,9 @@ class Seen:
     ctx: Context
     seed: int
 
-    def calibration(self, store: ExpertStore) -> LayerCalibration:
-        """Return the statistics of every expert."""
-        return calibrate(store, self.router, self.x_TH, self.ctx)
+    def calibration(self, store: ExpertStore, moments: bool = True) -> LayerCalibration:
+        """Return the statistics of every expert, with second moments or without."""
+        return calibrate(store, self.router, self.x_TH, self.ctx, moments)
 
 
 QuantizationStep = Callable[[ExpertStore, Seen | None], ExpertStore]
@@ -83,7 +85,7 @@ def coded(params: Any) -> QuantizationStep:
 
     def step(store: ExpertStore, seen: Seen | None) -> ExpertStore:
         weights = dense_weights(store, params.scheme())
-        known = None if seen is None else seen.calibration(store)
+        known = None if seen is None else seen.calibration(store, params.scheme().codec in LOOK_AT_MOMENTS)
         return encoded(store, weights, [encoder(params)] * len(store.ffn_ids), known)
 
     return step
@@ -139,10 +141,3 @@ def parts_of(weight: QTensor) -> dict[str, Tensor] | None:
 
 def _integer_type(codec: str) -> type[IntTensor] | type[AwqTensor]:
     return AwqTensor if codec == "awq" else IntTensor
-
-
-def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.bfloat16) -> IntTensor:
-    """Return ``weight`` rounded to nearest under ``scheme`` of 8, 4 or 2 bits, which is what kernels read."""
-    if scheme.bits not in (2, 4, 8):
-        raise ValueError(f"{scheme.bits:g} bits cannot be packed; use 2, 4 or 8 here, or codec rtn for 1 to 8.")
-    return rtn.round_to_nearest(weight, scheme, scale_dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..codecs.rtn import round_to_nearest
 from ..experts import ExpertStore
-from ..quantization import QuantizationStep, Seen, dense_weights, encoded, encoder
+from ..quantization import LOOK_AT_MOMENTS, QuantizationStep, Seen, dense_weights, encoded, encoder
 from .allocate import Features, allocate
 from .budget import Costs
 from .calibration import LayerCalibration
@@ -27,7 +27,7 @@ def mixed(params: Mixed) -> QuantizationStep:
         if seen is None:
             raise ValueError("bits are allocated by what experts read; calibrate the layer first.")
         weights = dense_weights(store, params.scheme())
-        known = seen.calibration(store)
+        known = seen.calibration(store, params.codec in LOOK_AT_MOMENTS)
         bits_E = allocated(params, weights, store, seen, known)
         return encoded(store, weights, [encoder(params.at(bits)) for bits in bits_E], known)
 

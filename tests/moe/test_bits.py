@@ -33,10 +33,11 @@ from moebench.moe.bits.params import Allocation, By, CosinePredictor
 from moebench.moe.bits.pmq import objective, pmq
 from moebench.moe.bits.scores import block_cosine, expert_outlier_scores, outlier_score, token_cosines
 from moebench.moe.bits.sensitivity import sensitivities
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import ExpertStore, Sparsity
 from moebench.moe.layer import PreparedLayer, SharedExpert, ffn_hidden, moe_forward
 from moebench.moe.plugins import Int8
-from moebench.moe.quantization import coded, quantize
+from moebench.moe.quantization import coded
 from moebench.moe.router import Linear, Pipeline, Softmax, TopK
 from moebench.moe.routing import Context, Routing
 
@@ -69,7 +70,7 @@ def equal_costs(experts, overhead=0):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_stored_bits_are_the_bytes_that_are_packed(bits, group, symmetric):
     scheme = Scheme("rtn", float(bits), group, symmetric)
-    packed = [quantize(randn(rows, 12), scheme) for rows in (5, 7)]
+    packed = [round_to_nearest(randn(rows, 12), scheme) for rows in (5, 7)]
     assert stored_bits(scheme, [(5, 12), (7, 12)]) == 8 * sum(weight.nbytes for weight in packed)
 
 
@@ -368,7 +369,9 @@ def test_from_a_layer_to_packed_bytes_within_the_budget(by):
     owners = list(store.ffn_ids)
     schemes = {bits: Scheme("rtn", float(bits), None, False) for bits in (2, 4, 8)}
     made = calibrate(store, router, x_TH)
-    error_EB = sensitivities(store, router, x_TH, lambda w, bits: quantize(w, schemes[bits]).dequantize(), (2, 4, 8))
+    error_EB = sensitivities(
+        store, router, x_TH, lambda w, bits: round_to_nearest(w, schemes[bits]).dequantize(), (2, 4, 8)
+    )
     features = Features(
         (0,) * 4,
         store.ffn_ids,
@@ -379,7 +382,7 @@ def test_from_a_layer_to_packed_bytes_within_the_budget(by):
     )
     costs = Costs.of(list(schemes.values()), [[(2 * F, H), (H, F)]] * 4)
     bits = allocate(Allocation(9.5, (2, 4, 8), by), costs, features)
-    packed = [quantize(w[slot], schemes[b]) for slot, b in enumerate(bits) for w in (store.gate_up, store.down)]
+    packed = [round_to_nearest(w[slot], schemes[b]) for slot, b in enumerate(bits) for w in (store.gate_up, store.down)]
     stored = 8 * sum(weight.nbytes for weight in packed)
     assert stored == costs.total(bits)
     assert stored <= 9.5 * sum(costs.weights_U)
@@ -458,6 +461,18 @@ def test_an_expert_without_tokens_has_statistics_of_zeros():
         assert torch.equal(stats.second_moment_II, torch.zeros(width, width, dtype=torch.float64))
         assert torch.equal(stats.absmax_I, torch.zeros(width))
         assert torch.equal(stats.mean_abs_I, torch.zeros(width))
+
+
+def test_second_moments_are_kept_where_they_are_asked_for_and_nothing_else_changes():
+    store, router, x_TH = make_store(None), make_router(), randn(T, H)
+    full, bare = (calibrate(store, router, x_TH, moments=moments) for moments in (True, False))
+    for part in ("gate_up", "down"):
+        for one, other in zip(getattr(full, part), getattr(bare, part), strict=True):
+            assert one.second_moment_II is not None
+            assert other.second_moment_II is None
+            assert torch.equal(one.absmax_I, other.absmax_I)
+            assert torch.equal(one.mean_abs_I, other.mean_abs_I)
+            assert (one.tokens, one.weight) == (other.tokens, other.weight)
 
 
 def test_calibration_refuses_what_has_no_dense_ffn():
