@@ -55,12 +55,14 @@ def _row(member: Descriptor) -> str:
 
 
 def bits_per_weight(params: Any) -> str:
-    """Return the bits that a weight takes, from an encoded matrix; of a mixture, its budget."""
+    """Return the bits that a weight takes, from an encoded matrix; of a mixture, its budget; of a file, what it has."""
     import torch
 
     from ..moe.bits.calibration import channel_stats
     from ..moe.quantization import encoder
 
+    if getattr(params, "as_stored", False):
+        return "the file's own"
     if params.scheme().codec == MIXED:
         return f"at most {params.budget:g}"
     generator = torch.Generator().manual_seed(0)
@@ -71,6 +73,8 @@ def bits_per_weight(params: Any) -> str:
 
 def runs(params: Any) -> str:
     """Return how a layer of such experts is executed: packed, packed where its experts allow it, or dequantized."""
+    if getattr(params, "as_stored", False):
+        return "dequantized"
     scheme = params.scheme()
     layer = LayerSpec(SIZE, SIZE, ("ffn",), "bfloat16", schemes=(scheme,))
     if unpackable(layer):

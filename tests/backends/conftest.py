@@ -15,7 +15,8 @@ from moebench.contracts import LayerSpec, Refusal, Registry, SparsitySpec
 from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import Constants, ExpertStore, Sparsity
 from moebench.moe.fold import Folded, fold_store
-from moebench.moe.oracle import Gradients, compare, reference, reference_gradients
+from moebench.moe.oracle import compare, reference
+from moebench.moe.oracle_gradients import Gradients, reference_gradients
 from moebench.moe.routing import Routing
 
 HIDDEN, WIDTH, EXPERTS = 32, 32, 6

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from moebench.backends import reference as reference_backend
 from moebench.contracts import Refusal, Scheme
 from moebench.moe.experts import ExpertStore
-from moebench.moe.oracle import Gradients, compare, compare_gradients, reference, reference_gradients
+from moebench.moe.oracle import compare, reference
+from moebench.moe.oracle_gradients import Gradients, compare_gradients, reference_gradients
 
 ARCHETYPES = ("dynamic_k", "empty", "hot", "signed", "dropped")
 GATHERING, ATTENDING = ("reference", "batched"), ("reference",)

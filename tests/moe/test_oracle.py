@@ -11,17 +11,8 @@ from moebench.contracts import MoebenchError, Scheme
 from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import Constants, ExpertStore, Sparsity, expert_forward
 from moebench.moe.layer import PreparedLayer, SharedExpert, moe_forward
-from moebench.moe.oracle import (
-    BOUNDS,
-    Gradients,
-    Reference,
-    bound,
-    compare,
-    compare_gradients,
-    exact_weights,
-    reference,
-    reference_gradients,
-)
+from moebench.moe.oracle import BOUNDS, Reference, bound, compare, exact_weights, reference
+from moebench.moe.oracle_gradients import Gradients, compare_gradients, reference_gradients
 from moebench.moe.routing import Routing
 
 T, H, F, E = 12, 16, 8, 5
