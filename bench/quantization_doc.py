@@ -93,6 +93,6 @@ def _notes(members: Sequence[Descriptor]) -> Iterator[str]:
 def _claims(papers: Iterable[Paper], papers_page: str) -> Iterator[str]:
     verdicts = {key: (estimate, verdict) for key, estimate, verdict in VERDICT.findall(papers_page)}
     for paper in papers:
-        if any(CONCERNS.search(setting) for setting in paper.run.overrides):
+        if paper.run.suite == "distillation" or any(CONCERNS.search(setting) for setting in paper.run.overrides):
             estimate, verdict = verdicts.get(paper.key, ("-", "not judged yet"))
             yield f"| [{paper.key}](papers.md#{paper.key}) | {paper.title} | {estimate} | {verdict} |"
