@@ -52,13 +52,15 @@ class DistillationTrial:
         self.recipe = recipe(own["recipe"], setup, own["steps"])
         self.steps, self.done = self.recipe.stages, 0
         self.trainers: list[Trainer] = []
-        self.at_start = held_out_divergence(self.recipe.begun().eval(), self.teacher, self.held_out, "cpu")
+        self.at_start = math.nan
 
     def begin_turn(self) -> None:
         """Nothing to make ready."""
 
     def run(self, step: int) -> float:
         """Run one stage; return the held-out divergence after it, in nats per token."""
+        if step == 0:
+            self.at_start = held_out_divergence(self.recipe.begun().eval(), self.teacher, self.held_out, "cpu")
         self.trainers.append(self.recipe.run(step))
         self.done = step + 1
         return self.trainers[-1].evaluations["kl"][-1]
