@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..codecs.integer import IntTensor
+from ..codecs.rtn import round_to_nearest
 from ..layer import LayerWeights
-from ..quantization import quantize
 from .params import RouterQuantization, Smoothing
 from .router import aligned_router
 from .scales import Folded, LayerStats, expert_aware_scale, fold_input, naive_scale, router_scale, smooth_hidden
@@ -29,4 +29,4 @@ def quantized_router(params: RouterQuantization, router_EH: Tensor, x_TH: Tensor
     """Return the router's packed weight, calibrated on ``x_TH`` for top-``k`` where the parameters say so."""
     if params.align:
         return aligned_router(router_EH, x_TH, k, params.scheme()).weight
-    return quantize(router_EH, params.scheme())
+    return round_to_nearest(router_EH, params.scheme())
