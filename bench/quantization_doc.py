@@ -55,12 +55,14 @@ def _row(member: Descriptor) -> str:
 
 
 def bits_per_weight(params: Any) -> str:
-    """Return the bits that a weight takes, from an encoded matrix; of a mixture, its budget."""
+    """Return the bits that a weight takes, from an encoded matrix; of a mixture, its budget; of a file, what it has."""
     import torch
 
     from ..moe.bits.calibration import channel_stats
     from ..moe.quantization import encoder
 
+    if getattr(params, "as_stored", False):
+        return "the file's own"
     if params.scheme().codec == MIXED:
         return f"at most {params.budget:g}"
     generator = torch.Generator().manual_seed(0)
@@ -71,6 +73,8 @@ def bits_per_weight(params: Any) -> str:
 
 def runs(params: Any) -> str:
     """Return how a layer of such experts is executed: packed, packed where its experts allow it, or dequantized."""
+    if getattr(params, "as_stored", False):
+        return "dequantized"
     scheme = params.scheme()
     layer = LayerSpec(SIZE, SIZE, ("ffn",), "bfloat16", schemes=(scheme,))
     if unpackable(layer):
@@ -89,6 +93,6 @@ def _notes(members: Sequence[Descriptor]) -> Iterator[str]:
 def _claims(papers: Iterable[Paper], papers_page: str) -> Iterator[str]:
     verdicts = {key: (estimate, verdict) for key, estimate, verdict in VERDICT.findall(papers_page)}
     for paper in papers:
-        if any(CONCERNS.search(setting) for setting in paper.run.overrides):
+        if paper.run.suite == "distillation" or any(CONCERNS.search(setting) for setting in paper.run.overrides):
             estimate, verdict = verdicts.get(paper.key, ("-", "not judged yet"))
             yield f"| [{paper.key}](papers.md#{paper.key}) | {paper.title} | {estimate} | {verdict} |"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as nnf
@@ -47,6 +47,13 @@ class QTensor(Protocol):
 
 
 Weight = Tensor | QTensor
+
+
+class Stored(NamedTuple):
+    """The FFN matrices of a layer in the packed bytes of a model's file: one of each per expert, or those of a FFN."""
+
+    gate_up: tuple[QTensor, ...]
+    down: tuple[QTensor, ...]
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class ExpertStore:
     tensor [N_F, 2F, H] / [N_F, F, H] (ungated) and [N_F, H, F], or a sequence of N_F QTensors of shapes [2F, H] and
     [H, F]. ``kinds`` names every expert id; other kinds own no weights here (``constants`` aside). An expert of kind
     ``sequence`` is a causal attention of ``heads`` heads: its ``gate_up`` [3Q, H] are the rows of query, key and value,
-    its ``down`` [H, Q] is the output.
+    its ``down`` [H, Q] is the output. ``stored`` are the same weights as a file has them, for quantization ``file``.
     """
 
     gate_up: Tensor | Sequence[QTensor]
@@ -100,6 +107,7 @@ class ExpertStore:
     constants: Constants | None = None
     sparsity: Sparsity | None = None
     heads: int = 0
+    stored: Stored | None = None
 
     def __post_init__(self) -> None:
         owners = len(self.ffn_ids)

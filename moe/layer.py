@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..contracts import EXPERT_KINDS, MoebenchError
 from .attention_mixture import Attention, attend
-from .experts import ACTIVATIONS, Constants, ExpertStore, QTensor, expert_forward
+from .experts import ACTIVATIONS, Constants, ExpertStore, QTensor, Stored, expert_forward
 from .routing import Context, Routing
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class LayerWeights:
     ``heads`` experts are attentions: ``gate_up`` [E, 3Q, H] (query, key, value rows) and ``down`` [E, H, Q] (output).
     With ``input_scale_H`` all experts, the shared one included, read the layer's input times it; the router reads the
     input itself.
+    ``stored`` are the matrices of which ``gate_up`` and ``down`` are the values, as the model's file has them.
     """
 
     gate_up: Tensor
@@ -117,6 +118,7 @@ class LayerWeights:
     gated: bool = True
     heads: int = 0
     input_scale_H: Tensor | None = None
+    stored: Stored | None = None
 
     @property
     def is_dense(self) -> bool:

@@ -14,7 +14,6 @@ wrong weight, a lost token or a neighbour's row are far above all of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +23,8 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from ..contracts import EXPERT_KINDS, Check, MoebenchError
-from .experts import ACTIVATIONS, Constants, ExpertStore
+from .experts import Constants, ExpertStore
+from .oracle_near import activate, cancellation, hidden_error, near_threshold
 from .routing import Routing
 from .token_codes import exact_tokens, near_ties
 
@@ -60,20 +60,6 @@ class Reference:
     scale_T: Tensor
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of one layer for one output gradient: of the input [T, H] and of the experts' dense weights."""
-
-    x_TH: Tensor
-    gate_up: Tensor
-    down: Tensor
-
-
-def unit_roundoff(dtype: torch.dtype) -> float:
-    """Return the largest relative error of rounding a number to ``dtype``."""
-    return torch.finfo(dtype).eps / 2
-
-
 def bound(dtype: torch.dtype) -> float:
     """Return the largest relative error that the oracle forgives an output of ``dtype``."""
     if dtype not in BOUNDS:
@@ -98,7 +84,7 @@ def reference(store: ExpertStore, routing: Routing, x_TH: Tensor, shared: Shared
         )
     with torch.no_grad():
         total = _Sum(torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device))
-        for expert, mine_N in _entries(routing):
+        for expert, mine_N in entries(routing):
             _add_expert(total, store, expert, x_TH, routing.token_N[mine_N], routing.weight_N[mine_N])
         if shared is not None:
             _add_shared(total, shared, x_TH)
@@ -106,7 +92,7 @@ def reference(store: ExpertStore, routing: Routing, x_TH: Tensor, shared: Shared
     return Reference(total.y_TH, total.flips_T.sqrt(), total.near, scale_T)
 
 
-def _entries(routing: Routing) -> Iterator[tuple[int, Tensor]]:
+def entries(routing: Routing) -> Iterator[tuple[int, Tensor]]:
     """Yield each expert that has entries, with their places; sorted once, since there may be a million experts."""
     places = torch.split_with_sizes(routing.expert_N.argsort(stable=True), routing.counts_E.tolist())
     yield from ((expert, mine_N) for expert, mine_N in enumerate(places) if len(mine_N))
@@ -168,37 +154,21 @@ def _ffn(store: ExpertStore, slot: int, x_NH: Tensor) -> tuple[Tensor, Tensor, i
     if store.sparsity is not None:
         x_NH = store.sparsity.apply("input", x_NH)
     before = nnf.linear(exact_tokens(x_NH, store.act_bits), gate_up)
-    hidden_NF = _activate(before, store.activation, store.gated)
+    hidden_NF = activate(before, store.activation, store.gated)
     flips_N, near = hidden_NF.new_zeros(len(x_NH)), 0
     if store.sparsity is not None and "hidden" in store.sparsity.thresholds:
-        near_NF = _near_threshold(store, before, hidden_NF, x_NH.dtype)
+        near_NF = near_threshold(store, before, hidden_NF, x_NH.dtype)
         near = int(near_NF.sum())
         flips_N = (near_NF * hidden_NF.square()) @ down.square().sum(0)
         hidden_NF = store.sparsity.apply("hidden", hidden_NF)
     if store.width == 1:
-        flips_N = flips_N + _cancellation(store, gate_up, x_NH, before, hidden_NF) * down.square().sum()
+        flips_N = flips_N + cancellation(store, gate_up, x_NH, before, hidden_NF) * down.square().sum()
     if store.act_bits is not None:
-        error_NF = _hidden_error(store, before, hidden_NF, x_NH.dtype)
+        error_NF = hidden_error(store, before, hidden_NF, x_NH.dtype)
         near_NF, step_N1 = near_ties(hidden_NF, store.act_bits, error_NF)
         near += int(near_NF.sum())
         flips_N = flips_N + (near_NF * step_N1.square()) @ down.square().sum(0)
     return nnf.linear(exact_tokens(hidden_NF, store.act_bits), down), flips_N, near
-
-
-def _cancellation(store: ExpertStore, gate_up: Tensor, x_NH: Tensor, before: Tensor, hidden_N1: Tensor) -> Tensor:
-    """Return the squared error [N] that float32 may put into the one hidden unit of a rank-1 expert.
-
-    A dot product errs by about 2^-24 * sqrt(H) of the norm of its products, whatever is left of them. Among the many
-    units of a wide expert those that cancel do not count; the output of a rank-1 expert is nothing but its unit.
-    """
-    products_N = torch.stack([(x_NH.double() * row_H).norm(dim=1) for row_H in gate_up], dim=1)
-    unit = torch.finfo(torch.float64 if x_NH.dtype == torch.float64 else torch.float32).eps / 2
-    moved_N = torch.zeros_like(hidden_N1[:, 0])
-    for column in range(before.shape[1]):
-        shifted = before.clone()
-        shifted[:, column] += unit * math.sqrt(store.hidden) * products_N[:, column]
-        moved_N += (_activate(shifted, store.activation, store.gated) - hidden_N1).square()[:, 0]
-    return moved_N
 
 
 def _attention(store: ExpertStore, slot: int, x_TH: Tensor) -> Tensor:
@@ -210,60 +180,10 @@ def _attention(store: ExpertStore, slot: int, x_TH: Tensor) -> Tensor:
     return nnf.linear(said_ATD.transpose(0, 1).flatten(1), down)
 
 
-def _activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
-    act = ACTIVATIONS[activation]
-    if not gated:
-        return act(hidden)
-    gate, up = hidden.chunk(2, dim=-1)
-    return act(gate) * up
-
-
-def _near_threshold(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return which hidden activations lie so near their threshold that rounding in ``dtype`` decides about them.
-
-    A score carries the rounding of its threshold, at most u, and four or five more (gate, up, activation, product,
-    weight) of which each is about 0.4 u: 4 u covers three of their standard deviations. The rounding of the gate goes
-    through the activation, whose relative slope is far above 1 in its negative tail; it is measured there. In
-    proportion to a typical score come the float32 error of the dot products and, where weights are dequantized, that of
-    rounding them. ``before`` is what the activation reads, [N, 2F] or [N, F].
-    """
-    sparsity = store.sparsity
-    if sparsity is None:
-        return torch.zeros_like(hidden_NF, dtype=torch.bool)
-    threshold = sparsity.thresholds["hidden"]
-    score_NF = hidden_NF.abs()
-    if "hidden" in sparsity.weights:
-        score_NF = score_NF * sparsity.weights["hidden"].double()
-    typical_N1 = score_NF.square().mean(dim=1, keepdim=True).sqrt()
-    u, moved_NF = unit_roundoff(dtype), _moved(store, before, hidden_NF, dtype)
-    if "hidden" in sparsity.weights:
-        moved_NF = moved_NF * sparsity.weights["hidden"].double()
-    return (score_NF - threshold).abs() <= 4 * u * threshold + moved_NF + _dot_error(store, dtype) * typical_N1
-
-
-def _moved(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return by how much the rounding of the gate to ``dtype`` may move each hidden activation [N, F]."""
-    shifted = before.clone()
-    shifted[:, : hidden_NF.shape[1]] *= 1 + 2 * unit_roundoff(dtype)  # the gate, or all there is
-    return (_activate(shifted, store.activation, store.gated) - _activate(before, store.activation, store.gated)).abs()
-
-
-def _dot_error(store: ExpertStore, dtype: torch.dtype) -> float:
-    """Return the error of a hidden activation by its dot product, and by dequantized weights, of a typical one."""
-    return 2.0**-23 * math.sqrt(store.hidden) + (unit_roundoff(dtype) if store.quantized else 0.0)
-
-
-def _hidden_error(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what rounding in ``dtype`` may move each hidden activation by [N, F]; see ``_near_threshold`` for why."""
-    typical_N1 = hidden_NF.square().mean(dim=1, keepdim=True).sqrt()
-    rounding_NF = 4 * unit_roundoff(dtype) * hidden_NF.abs() + _moved(store, before, hidden_NF, dtype)
-    return rounding_NF + _dot_error(store, dtype) * typical_N1
-
-
 def _add_shared(total: _Sum, shared: SharedExpert, x_TH: Tensor) -> None:
     """Add what is always on; with a mix the routed sum takes its part of the weight first."""
     gate_up, down = (weight.to(x_TH.dtype).double() for weight in (shared.gate_up, shared.down))
-    term_TH = nnf.linear(_activate(nnf.linear(x_TH.double(), gate_up), shared.activation, shared.gated), down)
+    term_TH = nnf.linear(activate(nnf.linear(x_TH.double(), gate_up), shared.activation, shared.gated), down)
     if shared.gate_H is not None:
         term_TH *= torch.sigmoid(x_TH.double() @ shared.gate_H.to(x_TH.dtype).double())[:, None]
     if shared.mix_2H is not None:
@@ -282,7 +202,7 @@ def compare(y_TH: Tensor, ref: Reference, dtype: torch.dtype) -> Check:
 
     The Check tells the worst row: its error and what was allowed, both relative to the row's scale.
     """
-    reason = _mismatch(y_TH, ref.y_TH, dtype)
+    reason = mismatch(y_TH, ref.y_TH, dtype)
     if reason:
         return Check(False, bound=bound(dtype), reason=reason, flips=ref.near)
     if y_TH.numel() == 0:
@@ -301,7 +221,7 @@ def compare(y_TH: Tensor, ref: Reference, dtype: torch.dtype) -> Check:
     return Check(False, error, allowed, reason, ref.near)
 
 
-def _mismatch(actual: object, expected: Tensor, dtype: torch.dtype) -> str:
+def mismatch(actual: object, expected: Tensor, dtype: torch.dtype) -> str:
     """Return why ``actual`` cannot even be compared, or an empty string."""
     if not isinstance(actual, Tensor):
         return f"the output is a {type(actual).__name__}, not a tensor"
@@ -311,52 +231,3 @@ def _mismatch(actual: object, expected: Tensor, dtype: torch.dtype) -> str:
         return f"the output has dtype {actual.dtype} instead of {dtype}"
     bad = int((~torch.isfinite(actual)).sum())
     return f"unwritten or NaN: {bad} of {actual.numel()} values are not finite" if bad else ""
-
-
-# --- gradients -------------------------------------------------------------------------------------------------------
-
-
-def reference_gradients(store: ExpertStore, routing: Routing, x_TH: Tensor, grad_TH: Tensor) -> Gradients:
-    """Return the float64 gradients of sum(y * grad_TH) for ``x_TH`` and the dense experts of ``store``."""
-    if not isinstance(store.gate_up, Tensor) or not isinstance(store.down, Tensor) or store.sparsity is not None:
-        raise MoebenchError("gradients are checked for dense experts without sparsity; drop both from the case.")
-    dtype = x_TH.dtype
-    leaves = [t.detach().to(dtype).double().requires_grad_() for t in (x_TH, store.gate_up, store.down)]
-    x, experts = leaves[0], list(zip(leaves[1].unbind(), leaves[2].unbind(), strict=True))
-    y_TH = torch.zeros_like(x)
-    for expert, mine_N in _entries(routing):
-        token_N, kind = routing.token_N[mine_N], store.kinds[expert]
-        if kind in ("ffn", "gather"):
-            gate_up, down = experts[store.slots[expert]]
-            hidden = _activate(nnf.linear(x[token_N], gate_up), store.activation, store.gated)
-            term_NH = nnf.linear(hidden, down)
-        elif kind in ("zero", "copy"):
-            term_NH = x[token_N] * float(kind == "copy")
-        else:
-            raise MoebenchError(f"gradients are not checked through '{kind}' experts; leave them out of the case.")
-        y_TH = y_TH.index_add(0, token_N, routing.weight_N[mine_N].detach().double()[:, None] * term_NH)
-    grads = torch.autograd.grad((y_TH * grad_TH.double()).sum(), leaves, allow_unused=True)
-    return Gradients(*(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)))
-
-
-def compare_gradients(actual: Gradients, ref: Gradients, dtype: torch.dtype) -> Check:
-    """Judge gradients: each, of x and of every expert's matrices, within 4 bound(dtype) of the reference's norm.
-
-    A backward pass rounds about twice as often as a forward pass and sums over tokens besides; hence the factor.
-    """
-    worst, allowed = 0.0, 4 * bound(dtype)
-    for name in ("x_TH", "gate_up", "down"):
-        mine, expected = getattr(actual, name), getattr(ref, name)
-        reason = _mismatch(mine, expected, dtype)
-        if reason:
-            return Check(False, bound=allowed, reason=f"gradient of {name}: {reason}")
-        if mine.numel() == 0:
-            continue
-        parts = 1 if name == "x_TH" else len(expected)
-        norm_P = expected.reshape(parts, -1).norm(dim=1)
-        error_P = (mine.double() - expected).reshape(parts, -1).norm(dim=1)
-        scale_P = norm_P.clamp(min=TINY_ROW * max(float(norm_P.max()), 1e-300))
-        worst = max(worst, float((error_P / scale_P).max()))
-        if worst > allowed:
-            return Check(False, worst, allowed, f"the gradient of {name} is off by {worst:.2g} of its norm")
-    return Check(True, worst, allowed)

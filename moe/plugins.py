@@ -2,15 +2,17 @@
 
 Besides being checked, a parameter class tells the planner what it does to a layer's shape:
 
-- structure: ``reshape(shape) -> ModelShape``
+- structure: ``reshape(shape) -> ModelShape``; and where it is not False: ``keeps_blocks`` (packed matrices of a file
+  can be cut as it cuts)
 - routing: ``kinds(shape)``, ``max_k(shape)``, ``selection(shape)`` (None where a fused kernel cannot take it over); and
   where they are not the values in parentheses: ``causal`` (True: the router does not look ahead), ``pipeline`` (whether
   there is a selection: gate and select can be timed apart), ``structure`` (``none``: what makes its experts) and
   ``beyond_text`` (None: a field of the Context that it needs and text does not give), ``calibrated`` (False: the
   router learns something from calibration tokens) and ``causal_after_prompt`` (False: it looks ahead within a prompt at
   most, where the Context tells one)
-- quantization: ``scheme() -> Scheme``; and where it is not False: ``calibrated`` (what the experts read is looked at);
-  ``fold``, the place of a step that changes the layer before it is quantized (``smoothing.fold``)
+- quantization: ``scheme() -> Scheme``; and where they are not False: ``calibrated`` (what the experts read is looked
+  at), ``as_stored`` (the model says the scheme, and its file has the bytes), and ``fold``, the place of a step that
+  changes the layer before it is quantized (``smoothing.fold``)
 - sparsity: ``spec() -> SparsitySpec | None``
 
 Structures and quantizations that multiply what experts read by factors say ``rescales``.
@@ -34,6 +36,8 @@ from .structure_params import Attentions, Neurons
 class Keep:
     """The model as it is."""
 
+    keeps_blocks: ClassVar[bool] = True
+
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Return the shape unchanged."""
         if shape.experts == 0:
@@ -53,6 +57,11 @@ class Split:
     shared: int = 0
     k: int = 2
     assignment: Literal["contiguous", "coactivation"] = "contiguous"
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether the slices are of neighbouring channels, in their order, so that packed blocks may be cut, too."""
+        return self.assignment == "contiguous" and not self.shared
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Return the shape of the split layer: ``experts - shared`` routed experts of width F / ``experts``."""

@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..contracts import Scheme
+from ..contracts import MoebenchError, Scheme
 from .bits.calibration import LayerCalibration, calibrate
 from .bits.params import LayerBits
 from .blocks import codecs as blocks
@@ -38,6 +37,9 @@ INTEGER: Mapping[str, Callable[[Tensor, Any, ChannelStats | None], QTensor]] = {
 }
 """Codecs of integers with scales, by what encodes a weight with the codec's parameters."""
 
+LOOK_AT_MOMENTS = ("gptq", "awq")
+"""Codecs that read the second moments of what a matrix multiplies; others of our own leave statistics alone."""
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:
@@ -56,9 +58,9 @@ class Seen:
     shared: SharedExpert | None = None
     bits: LayerBits | None = None
 
-    def calibration(self, store: ExpertStore) -> LayerCalibration:
-        """Return the statistics of every expert."""
-        return calibrate(store, self.router, self.x_TH, self.ctx)
+    def calibration(self, store: ExpertStore, moments: bool = True) -> LayerCalibration:
+        """Return the statistics of every expert, with second moments or without."""
+        return calibrate(store, self.router, self.x_TH, self.ctx, moments)
 
 
 QuantizationStep = Callable[[ExpertStore, Seen | None], ExpertStore]
@@ -70,12 +72,26 @@ def keep(params: Any) -> QuantizationStep:
     return lambda store, seen: store
 
 
+def as_stored(params: Any) -> QuantizationStep:
+    """Quantization ``file``: the bytes of the model's own file, neither decoded nor encoded again."""
+
+    def step(store: ExpertStore, seen: Seen | None) -> ExpertStore:
+        if store.stored is None:
+            raise MoebenchError(
+                "these experts are not the matrices of a model's file as they lie there; use model=gguf, a structure "
+                "and a routing that leave its blocks whole, or quantization=none."
+            )
+        return replace(store, gate_up=store.stored.gate_up, down=store.stored.down, stored=None)
+
+    return step
+
+
 def coded(params: Any) -> QuantizationStep:
     """Every FFN expert in the codec and under the scheme of ``params``."""
 
     def step(store: ExpertStore, seen: Seen | None) -> ExpertStore:
         weights = dense_weights(store, params.scheme())
-        known = None if seen is None else seen.calibration(store)
+        known = None if seen is None else seen.calibration(store, params.scheme().codec in LOOK_AT_MOMENTS)
         return encoded(store, weights, [encoder(params)] * len(store.ffn_ids), known)
 
     return step
@@ -131,10 +147,3 @@ def parts_of(weight: QTensor) -> dict[str, Tensor] | None:
 
 def _integer_type(codec: str) -> type[IntTensor] | type[AwqTensor]:
     return AwqTensor if codec == "awq" else IntTensor
-
-
-def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.bfloat16) -> IntTensor:
-    """Return ``weight`` rounded to nearest under ``scheme`` of 8, 4 or 2 bits, which is what kernels read."""
-    if scheme.bits not in (2, 4, 8):
-        raise ValueError(f"{scheme.bits:g} bits cannot be packed; use 2, 4 or 8 here, or codec rtn for 1 to 8.")
-    return rtn.round_to_nearest(weight, scheme, scale_dtype)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..contracts import Descriptor
 from .bits.mixed_params import Mixed
-from .blocks.params import Binary, Fp4, Fp8, Gguf, Mxfp4, Nf4, Nvfp4, Ternary
+from .blocks.params import AsStored, Binary, Fp4, Fp8, Gguf, Mxfp4, Nf4, Nvfp4, Ternary
 from .codecs.integer_params import Awq, Gptq, Hqq, Rtn
 from .smoothing.params import EAQuant, Outliers
 from .token_params import W4A4, W8A8
@@ -34,6 +34,13 @@ DESCRIPTORS = [
     _codec("gguf", "a block format of GGUF", Gguf),
     _codec("ternary", "-1, 0 and 1 (BitNet b1.58)", Ternary),
     _codec("binary", "signs", Binary),
+    Descriptor(
+        "quantization",
+        "file",
+        "as the model's own file has them, its bytes kept",
+        "moebench.moe.quantization:as_stored",
+        AsStored,
+    ),
     Descriptor(
         "quantization",
         "mixed",

@@ -31,6 +31,7 @@ from .stage_artefacts import (
     weights_of,
 )
 from .stand_ins import StandIns, alone
+from .stored import stored_after
 
 
 class Stage(NamedTuple):
@@ -47,6 +48,12 @@ class Stage(NamedTuple):
     def calibrated(self) -> bool:
         """Whether the plug-in looks at what the layer reads in calibration."""
         return bool(getattr(self.params, "calibrated", False))
+
+    @property
+    def makes(self) -> bool:
+        """Whether this step makes something that is worth keeping: neither does one that changes nothing, nor one that
+        takes what lies in the model's file."""
+        return self.descriptor.name != "none" and not getattr(self.params, "as_stored", False)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this step from another: name, version, parameters, and the sources behind it."""
@@ -82,7 +89,7 @@ class Recipe:
     def changes(self) -> bool:
         """Whether any stage that makes artefacts does something."""
         made = (self.structure, self.quantization, self.sparsity)
-        return self.routing.calibrated or any(stage.descriptor.name != "none" for stage in made)
+        return self.routing.calibrated or any(stage.makes for stage in made)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +131,7 @@ def finish_layer(recipe: Recipe, begun: Begun, bits: LayerBits | None = None) ->
     seen, cache = replace(begun.seen, bits=bits), begun.cache
     with torch.no_grad():
         store, parent = _quantized(recipe, begun.layer.store, seen, begun.origin, cache)
+        store = replace(store, stored=None)
         shared_store = _quantized_shared(recipe, seen, begun.origin, cache)
         ctx = alone(begun.fields, seen.router, seen.layer, store)
         store = _sparsified(recipe, store, seen.router, seen.x_TH, ctx, parent, cache)
@@ -154,6 +162,7 @@ def begin_layer(
     """
     cache = cache if recipe.changes else None
     with torch.no_grad():
+        stored = stored_after(recipe.structure.params, weights.stored)
         parent = "" if cache is None else root_key(weights, shape, calibration_TH, seed, identity)
         weights, parent = _structured(recipe.structure, weights, calibration_TH, seed, parent, cache)
         weights = rounded(weights, dtype)
@@ -175,6 +184,7 @@ def begin_layer(
             check_rounded(bundle, weights.router_EH, recipe.routing.descriptor.name)
             _calibrated(recipe.routing, bundle.router, x_TH, ctx, {**told, "parent": parent}, cache)
         store, router = _store(weights, bundle, dtype), bundle.router
+        store = replace(store, stored=stored if bundle.input_scale == 1.0 else None)
         if weights.input_scale_H is not None:
             check_rescaled(weights, bundle, recipe.routing.descriptor.name)
             x_TH = scaled_input(calibration_TH.to(dtype), weights.input_scale_H).float()
@@ -233,7 +243,7 @@ def _constants(constants: Constants, dtype: torch.dtype) -> Constants:
 
 
 def _kept(stage: Stage, cache: Path | None) -> Path | None:
-    return None if stage.descriptor.name == "none" else cache
+    return cache if stage.makes else None
 
 
 def _structured(

@@ -340,7 +340,7 @@ def layer_spec(case: Case, shape: ModelShape, registry: Registry) -> LayerSpec:
     ``shape`` is the model's shape after its structure.
     """
     routing = registry.params("routing", case.routing)
-    scheme = registry.params("quantization", case.quantization).scheme()
+    scheme = scheme_of(case, shape, registry)
     sparsity: SparsitySpec | None = registry.params("sparsity", case.sparsity).spec()
     kinds = routing.kinds(shape)
     selection = routing.selection(shape)
@@ -381,6 +381,27 @@ def _check_rescaled(case: Case, kinds: Sequence[str], registry: Registry) -> Non
                 f"{axis} '{choice}' rescales what experts read, and routing '{case.routing}' has others than FFNs, "
                 f"which would not undo it; use axes.routing=topk"
             )
+
+
+def scheme_of(case: Case, shape: ModelShape, registry: Registry) -> Scheme:
+    """Return how the experts are stored: as the quantization says, or, ``as_stored``, as the model's file does.
+
+    Raises ValueError where the model has no such file, or the structure would cut its blocks.
+    """
+    params = registry.params("quantization", case.quantization)
+    if not getattr(params, "as_stored", False):
+        scheme: Scheme = params.scheme()
+        return scheme
+    model = registry.params("model", case.model)
+    if not hasattr(model, "stored_scheme"):
+        raise ValueError(f"model '{case.model}' keeps no packed weights in a file; use model=gguf")
+    if not getattr(registry.params("structure", case.structure), "keeps_blocks", False):
+        raise ValueError(
+            f"structure '{case.structure}' would cut the blocks of the file; use none or a contiguous split without a "
+            f"shared slice"
+        )
+    stored: Scheme = model.stored_scheme(case.layers, shape.width)
+    return stored
 
 
 def _check_training(case: Case, kinds: Sequence[str], scheme: Scheme, sparsity: SparsitySpec | None) -> None:

@@ -136,6 +136,9 @@ class LayerTrial:
         metrics = [*routing_metrics(batch.routing, self.subject.spec.kinds), *density(store, batch.routing, batch.x_TH)]
         metrics.append(Metric("resident_bytes", float(self.session.resident_bytes()), "byte"))
         metrics.append(Metric("expert_bytes", float(store.nbytes), "byte"))
+        if store.quantized:
+            weights = len(store.ffn_ids) * self.subject.spec.matrices * store.hidden * store.width
+            metrics.append(Metric("bits_per_weight", 8.0 * store.nbytes / weights, "bit"))
         metrics.append(Metric("weight_copies", float(self._copies), "1"))
         metrics.extend(gate_metrics([self.subject.layer]))
         metrics.extend(active_parameters(self.subject, self.batches))

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..contracts import Case, Check, Cost, Facts, Metric, Registry
 from ..moe.experts import ExpertStore
 from ..moe.layer import SharedExpert
-from ..moe.oracle import Gradients, compare_gradients, reference, reference_gradients
+from ..moe.oracle import reference
+from ..moe.oracle_gradients import Gradients, compare_gradients, reference_gradients
 from .layer import STEPS, LayerTrial
 from .memory import PeakBytes, saved_bytes
 from .subject import Batch

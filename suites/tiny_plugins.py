@@ -1,6 +1,7 @@
-"""``tinymoe``: a small MoE language model that is trained here. Imports no torch.
+"""``tinymoe`` and ``tinydense``: small language models that are trained here. Imports no torch.
 
-It is a Qwen2-MoE of transformers, the format of that family whose MoE layers have a shared expert.
+Both are a Qwen2-MoE of transformers, the format of that family whose MoE layers have a shared expert, and whose layers
+may be dense.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..contracts import Descriptor, MoebenchError, make_key
+from ..contracts import Descriptor, MoebenchError, Selection, make_key
 from ..moe.shapes import ModelShape
 from .models import cache_dir
 from .plugins import LayerSuite
@@ -67,6 +68,7 @@ class TinyMoE:
     data: str = ""
     seed: int = 0
 
+    name: ClassVar[str] = "tinymoe"
     recorded: ClassVar[bool] = True
     trainer: ClassVar[str] = "moebench.suites.training.tinymoe:prepare"
     """What trains it, for suite ``pretraining``."""
@@ -127,16 +129,15 @@ class TinyMoE:
 
     def home(self) -> Path:
         """Return where the cache keeps the model, its checkpoints while it is trained, and what is made of it."""
-        return cache_dir() / "models" / "tinymoe" / self.identity()[:16]
+        return cache_dir() / "models" / self.name / self.identity()[:16]
 
     def folder(self) -> Path:
         """Return the transformers folder; MoebenchError where it was not trained yet."""
         folder = self.home() / "model"
         if not folder.is_dir():
             own = [f"{name}={getattr(self, name)}" for name in ("variant", "data", "seed") if self._changed(name)]
-            raise MoebenchError(
-                f"model 'tinymoe' is not trained here; run `{' '.join(['moebench models train tinymoe', *own])}`."
-            )
+            command = " ".join(["moebench models train", self.name, *own])
+            raise MoebenchError(f"model '{self.name}' is not trained here; run `{command}`.")
         return folder
 
     def _changed(self, name: str) -> bool:
@@ -160,12 +161,39 @@ class TinyMoE:
     def missing(self) -> str | None:
         """Return a sentence where transformers is not installed, or the model was not trained yet."""
         if importlib.util.find_spec("transformers") is None:
-            return "model 'tinymoe' needs transformers; run pip install 'moebench[models]'."
+            return f"model '{self.name}' needs transformers; run pip install 'moebench[models]'."
         try:
             self.folder()
         except MoebenchError as error:
             return str(error)
         return None
+
+
+@dataclass(frozen=True)
+class TinyDense(TinyMoE):
+    """The same language model with one FFN in the place of a layer's experts, four times as wide as they; 1.3 million
+    parameters. For what makes experts of a dense model: ``split``, ``taylor``, and distillation into experts.
+
+    Trained by `moebench models train tinydense`, with the variants of ``tinymoe``.
+    """
+
+    name: ClassVar[str] = "tinydense"
+    AXES: ClassVar[Mapping[str, Any]] = {"structure": ["split"], "traffic": ["recorded"]}
+
+    @property
+    def width(self) -> int:
+        """Channels of an FFN."""
+        return 4 * self.sizes.width
+
+    def config(self) -> dict[str, Any]:
+        """Return the architecture's configuration: every layer is one of those that hold no experts."""
+        layers = list(range(self.sizes.depth))
+        return {**super().config(), "intermediate_size": self.width, "mlp_only_layers": layers}
+
+    def shape(self) -> ModelShape:
+        """Return the sizes of the dense layers."""
+        own = self.sizes
+        return ModelShape(own.hidden, self.width, 0, own.depth, tuple(range(own.depth)), Selection("one", 1, False))
 
 
 @dataclass(frozen=True)
@@ -182,6 +210,14 @@ DESCRIPTORS = [
         "a small MoE language model, trained here on shipped text",
         "moebench.suites.training.tinymoe:build",
         TinyMoE,
+        requires=("transformers",),
+    ),
+    Descriptor(
+        "model",
+        "tinydense",
+        "tinymoe with one FFN in the place of a layer's experts",
+        "moebench.suites.training.tinymoe:build",
+        TinyDense,
         requires=("transformers",),
     ),
     Descriptor(

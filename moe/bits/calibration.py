@@ -38,14 +38,21 @@ class LayerCalibration:
     share_E: Tensor
 
 
-def calibrate(store: ExpertStore, router: Router, x_TH: Tensor, ctx: Context | None = None) -> LayerCalibration:
-    """Return the calibration of one layer on ``x_TH``, routed by its own router and computed in float32."""
+def calibrate(
+    store: ExpertStore, router: Router, x_TH: Tensor, ctx: Context | None = None, moments: bool = True
+) -> LayerCalibration:
+    """Return the calibration of one layer on ``x_TH``, routed by its own router and computed in float32.
+
+    Without ``moments`` no second moments are kept: one of width I takes 8 I^2 bytes, for each matrix of each expert.
+    """
     with torch.no_grad():
         routing = router(x_TH.float(), Context() if ctx is None else ctx)
-        return calibrate_routed(store, [(routing, x_TH)])
+        return calibrate_routed(store, [(routing, x_TH)], moments)
 
 
-def calibrate_routed(store: ExpertStore, parts: Sequence[tuple[Routing, Tensor]]) -> LayerCalibration:
+def calibrate_routed(
+    store: ExpertStore, parts: Sequence[tuple[Routing, Tensor]], moments: bool = True
+) -> LayerCalibration:
     """Return the calibration from routed inputs ``parts`` = [(routing, x_TH), ...].
 
     The first part is the layer's own traffic: counts and weights are counted on it alone. Further parts (such as those
@@ -56,7 +63,7 @@ def calibrate_routed(store: ExpertStore, parts: Sequence[tuple[Routing, Tensor]]
         what = "quantized experts" if odd is None else f"experts of kind '{odd}'"
         raise MoebenchError(f"{what} cannot be calibrated for quantization; give the dense FFN experts of a layer.")
     with torch.no_grad():
-        pairs = [_expert_stats(store, expert, parts) for expert in store.ffn_ids]
+        pairs = [_expert_stats(store, expert, parts, moments) for expert in store.ffn_ids]
     traffic = parts[0][0]
     return LayerCalibration(
         tuple(gate_up for gate_up, _ in pairs),
@@ -84,13 +91,13 @@ def unrenormalised(routing: Routing) -> Tensor:
     return routing.probs_TE[routing.token_N, routing.expert_N]
 
 
-def channel_stats(x_NI: Tensor, weight_N: Tensor) -> ChannelStats:
+def channel_stats(x_NI: Tensor, weight_N: Tensor, moments: bool = True) -> ChannelStats:
     """Return the statistics of a matrix that read ``x_NI``, at routing weights ``weight_N``; zeros where N is 0."""
     tokens, width = x_NI.shape
     wide_NI = x_NI.double()
     absolute_NI = wide_NI.abs()
     return ChannelStats(
-        second_moment_II=wide_NI.T @ wide_NI,
+        second_moment_II=wide_NI.T @ wide_NI if moments else None,
         absmax_I=(absolute_NI.amax(0) if tokens else absolute_NI.new_zeros(width)).float(),
         mean_abs_I=(absolute_NI.sum(0) / max(1, tokens)).float(),
         tokens=tokens,
@@ -104,7 +111,7 @@ def _summed(routing: Routing, weight_N: Tensor) -> Tensor:
 
 
 def _expert_stats(
-    store: ExpertStore, expert: int, parts: Sequence[tuple[Routing, Tensor]]
+    store: ExpertStore, expert: int, parts: Sequence[tuple[Routing, Tensor]], moments: bool
 ) -> tuple[ChannelStats, ChannelStats]:
     """Return the statistics of (gate_up, down) of one expert, whose inputs are sparse where the store says so."""
     inputs, weights = [], []
@@ -117,4 +124,4 @@ def _expert_stats(
     x_NH = sparsity.apply("input", x_NH)
     gate_up, _ = store.weights(store.slots[expert])
     hidden_NF = sparsity.apply("hidden", ffn_hidden(x_NH, gate_up, store.activation, store.gated))
-    return channel_stats(x_NH, weight_N), channel_stats(hidden_NF, weight_N)
+    return channel_stats(x_NH, weight_N, moments), channel_stats(hidden_NF, weight_N, moments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..experts import ExpertStore
-from ..quantization import QuantizationStep, Seen, dense_weights, encoded, encoder
+from ..quantization import LOOK_AT_MOMENTS, QuantizationStep, Seen, dense_weights, encoded, encoder
 from ..routing import Context
 from .mixed_params import Mixed
 from .plan import plan_of
@@ -24,7 +24,8 @@ def mixed(params: Mixed) -> QuantizationStep:
             raise ValueError("scope=model spends one budget over layers; give the layer the bits of their plan.")
         weights = dense_weights(store, params.scheme())
         bits_E = _of_layer(params, store, seen) if seen.bits is None else seen.bits.experts
-        return encoded(store, weights, [encoder(params.at(bits)) for bits in bits_E], seen.calibration(store))
+        known = seen.calibration(store, params.codec in LOOK_AT_MOMENTS)
+        return encoded(store, weights, [encoder(params.at(bits)) for bits in bits_E], known)
 
     return step
 
@@ -40,5 +41,5 @@ def shared_step(params: Mixed, seen: Seen, bits: int) -> ExpertStore:
     if seen.shared is None:
         raise ValueError(f"layer {seen.layer} has no shared expert; give shared=false.")
     store = store_of(seen.shared)
-    known = replace(seen, router=Always(seen.shared), ctx=Context()).calibration(store)
+    known = replace(seen, router=Always(seen.shared), ctx=Context()).calibration(store, params.codec in LOOK_AT_MOMENTS)
     return encoded(store, dense_weights(store, params.scheme()), [encoder(params.at(bits))], known)

@@ -1,32 +1,25 @@
 """GGUF block formats: the raw bytes of a matrix as llama.cpp stores them, decoded by the package ``gguf``.
 
 ``encode`` makes Q4_0, Q5_0, Q8_0, TQ2_0 and MXFP4. ``read_matrices`` takes matrices of any type that ``gguf`` decodes
-(K-quants and IQ among them) out of a file and keeps their bytes.
+(K-quants and IQ among them) out of a file and keeps their bytes; ``read_dense`` decodes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import mmap
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...contracts import MoebenchError, Scheme
 from ..channel_stats import ChannelStats
+from .gguf_file import GgufFile, Place
+from .gguf_types import bytes_of, decodable, library, open_file, type_of
 from .params import GGUF_BLOCKS, gguf_scheme, gguf_type
 from .tensor import BlockTensor, check_weight
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise MoebenchError("GGUF formats need the package gguf; run pip install 'moebench[models]'.") from error
-    return gguf
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +30,23 @@ class GgufTensor(BlockTensor):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return [out, in] as ``gguf`` decodes it, in float32, and then rounded to ``dtype``."""
-        gguf = _gguf()
+        gguf = library()
         kind = gguf.GGMLQuantizationType[gguf_type(self.scheme)]
         decoded = gguf.quants.dequantize(self.blocks.cpu().numpy(), kind)
         return torch.from_numpy(decoded).reshape(self.shape).to(self.blocks.device, dtype)
+
+    def rows(self, start: int, stop: int) -> GgufTensor:
+        """Return rows of the matrix, their bytes shared."""
+        return GgufTensor(self.scheme, (stop - start, self.shape[1]), self.blocks[start:stop])
+
+    def columns(self, start: int, stop: int) -> GgufTensor:
+        """Return columns of the matrix, their bytes copied; ValueError where that would cut a block."""
+        block = self.scheme.group or 1
+        if start % block or stop % block:
+            raise ValueError(f"columns {start} to {stop} cut blocks of {block}; choose multiples of that.")
+        size = self.blocks.shape[1] // (self.shape[1] // block)
+        blocks = self.blocks[:, start // block * size : stop // block * size].contiguous()
+        return GgufTensor(self.scheme, (self.shape[0], stop - start), blocks)
 
 
 def encode(weight: Tensor, scheme: Scheme, stats: ChannelStats | None = None) -> GgufTensor:
@@ -52,25 +58,11 @@ def encode(weight: Tensor, scheme: Scheme, stats: ChannelStats | None = None) ->
     name = gguf_type(scheme)
     if name not in GGUF_BLOCKS:
         raise MoebenchError(f"{name} can be read but not written; encode {', '.join(GGUF_BLOCKS)}.")
-    gguf = _gguf()
+    gguf = library()
     kind = gguf.GGMLQuantizationType[name]
     check_weight(weight, name, gguf.GGML_QUANT_SIZES[kind][0])
     blocks = gguf.quants.quantize(weight.float().contiguous().cpu().numpy(), kind)
     return GgufTensor(scheme, (weight.shape[0], weight.shape[1]), torch.from_numpy(blocks).to(weight.device))
-
-
-@cache
-def decodable() -> dict[str, tuple[int, int]]:
-    """Return the types that ``gguf`` decodes, each with the weights and the bytes of a block."""
-    gguf = _gguf()
-    found = {}
-    for kind, (block, size) in gguf.GGML_QUANT_SIZES.items():
-        try:
-            gguf.quants.dequantize(torch.zeros(1, size, dtype=torch.uint8).numpy(), kind)
-        except NotImplementedError:
-            continue
-        found[kind.name] = (block, size)
-    return found
 
 
 def from_blocks(blocks: Tensor, type_name: str) -> GgufTensor:
@@ -89,30 +81,47 @@ def from_blocks(blocks: Tensor, type_name: str) -> GgufTensor:
     return GgufTensor(gguf_scheme(type_name, block), (rows, row_bytes // size * block), blocks)
 
 
-def read_matrices(file: Path, names: Collection[str]) -> dict[str, tuple[GgufTensor, ...]]:
+def stacked(matrices: Sequence[GgufTensor]) -> GgufTensor | None:
+    """Return matrices of one type and width as one, above each other, their bytes copied; None where types differ."""
+    first = matrices[0]
+    if any(matrix.scheme != first.scheme for matrix in matrices):
+        return None
+    rows = sum(matrix.shape[0] for matrix in matrices)
+    return GgufTensor(first.scheme, (rows, first.shape[1]), torch.cat([matrix.blocks for matrix in matrices]))
+
+
+def read_matrices(path: Path, names: Collection[str]) -> dict[str, tuple[GgufTensor, ...]]:
     """Return tensors of a GGUF file by name with their bytes kept: one matrix, or one per expert of a 3-D tensor.
 
-    Raises MoebenchError for a name that the file has not, a tensor of another rank, or a type without a decoder.
+    The bytes are mapped and not copied. Raises MoebenchError for a name that the file has not, a tensor of another
+    rank, a type without a decoder, or a file that ends too early.
     """
-    stored = {tensor.name: tensor for tensor in _gguf().GGUFReader(file).tensors if tensor.name in names}
-    for name in names:
-        if name not in stored:
-            raise MoebenchError(f"{file} has no tensor '{name}'; name one that it has, or fetch the model again.")
-    return {name: _matrices(stored[name]) for name in names}
+    file = open_file(path)
+    return {name: _matrices(file, file.place(name)) for name in names}
 
 
-def _matrices(stored: Any) -> tuple[GgufTensor, ...]:
-    """Return the matrices of one tensor of a reader; its shape lists the innermost dimension first."""
-    if len(stored.shape) not in (2, 3):
-        raise MoebenchError(f"'{stored.name}' is no matrix; name a tensor of two or three dimensions.")
-    rows = int(stored.shape[1])
-    blocks = torch.from_numpy(stored.data.copy()).view(torch.uint8).reshape(-1, rows, stored.n_bytes // _rows(stored))
-    return tuple(from_blocks(matrix, stored.tensor_type.name) for matrix in blocks)
+def _matrices(file: GgufFile, place: Place) -> tuple[GgufTensor, ...]:
+    """Return the matrices of one tensor, whose dimensions begin with the innermost."""
+    if len(place.dims) not in (2, 3):
+        raise MoebenchError(f"'{place.name}' is no matrix; name a tensor of two or three dimensions.")
+    name, _, _ = type_of(file, place)
+    blocks = _mapped(file, place).view(place.size // place.dims[0] // place.dims[1], place.dims[1], -1)
+    return tuple(from_blocks(matrix, name) for matrix in blocks)
 
 
-def _rows(stored: Any) -> int:
-    """Return the rows of all matrices of one tensor."""
-    rows = 1
-    for size in stored.shape[1:]:
-        rows *= int(size)
-    return rows
+def _mapped(file: GgufFile, place: Place) -> Tensor:
+    """Return the bytes of a tensor, uint8; pages of a private mapping, which no write could carry to the file."""
+    size = bytes_of(file, place)
+    with file.path.open("rb") as opened:
+        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(content, dtype=torch.uint8, count=size, offset=place.start)
+
+
+def read_dense(path: Path, name: str) -> Tensor:
+    """Return one tensor of any rank, outermost dimension first, as ``gguf`` decodes it, in float32; raises as above."""
+    file = open_file(path)
+    place = file.place(name)
+    kind = library().GGMLQuantizationType(place.type)
+    rows = _mapped(file, place).view(place.size // place.dims[0], -1)
+    decoded = torch.from_numpy(library().quants.dequantize(rows.numpy(), kind))
+    return decoded.reshape(place.dims[::-1]).float()

@@ -96,6 +96,20 @@ class Gguf:
 
 
 @dataclass(frozen=True)
+class AsStored:
+    """The packed matrices of the model's own file, such as a GGUF's K-quants: its bytes, and nothing encoded again.
+
+    The model says which types these are. Structures that cut within a block are refused.
+    """
+
+    as_stored: ClassVar[bool] = True
+
+    def scheme(self) -> Scheme:
+        """Return nothing that is known: a plan asks the model for the scheme."""
+        raise ValueError("what a file stores is known to its model alone; use model=gguf")
+
+
+@dataclass(frozen=True)
 class Ternary:
     """-1, 0 or 1 times one float32 mean|w| of the whole matrix (BitNet b1.58, arXiv 2402.17764), 5 codes per byte."""
 
@@ -126,6 +140,11 @@ def gguf_scheme(type_name: str, block: int) -> Scheme:
     """
     bits = float(re.findall(r"\d+", type_name)[0])
     return Scheme(f"gguf_{type_name.lower()}", bits, block, type_name not in GGUF_OFFSETS)
+
+
+def gguf_mixed(bits: float) -> Scheme:
+    """Return what stands in a plan for matrices of several GGUF types, with ``bits`` per weight on average."""
+    return Scheme("gguf_mixed", bits)
 
 
 def gguf_type(scheme: Scheme) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...contracts import Scheme
 from ..channel_stats import ChannelStats
-from .calibrated import check_finite, require, row_errors
+from .calibrated import check_finite, require, row_errors, second_moment
 from .grid import Grid, check_group, in_groups
 from .integer import IntTensor
 from .integer_params import Awq
@@ -80,7 +80,7 @@ def encode(weight_OI: Tensor, how: Awq | Scheme, stats: ChannelStats | None) -> 
     check_group(params.group, weight_OI.shape[1])
     check_finite(weight_OI)
     stats = require("awq", weight_OI, stats)
-    weight_OI, moment_II = weight_OI.float(), stats.second_moment_II.double()
+    moment_II, weight_OI = second_moment("awq", weight_OI, stats), weight_OI.float()
     ratios = (step / params.grid for step in range(params.grid))
     tried = (scaled(weight_OI, channel_scales(stats.mean_abs_I, ratio), params.scheme()) for ratio in ratios)
     best = min(tried, key=lambda tensor: float(row_errors(tensor.dequantize() - weight_OI, moment_II).sum()))

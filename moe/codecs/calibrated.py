@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..channel_stats import ChannelStats
 
+NOT_FINITE = "the statistics contain NaN or infinity; calibrate anew with inputs that are finite."
+
 
 def require(codec: str, weight_OI: Tensor, stats: ChannelStats | None) -> ChannelStats:
     """Return the statistics of the inputs of ``weight_OI``.
@@ -20,14 +22,28 @@ def require(codec: str, weight_OI: Tensor, stats: ChannelStats | None) -> Channe
         raise ValueError(
             f"{codec} needs statistics of what the weights multiply; calibrate first, or use rtn or hqq without any."
         )
-    columns, width = weight_OI.shape[1], stats.second_moment_II.shape[0]
+    columns, width = weight_OI.shape[1], len(stats.mean_abs_I)
     if width != columns:
         raise ValueError(
             f"the statistics are of {width} input channels and the weights have {columns}; give each matrix its own."
         )
-    if not bool(stats.second_moment_II.isfinite().all() and stats.mean_abs_I.isfinite().all()):
-        raise ValueError("the statistics contain NaN or infinity; calibrate anew with inputs that are finite.")
+    if not bool(stats.mean_abs_I.isfinite().all()):
+        raise ValueError(NOT_FINITE)
     return stats
+
+
+def second_moment(codec: str, weight_OI: Tensor, stats: ChannelStats | None) -> Tensor:
+    """Return the sum of x x^T of the inputs of ``weight_OI``, [I, I] float64; raises what ``require`` raises, too.
+
+    Raises:
+        ValueError: the statistics were taken without it.
+    """
+    moment_II = require(codec, weight_OI, stats).second_moment_II
+    if moment_II is None:
+        raise ValueError(f"{codec} needs the second moment of its inputs; calibrate with moments=True.")
+    if not bool(moment_II.isfinite().all()):
+        raise ValueError(NOT_FINITE)
+    return moment_II.double()
 
 
 def check_finite(weight_OI: Tensor) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...contracts import Scheme
 from ..channel_stats import ChannelStats
-from .calibrated import check_finite, require
+from .calibrated import check_finite, second_moment
 from .grid import Grid, check_group, in_groups
 from .integer import IntTensor
 from .integer_params import Gptq
@@ -43,7 +43,7 @@ def encode(weight_OI: Tensor, how: Gptq | Scheme, stats: ChannelStats | None, bl
     columns = weight_OI.shape[1]
     check_group(params.group, columns)
     check_finite(weight_OI)
-    hessian_II = 2 * require("gptq", weight_OI, stats).second_moment_II.double()
+    hessian_II = 2 * second_moment("gptq", weight_OI, stats)
     order_I = torch.arange(columns, device=weight_OI.device)
     grids: list[Grid] = []
     if params.desc_act:

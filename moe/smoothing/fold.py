@@ -61,13 +61,13 @@ def _smoothed(params: EAQuant, weights: LayerWeights, traffic: Traffic) -> Folde
 def _stats(weights: LayerWeights, traffic: Traffic) -> LayerStats:
     kinds = ("ffn",) * len(weights.down)
     store = ExpertStore(weights.gate_up, weights.down, kinds, weights.activation, weights.gated)
-    known = calibrate_routed(store, traffic.parts)
+    known = calibrate_routed(store, traffic.parts, moments=False)
     x_TH, shared = traffic.parts[0][1], weights.shared
     every_T = x_TH.new_ones(len(x_TH))
     hidden = None
     if shared is not None:
         hidden_TS = ffn_hidden(x_TH, shared.gate_up.to(x_TH.dtype), shared.activation, shared.gated)
-        hidden = channel_stats(hidden_TS, every_T)
+        hidden = channel_stats(hidden_TS, every_T, moments=False)
     return LayerStats(known.gate_up, channel_stats(x_TH, every_T), known.down, hidden)
 
 

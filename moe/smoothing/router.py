@@ -18,7 +18,7 @@ from torch import Tensor
 from ...contracts import Scheme
 from ..codecs.integer import IntTensor
 from ..codecs.packing import pack_codes
-from ..quantization import quantize
+from ..codecs.rtn import round_to_nearest
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 """Scales tried, as parts of the scale that clips nothing."""
@@ -61,7 +61,7 @@ def aligned_router(router_EH: Tensor, x_TH: Tensor, k: int, scheme: Scheme) -> A
         raise ValueError("a router is aligned with one scale per expert and no offsets; use a symmetric scheme.")
     if not 0 < k <= len(router_EH):
         raise ValueError(f"k={k} must lie between 1 and the router's {len(router_EH)} experts.")
-    nearest = quantize(router_EH, scheme)
+    nearest = round_to_nearest(router_EH, scheme)
     x_TH, weight_EH = x_TH.double(), router_EH.double()
     target_TE = x_TH @ weight_EH.T
     scales_CE, codes_CEH = _candidates(weight_EH, x_TH, nearest)

@@ -9,9 +9,10 @@ from torch import Tensor
 from ..bits.calibration import calibrate_routed
 from ..codecs import gptq
 from ..codecs.integer import IntTensor
+from ..codecs.rtn import round_to_nearest
 from ..experts import ExpertStore
 from ..layer import LayerWeights
-from ..quantization import Encoder, QuantizationStep, Seen, dense_weights, encoded, encoder, quantize
+from ..quantization import Encoder, QuantizationStep, Seen, dense_weights, encoded, encoder
 from ..router import seeded_normal
 from ..structure import StructureStep
 from .params import EAQuant, Outliers, RouterQuantization, Smoothing
@@ -46,7 +47,7 @@ def quantized_router(params: RouterQuantization, router_EH: Tensor, x_TH: Tensor
     """Return the router's packed weight, calibrated on ``x_TH`` for top-``k`` where the parameters say so."""
     if params.align:
         return aligned_router(router_EH, x_TH, k, params.scheme()).weight
-    return quantize(router_EH, params.scheme())
+    return round_to_nearest(router_EH, params.scheme())
 
 
 def eaquant(params: EAQuant) -> QuantizationStep:

@@ -1,11 +1,10 @@
-"""Llama-like models in GGUF files: tensors as float32, and the whole model as transformers names it.
+"""A whole GGUF model under transformers' names, decoded to float32. Shape letters: E experts, F width, H hidden.
 
 transformers reads such files too, but needs accelerate and twice the time; a test compares both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,10 @@ import torch
 from torch import Tensor
 
 from ...contracts import MoebenchError
+from ...moe.blocks.gguf import read_dense
+from ...moe.blocks.gguf_file import GgufFile
+from ...moe.blocks.gguf_types import open_file
+from .gguf_config import architecture_of, read_config
 
 NAMES = {
     "attn_norm": "input_layernorm",
@@ -20,73 +23,71 @@ NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
-"""Tensors of one block in GGUF and in transformers."""
+"""Tensors of one block in GGUF and in transformers, whose models hold the experts of a layer in two tensors."""
 
-GLOBAL_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-
-
-def _reader(file: Path) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise MoebenchError("reading a GGUF file needs gguf; run pip install 'moebench[models]'.") from error
-    return GGUFReader(file)
+GLOBAL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 
 
-def read_tensors(file: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Return tensors of the file by GGUF name, dequantized to float32; all of them where no names are given."""
-    from gguf.quants import dequantize
-
-    found = {
-        tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32"))
-        for tensor in _reader(file).tensors
-        if names is None or tensor.name in names
-    }
-    for name in names or ():
-        if name not in found:
-            raise MoebenchError(f"{file} has no tensor '{name}'; fetch the model again.")
-    return found
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """Return the arguments of transformers' LlamaConfig that the file tells."""
-    fields = _reader(file).fields
-    read = {name.removeprefix("llama."): fields[name].contents() for name in fields if name.startswith("llama.")}
-    return {
-        "vocab_size": read["vocab_size"],
-        "hidden_size": read["embedding_length"],
-        "intermediate_size": read["feed_forward_length"],
-        "num_hidden_layers": read["block_count"],
-        "num_attention_heads": read["attention.head_count"],
-        "num_key_value_heads": read["attention.head_count_kv"],
-        "max_position_embeddings": read["context_length"],
-        "rms_norm_eps": read["attention.layer_norm_rms_epsilon"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": read["rope.freq_base"]},
-        "tie_word_embeddings": True,
-    }
-
-
-def as_transformers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a whole model with tied embeddings under transformers' names.
-
-    GGUF keeps the rows of q and k with rotary pairs side by side; transformers wants the two halves of a head apart.
-    """
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+def as_transformers(path: Path) -> dict[str, Tensor]:
+    """Return every tensor of the file under transformers' names, float32; MoebenchError for one that is unknown."""
+    file = open_file(path)
+    config, paired = read_config(file), architecture_of(file).paired
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]} if paired else {}
     state = {}
-    for name, tensor in tensors.items():
+    for name in file.tensors:
         if name in GLOBAL_NAMES:
-            state[GLOBAL_NAMES[name]] = tensor
-            continue
-        _, index, part, _ = name.split(".")
-        state[f"model.layers.{index}.{NAMES[part]}.weight"] = _halves(tensor, heads[part]) if part in heads else tensor
+            state[GLOBAL_NAMES[name]] = read_dense(path, name)
+        elif not name.endswith(".ffn_up_exps.weight"):  # goes with gate
+            own, tensor = _block_tensor(file, name, heads)
+            state[own] = tensor
     return state
 
 
-def _halves(weight: Tensor, heads: int) -> Tensor:
+def _block_tensor(file: GgufFile, name: str, heads: dict[str, int]) -> tuple[str, Tensor]:
+    """Return one tensor of a block and transformers' name for it.
+
+    GGUF keeps rotary pairs of ``heads`` side by side; transformers wants the two halves of a head apart.
+    """
+    parts = name.split(".")
+    if len(parts) != 4 or parts[0] != "blk" or parts[2] not in NAMES or parts[3] not in ("weight", "bias"):
+        raise MoebenchError(f"{file.path} has a tensor '{name}' that is not carried over; use the model's folder.")
+    _, index, part, kind = parts
+    tensor, own = read_dense(file.path, name), f"model.layers.{index}.{NAMES[part]}"
+    if part in heads:
+        tensor = _halves(tensor, heads[part])
+    elif part == "ffn_gate_exps":
+        tensor = torch.cat([tensor, read_dense(file.path, name.replace("gate", "up"))], dim=1)
+    elif part == "ffn_gate_inp_shexp":
+        tensor = tensor.reshape(1, -1)
+    return (own if part in ("ffn_gate_exps", "ffn_down_exps") else f"{own}.{kind}"), tensor
+
+
+def _halves(tensor: Tensor, heads: int) -> Tensor:
     """Return rows (head, pair, side) as (head, side, pair)."""
-    return weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+    return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def transformers_config(path: Path, special: dict[str, Any]) -> Any:
+    """Return transformers' configuration of the file's model; ``special`` are the ids of its tokenizer."""
+    from transformers import AutoConfig
+
+    config = read_config(open_file(path))
+    return AutoConfig.for_model(config.pop("model_type"), **config, **special, dtype="float32")

@@ -88,13 +88,16 @@ class HuggingFaceModel(Recorded):
         return self.folder
 
     def layer(self, index: int) -> LayerWeights:
-        """Return experts [E, 2F, H] and [E, H, F], the router, and the shared expert where there is one.
+        """Return experts [E, 2F, H] and [E, H, F], the router and any shared expert, or the FFN of a dense model.
 
         Fused tensors are mapped; experts that lie one by one are copied together.
         """
         if index not in self.shape.moe_layers:
             raise MoebenchError(f"layer {index} holds no experts; choose among {list(self.shape.moe_layers)}.")
         tensors = self._layer_tensors(index)
+        if not self.shape.experts:
+            gate_FH, up_FH, down_HF = (tensors[f"{part}.weight"] for part in EXPERT_NAMES[0])
+            return LayerWeights(torch.cat([gate_FH, up_FH]), down_HF, activation=self.shape.activation)
         gate_up, down = self._experts(tensors)
         return LayerWeights(
             gate_up,

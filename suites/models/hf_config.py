@@ -71,12 +71,13 @@ def weights_sha256(folder: Path, kinds: Sequence[str] = SAFE) -> str:
     found = {}
     for file in weight_files(folder, kinds):
         stat = file.stat()
-        found[file.name] = _file_sha256(file, stat.st_size, stat.st_mtime_ns)
+        found[file.name] = file_sha256(file, stat.st_size, stat.st_mtime_ns)
     return make_key(found)
 
 
 @cache
-def _file_sha256(file: Path, size: int, mtime_ns: int) -> str:
+def file_sha256(file: Path, size: int, mtime_ns: int) -> str:
+    """Return the sha256 of a file's content, read once as long as its size and its time are these."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

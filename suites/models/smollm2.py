@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
+from ...moe.blocks.gguf import read_dense
 from ...moe.layer import LayerWeights
 from ..model_plugins import SMOLLM2_GGUF_SHA256, SmolLM2
 from .cache import make_once
 from .fetch import Progress
-from .gguf_llama import read_tensors
 from .recorded import Recorded, to_stderr
 from .tensors import read_checked, save_checked
 
@@ -56,9 +56,9 @@ class SmolLM2Model(Recorded):
 
 
 def _save_ffn(gguf_file: Path, index: int, target: Path) -> None:
-    names = [f"blk.{index}.ffn_{part}.weight" for part in ("gate", "up", "down")]
-    tensors = read_tensors(gguf_file, names)
-    gate_FH, up_FH, down_HF = (tensors[name] for name in names)
+    gate_FH, up_FH, down_HF = (
+        read_dense(gguf_file, f"blk.{index}.ffn_{part}.weight") for part in ("gate", "up", "down")
+    )
     save_checked({"gate_up": torch.cat([gate_FH, up_FH]), "down": down_HF}, target)
 
 

@@ -1,4 +1,4 @@
-"""What is done once with a whole language model, in a process of its own: converting SmolLM2, and recording.
+"""What is done once with a whole language model, in a process of its own: converting a GGUF file, and recording.
 
 ``python -m moebench.suites.models.smollm2_jobs convert GGUF FOLDER THREADS`` and ``record MODEL FOLDER THREADS``.
 Shape letters: T tokens, H hidden.
@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...contracts import MoebenchError
+from ...moe.blocks.gguf_types import open_file
 from ..model_plugins import RECORDED_TOKENS
 from ..text import Text, calibration_text, evaluation_text
 from .cache import make_once
-from .gguf_llama import as_transformers, read_config, read_tensors
+from .gguf_config import check_whole
+from .gguf_llama import as_transformers, transformers_config
 from .recorded import WINDOW
 from .tensors import save_checked
 
@@ -49,16 +51,20 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 def convert(gguf_file: Path, folder: Path) -> None:
     """Write the whole model as a transformers folder: float32 weights, configuration, tokenizer."""
-    from transformers import AutoTokenizer, LlamaConfig
+    from transformers import AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
-    print("smollm2: converting the GGUF file to safetensors (once)", flush=True)
-    config = read_config(gguf_file)
+    check_whole(open_file(gguf_file))
+    print(f"{gguf_file.name}: converting the GGUF file to safetensors (once)", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = transformers_config(
+        gguf_file, {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    )
+    config.architectures = [CLASSES[config.model_type]]
     folder.mkdir()
-    LlamaConfig(**config, **special, architectures=["LlamaForCausalLM"], dtype="float32").save_pretrained(folder)
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file(as_transformers(read_tensors(gguf_file), config), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(as_transformers(gguf_file), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def record(model_folder: Path, folder: Path, calibration_tokens: int) -> None:

@@ -87,10 +87,11 @@ def distillation_loss(student: Any, teacher: Any, ids_BT: Tensor) -> Tensor:
     """Return KL(teacher || student) in nats per token; no gradient goes to the teacher."""
     with torch.no_grad():
         wanted_NV = log_probabilities(teacher, ids_BT)
-    return _divergence(log_probabilities(student, ids_BT), wanted_NV)
+    return divergence(log_probabilities(student, ids_BT), wanted_NV)
 
 
-def _divergence(found_NV: Tensor, wanted_NV: Tensor) -> Tensor:
+def divergence(found_NV: Tensor, wanted_NV: Tensor) -> Tensor:
+    """Return KL(wanted || found) in nats, the mean over rows of log-probabilities [N, V]."""
     return F.kl_div(found_NV, wanted_NV, reduction="batchmean", log_target=True)
 
 
@@ -137,7 +138,7 @@ def _at_half(student: Any, teacher: Any, ids_BT: Tensor) -> dict[int, tuple[Tens
         for layer in gates(student):
             handle = ffn_of(student.model.layers[layer]).experts.register_forward_hook(hook(layer))
             stack.callback(handle.remove)
-        loss = _divergence(log_probabilities(student, ids_BT), wanted_NV)
+        loss = divergence(log_probabilities(student, ids_BT), wanted_NV)
         slopes = torch.autograd.grad(loss, [scaled_TH for _, scaled_TH in caught.values()])
     found = {}
     for (layer, (inputs, _)), slope_TH in zip(caught.items(), slopes, strict=True):

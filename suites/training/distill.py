@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ...contracts import make_key
@@ -26,17 +27,19 @@ from .trainer import Trainer
 
 @dataclass(frozen=True)
 class Stage:
-    """Compress the experts, then distil for ``steps`` steps.
+    """Compress the experts, then train for ``steps`` steps.
 
     ``width`` is how many channels each expert keeps, ``experts`` how many experts stay; None keeps all. Channels go by
     the Taylor term of the distillation loss, by ``magnitude`` or at ``random``; experts go by the tokens that they
-    get, or at ``random``.
+    get, or at ``random``. The loss is the divergence from the ``teacher``, or as a control that of the ``text`` alone:
+    its next tokens, as the teacher was trained.
     """
 
     steps: int
     width: int | None = None
     experts: int | None = None
     by: Literal["taylor", "magnitude", "random"] = "taylor"
+    loss: Literal["teacher", "text"] = "teacher"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -58,23 +61,32 @@ class Text:
 
 
 class DistillationTask(LanguageModelTask):
-    """The student of a teacher: the loss is KL(teacher || student) of the next token, in nats."""
+    """The student of a teacher: the loss is KL(teacher || student) of the next token, in nats, or that of the text."""
 
-    def __init__(self, student: Any, teacher: Any, text: Text, seed: int, device: str = "cpu") -> None:
+    def __init__(
+        self, student: Any, teacher: Any, text: Text, seed: int, device: str = "cpu", by: str = "teacher"
+    ) -> None:
         super().__init__(student, text.ids_N, text.held_out, text.batch, text.end, seed, device)
-        self.teacher = teacher.to(device).eval()
+        self.teacher, self.by = teacher.to(device).eval(), by
 
     def loss(self, batch: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return the divergence of a batch."""
+        """Return the divergence of a batch, or its cross-entropy and balance."""
+        if self.by == "text":
+            return super().loss(batch)
         loss = distillation_loss(self.model, self.teacher, batch)
         self._routed.clear()
         return loss, {"kl": loss}
 
     def evaluate(self) -> Mapping[str, float]:
         """Return bits per byte and the divergence in nats per token, of the held-out windows."""
-        ids_BT = self.held_out.ids_BT.to(self.device)
-        parts = [float(distillation_loss(self.model, self.teacher, ids_T[None])) for ids_T in ids_BT]
-        return {**super().evaluate(), "kl": sum(parts) / len(parts)}
+        return {**super().evaluate(), "kl": held_out_divergence(self.model, self.teacher, self.held_out, self.device)}
+
+
+@torch.no_grad()
+def held_out_divergence(student: Any, teacher: Any, held_out: Windows, device: str) -> float:
+    """Return KL(teacher || student) in nats per token, the mean over windows of one length."""
+    parts = [float(distillation_loss(student, teacher, ids_T[None])) for ids_T in held_out.ids_BT.to(device)]
+    return sum(parts) / len(parts)
 
 
 @dataclass(frozen=True)
@@ -103,17 +115,32 @@ def distil(
     if not stages:
         raise ValueError("distillation got no stage; give at least one.")
     student, trainers = teacher, []
-    for number, stage in enumerate(stages):
-        seed = substream(settings.seed, "distillation", number)
-        student = compressed(student, teacher, stage, text, seed)
-        own = replace(settings, steps=stage.steps, warmup=min(settings.warmup, stage.steps), seed=seed)
-        task = DistillationTask(student, teacher, text, seed, device)
-        known = make_key([identity, list(stages[: number + 1])])
-        trainer = Trainer(task, own, folder / f"stage-{number}", known, device)
-        trainer.advance(stage.steps)
-        student.eval()
+    for number in range(len(stages)):
+        student, trainer = distilled(student, teacher, text, stages[: number + 1], settings, folder, identity, device)
         trainers.append(trainer)
     return Distilled(student, tuple(trainers))
+
+
+def distilled(
+    student: Any,
+    teacher: Any,
+    text: Text,
+    stages: Sequence[Stage],
+    settings: Settings,
+    folder: Path,
+    identity: str,
+    device: str = "cpu",
+) -> tuple[Any, Trainer]:
+    """Return the student after the last of ``stages``, of which it has the others behind it, and its training."""
+    stage, number = stages[-1], len(stages) - 1
+    seed = substream(settings.seed, "distillation", number)
+    student = compressed(student, teacher, stage, text, seed)
+    own = replace(settings, steps=stage.steps, warmup=min(settings.warmup, stage.steps), seed=seed)
+    task = DistillationTask(student, teacher, text, seed, device, stage.loss)
+    trainer = Trainer(task, own, folder / f"stage-{number}", make_key([identity, list(stages)]), device)
+    trainer.advance(stage.steps)
+    student.eval()
+    return student, trainer
 
 
 def compressed(student: Any, teacher: Any, stage: Stage, text: Text, seed: int) -> Any:

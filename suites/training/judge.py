@@ -27,14 +27,34 @@ PRUNED = 0.25
 class Judgement:
     """Bits per byte of a model and of 3-grams of its tokens and of bytes, over ``tokens`` predicted tokens.
 
-    ``information``, that of the ``untrained`` model, and ``loads`` (shares of the assignments) are by layer: a router
-    of random weights knows tokens apart, too, so it is above the untrained one that training shows.
+    ``experts`` is what is known of these, None of a dense model.
     """
 
     bits_per_byte: float
     token_trigram: float
     byte_trigram: float
     tokens: int
+    experts: Specialisation | None
+
+    def metrics(self) -> list[Metric]:
+        """Return all figures; those of layers as means over layers."""
+        names = ("bits_per_byte", "token_trigram", "byte_trigram")
+        own = [Metric(name, getattr(self, name), "bit/byte", n=self.tokens) for name in names]
+        return own if self.experts is None else [*own, *self.experts.metrics()]
+
+    def series(self) -> list[Series]:
+        """Return what is known of each layer."""
+        return [] if self.experts is None else self.experts.series()
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """Whether experts have different work, and what the busiest are worth.
+
+    ``information``, that of the ``untrained`` model, and ``loads`` (shares of the assignments) are by layer: a router
+    of random weights knows tokens apart, too, so it is above the untrained one that training shows.
+    """
+
     information: Mapping[int, Information]
     untrained: Mapping[int, Information]
     loads: Mapping[int, tuple[float, ...]]
@@ -46,10 +66,6 @@ class Judgement:
         mean = sum(cut.random) / len(cut.random)
         harm = {"busiest": cut.busiest - cut.whole, "random": mean - cut.whole}
         return [
-            *(
-                Metric(name, getattr(self, name), "bit/byte", n=self.tokens)
-                for name in ("bits_per_byte", "token_trigram", "byte_trigram")
-            ),
             Metric("routing_information", sum(one.bits for one in layers) / len(layers), "bit"),
             Metric("routing_information_untrained", sum(one.bits for one in before) / len(before), "bit"),
             Metric("routing_information_shuffled", sum(one.shuffled_mean for one in layers) / len(layers), "bit"),
@@ -73,6 +89,15 @@ def judge(
     model: Any, untrained: Any, tokenizer: Any, ids_N: Tensor, judged: Windows, watched: Windows, seed: int
 ) -> Judgement:
     """Judge a model that was trained on ``ids_N``; experts are pruned on the windows ``watched`` alone."""
+    found = specialisation(model, untrained, tokenizer, judged, watched, seed) if gates(model) else None
+    trigrams = trigram_bits(tokenizer, ids_N, judged)
+    return Judgement(bits_per_byte(model, judged), *trigrams, tokens=judged.ids_BT[:, 1:].numel(), experts=found)
+
+
+def specialisation(
+    model: Any, untrained: Any, tokenizer: Any, judged: Windows, watched: Windows, seed: int
+) -> Specialisation:
+    """Return what routing knows of ``judged`` tokens, and what the experts are worth on the windows ``watched``."""
     experts = next(iter(gates(model).values())).num_experts
     routed, before = (routes(one, judged.ids_BT[:, :-1]) for one in (model, untrained))
     class_T = classes_of(tokenizer, judged.ids_BT[:, :-1].flatten())
@@ -84,10 +109,7 @@ def judge(
         for by_layer in (routed, before)
     )
     counts = {layer: torch.bincount(one_TK.flatten(), minlength=experts) for layer, one_TK in routed.items()}
-    return Judgement(
-        bits_per_byte(model, judged),
-        *trigram_bits(tokenizer, ids_N, judged),
-        tokens=judged.ids_BT[:, 1:].numel(),
+    return Specialisation(
         information=told,
         untrained=told_before,
         loads={layer: tuple((count_E / count_E.sum()).tolist()) for layer, count_E in counts.items()},

@@ -32,9 +32,9 @@ class Windows:
 
 
 class LanguageModelTask:
-    """A causal language model with routers named ``gate``; every second window of a batch begins with ``end``.
+    """A causal language model whose routers, if it has any, are named ``gate``.
 
-    The others begin in the midst of text, so that the model is used to both.
+    Every second window of a batch begins with ``end``, the others in the midst of text: the model is used to both.
     """
 
     def __init__(
@@ -54,9 +54,11 @@ class LanguageModelTask:
         return windows_at(self.ids_N, shape, self.end, substream(self.seed, "batch", step)).to(self.device)
 
     def loss(self, batch: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return cross-entropy plus balance, and both by name."""
+        """Return cross-entropy plus balance, and both by name; a dense model has no balance."""
         self._routed.clear()
         loss = nll(self.model, batch).mean()
+        if not self._routed:
+            return loss, {"loss": loss}
         balance = torch.stack([total(routing, None, BALANCE) for routing in self._routings()]).mean()
         self._routed.clear()
         return loss + balance, {"loss": loss, "balance": balance / BALANCE[0].coefficient}

@@ -1,6 +1,7 @@
-"""``tinymoe``: what it is trained on and how it is judged, kept in the cache as a transformers folder with a manifest.
+"""``tinymoe`` and ``tinydense``: what they are trained on and how they are judged, kept in the cache as
+transformers folders with a manifest.
 
-``<cache>/models/tinymoe/<key>/model`` has config.json, safetensors, the tokenizer and manifest.json. Shape letters:
+``<cache>/models/<name>/<key>/model`` has config.json, safetensors, the tokenizer and manifest.json. Shape letters:
 N tokens, B windows, T tokens of one window.
 """
 
@@ -119,4 +120,4 @@ def prepare(params: TinyMoE, device: str) -> TinyMoEJob:
 
 def build(params: TinyMoE) -> HuggingFaceModel:
     """Return the trained model as a source of layers."""
-    return HuggingFaceModel(params, "tinymoe")
+    return HuggingFaceModel(params, params.name)

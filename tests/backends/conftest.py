@@ -12,10 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moebench.contracts import LayerSpec, Refusal, Registry, SparsitySpec
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import Constants, ExpertStore, Sparsity
 from moebench.moe.fold import Folded, fold_store
-from moebench.moe.oracle import Gradients, compare, reference, reference_gradients
-from moebench.moe.quantization import quantize
+from moebench.moe.oracle import compare, reference
+from moebench.moe.oracle_gradients import Gradients, reference_gradients
 from moebench.moe.routing import Routing
 
 HIDDEN, WIDTH, EXPERTS = 32, 32, 6
@@ -93,8 +94,8 @@ def store(seed=0, dtype=torch.float32, scheme=None, sparsity=None, activation="s
         gate_C2H = torch.randn(number, 2, HIDDEN, generator=generator) / HIDDEN**0.5
         constants = Constants(gate_C2H.to(dtype), torch.randn(number, HIDDEN, generator=generator).to(dtype))
     if scheme is not None:
-        gate_up = tuple(quantize(weight, scheme) for weight in gate_up)
-        down = tuple(quantize(weight, scheme) for weight in down)
+        gate_up = tuple(round_to_nearest(weight, scheme) for weight in gate_up)
+        down = tuple(round_to_nearest(weight, scheme) for weight in down)
     return ExpertStore(gate_up, down, some_kinds, activation, gated, constants, sparsity)
 
 

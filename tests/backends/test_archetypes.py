@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from moebench.contracts import LayerSpec, Refusal, Registry, Scheme
-from moebench.moe.oracle import compare, compare_gradients, reference
+from moebench.moe.oracle import compare, reference
+from moebench.moe.oracle_gradients import compare_gradients
 from moebench.moe.routing import Routing
 
 REGISTRY = Registry.load()

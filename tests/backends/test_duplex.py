@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from moebench.backends import duplex
 from moebench.backends.crossover import ROUNDS, Split, crossover, is_faster, split
 from moebench.contracts import MoebenchError, Scheme
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.oracle import compare, reference
-from moebench.moe.quantization import quantize
 
 INT8, INT4 = Scheme("rtn", 8.0), Scheme("rtn", 4.0, 32, symmetric=False)
 ARCHETYPES = ("dynamic_k", "empty", "hot", "signed", "dropped")
@@ -33,7 +33,9 @@ layers = given(
 def mixture(lab, schemes, seed=0, sparsity=None):
     dense = lab.store(seed, torch.bfloat16)
     rounded = {
-        name: tuple(quantize(weight, scheme) for weight, scheme in zip(getattr(dense, name), schemes, strict=True))
+        name: tuple(
+            round_to_nearest(weight, scheme) for weight, scheme in zip(getattr(dense, name), schemes, strict=True)
+        )
         for name in ("gate_up", "down")
     }
     return dataclasses.replace(dense, sparsity=sparsity, **rounded)

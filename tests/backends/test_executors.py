@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from moebench.backends.batched import BatchedExecutor, pair_bytes
 from moebench.backends.compiled import Compiled
 from moebench.contracts import MoebenchError, Scheme, Selection
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import ExpertStore
 from moebench.moe.oracle import compare, reference
-from moebench.moe.quantization import quantize
 from moebench.moe.router import select
 from moebench.moe.routing import Routing
 
@@ -118,7 +118,9 @@ def test_verify_fails_when_one_expert_is_perturbed(lab, name):
     bad = lab.store(0, dtype)
     bad.down[2].mul_(1.25)
     if scheme is not None:
-        bad = ExpertStore(good.gate_up, [*good.down[:2], quantize(bad.down[2], scheme), *good.down[3:]], good.kinds)
+        bad = ExpertStore(
+            good.gate_up, [*good.down[:2], round_to_nearest(bad.down[2], scheme), *good.down[3:]], good.kinds
+        )
     x_TH, routing = lab.tokens(17, dtype), lab.routing("dynamic_k", 17, 0)
     expected = reference(good, routing, x_TH)
     for store, ok in ((good, True), (bad, False)):

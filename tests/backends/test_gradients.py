@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moebench.contracts import MoebenchError
-from moebench.moe.oracle import Gradients, compare_gradients
+from moebench.moe.oracle_gradients import Gradients, compare_gradients
 
 BACKWARD = ("reference", "eager", "grouped")
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from moebench.backends import reference as reference_backend
 from moebench.contracts import Refusal, Scheme
 from moebench.moe.experts import ExpertStore
-from moebench.moe.oracle import Gradients, compare, compare_gradients, reference, reference_gradients
+from moebench.moe.oracle import compare, reference
+from moebench.moe.oracle_gradients import Gradients, compare_gradients, reference_gradients
 
 ARCHETYPES = ("dynamic_k", "empty", "hot", "signed", "dropped")
 GATHERING, ATTENDING = ("reference", "batched"), ("reference",)
@@ -164,10 +165,10 @@ def test_attentions_agree_with_the_oracle(lab, name, dtype, archetype, count, bo
 
 @pytest.mark.parametrize("name", ATTENDING)
 def test_attentions_in_codes(lab, name):
-    from moebench.moe.quantization import quantize
+    from moebench.moe.codecs.rtn import round_to_nearest
 
     plain = attentions(lab)
-    weights = [[quantize(w, Scheme("rtn", 8.0)) for w in part] for part in (plain.gate_up, plain.down)]
+    weights = [[round_to_nearest(w, Scheme("rtn", 8.0)) for w in part] for part in (plain.gate_up, plain.down)]
     store = ExpertStore(*weights, plain.kinds, heads=HEADS)
     check(lab, name, store, torch.float32, "dynamic_k", 17, "topk", 4)
 

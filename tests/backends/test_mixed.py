@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moebench.backends.packed import MATMULS
 from moebench.contracts import Execution, MoebenchError, Refusal, Scheme
-from moebench.moe.quantization import quantize
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.routing import Routing
 
 INT8 = Scheme("rtn", 8.0)
@@ -28,7 +28,9 @@ def mixture(lab, schemes, some_kinds=("ffn",) * 6, seed=0):
     """A store whose experts that own weights are quantized each by its own scheme."""
     dense = lab.store(seed, torch.bfloat16, some_kinds=some_kinds)
     rounded = {
-        name: tuple(quantize(weight, scheme) for weight, scheme in zip(getattr(dense, name), schemes, strict=True))
+        name: tuple(
+            round_to_nearest(weight, scheme) for weight, scheme in zip(getattr(dense, name), schemes, strict=True)
+        )
         for name in ("gate_up", "down")
     }
     return dataclasses.replace(dense, **rounded)

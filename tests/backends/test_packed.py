@@ -6,7 +6,7 @@ import torch
 from moebench.backends.packed import MATMULS
 from moebench.backends.packing import pack
 from moebench.contracts import MoebenchError, Scheme
-from moebench.moe.quantization import quantize
+from moebench.moe.codecs.rtn import round_to_nearest
 
 SCHEMES = [
     Scheme("rtn", 8.0),
@@ -18,7 +18,7 @@ SCHEMES = [
 @pytest.mark.parametrize("count", [1, 3, 17])
 def test_a_packed_product_is_the_product_with_the_dequantized_matrix(lab, scheme, count):
     generator = torch.Generator().manual_seed(count)
-    weight = quantize(torch.randn(48, 256, generator=generator), scheme)
+    weight = round_to_nearest(torch.randn(48, 256, generator=generator), scheme)
     x_TI = torch.randn(count, 256, generator=generator).bfloat16()
     store = lab.store(0, torch.bfloat16, Scheme("rtn", 8.0))
     product = lab.executor("packed", store, lab.spec(store, "bfloat16")).product
@@ -55,4 +55,4 @@ def test_packed_weights_are_as_small_as_they_say(lab):
 
 def test_float32_scales_are_refused(lab):
     with pytest.raises(MoebenchError, match="quantize with bfloat16 scales"):
-        pack(quantize(torch.randn(32, 32), Scheme("rtn", 8.0), torch.float32))
+        pack(round_to_nearest(torch.randn(32, 32), Scheme("rtn", 8.0), torch.float32))

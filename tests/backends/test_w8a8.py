@@ -11,9 +11,10 @@ from moebench.backends.packed import MATMULS
 from moebench.backends.packing import pack
 from moebench.contracts import Execution, MoebenchError, Refusal, Scheme
 from moebench.moe import token_params
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import expert_forward
 from moebench.moe.oracle import compare, reference
-from moebench.moe.quantization import coded, quantize
+from moebench.moe.quantization import coded
 from moebench.moe.token_codes import exact_tokens, near_ties, rounded_tokens, token_codes
 
 INT8, W8A8, W4A4 = Scheme("rtn", 8.0), Scheme("rtn", 8.0, act_bits=8), Scheme("rtn", 4.0, 32, act_bits=4)
@@ -96,7 +97,7 @@ def test_integers_are_multiplied_and_summed_exactly(lab, count, inputs, outputs)
     generator = torch.Generator().manual_seed(count)
     x_TI = torch.randint(-127, 128, (count, inputs), generator=generator)
     x_TI[:, 0] = 127  # the scale of every token is 1
-    weight = quantize(normal(outputs, inputs, seed=count), W8A8)
+    weight = round_to_nearest(normal(outputs, inputs, seed=count), W8A8)
     weight = dataclasses.replace(weight, codes=torch.full_like(weight.codes, 127) if count == 2 else weight.codes)
     store = lab.store(0, torch.bfloat16, W8A8)
     product = lab.executor("packed", store, lab.spec(store, "float32")).product
@@ -107,7 +108,7 @@ def test_integers_are_multiplied_and_summed_exactly(lab, count, inputs, outputs)
 
 
 def test_one_token_of_any_strides_is_multiplied_right(lab):
-    x_TI, weight = normal(1, 32), quantize(normal(16, 32, seed=1), W8A8)
+    x_TI, weight = normal(1, 32), round_to_nearest(normal(16, 32, seed=1), W8A8)
     store = lab.store(0, torch.bfloat16, W8A8)
     product = lab.executor("packed", store, lab.spec(store, "float32")).product
     expected = product(x_TI, pack(weight))
@@ -118,7 +119,7 @@ def test_one_token_of_any_strides_is_multiplied_right(lab):
 @relaxed
 @given(dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**20))
 def test_a_product_is_that_of_the_rounded_tokens_with_the_dequantized_matrix(lab, dtype, seed):
-    x_TI, weight = normal(9, 256, seed=seed).to(dtype), quantize(normal(48, 256, seed=seed + 1), W8A8)
+    x_TI, weight = normal(9, 256, seed=seed).to(dtype), round_to_nearest(normal(48, 256, seed=seed + 1), W8A8)
     store = lab.store(0, torch.bfloat16, W8A8)
     product = lab.executor("packed", store, lab.spec(store, "float32")).product
     expected = exact_tokens(x_TI, 8) @ weight.dequantize().double().T
@@ -170,7 +171,7 @@ def test_the_oracle_tells_rounded_tokens_from_tokens_as_they_are(lab, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_oracle_fails_a_perturbed_expert(lab, dtype):
     good = lab.store(0, dtype, W8A8)
-    down = quantize(good.down[2].dequantize() * 1.25, W8A8)
+    down = round_to_nearest(good.down[2].dequantize() * 1.25, W8A8)
     bad = dataclasses.replace(good, down=(*good.down[:2], down, *good.down[3:]))
     x_TH, routing = lab.tokens(17, dtype), lab.routing("dynamic_k", 17, 0)
     expected = reference(good, routing, x_TH)

@@ -6,7 +6,7 @@ import torch
 from moebench.backends.packing import pack
 from moebench.contracts import Scheme
 from moebench.moe.codecs.packing import pack_codes
-from moebench.moe.quantization import quantize
+from moebench.moe.codecs.rtn import round_to_nearest
 
 SCHEMES = {
     "int8": Scheme("rtn", 8.0),
@@ -21,8 +21,11 @@ of_products = pytest.mark.parametrize("scheme", [s for s in SCHEMES.values() if 
 @by_scheme
 def test_quantize(benchmark, layer, scheme):
     weight = layer.normal(256, 256)
-    codes, scales = benchmark(lambda: vars(quantize(weight, scheme))["codes"]), quantize(weight, scheme).scales
-    made = quantize(weight, scheme)
+    codes, scales = (
+        benchmark(lambda: vars(round_to_nearest(weight, scheme))["codes"]),
+        round_to_nearest(weight, scheme).scales,
+    )
+    made = round_to_nearest(weight, scheme)
     assert torch.equal(codes, made.codes)
     step = scales.float().repeat_interleave(256 // scales.shape[1], dim=1)
     assert ((made.dequantize() - weight).abs() <= step).all()
@@ -30,7 +33,7 @@ def test_quantize(benchmark, layer, scheme):
 
 @by_scheme
 def test_dequantize(benchmark, layer, scheme):
-    made = quantize(layer.normal(256, 256), scheme)
+    made = round_to_nearest(layer.normal(256, 256), scheme)
     dense = benchmark(made.dequantize)
     codes = made.unpack().double() - made.offset
     group = 256 // made.scales.shape[1]
@@ -50,7 +53,7 @@ def test_pack_codes(benchmark, layer):
 @pytest.mark.parametrize("tokens", [1, 64])
 @of_products
 def test_packed_product(benchmark, layer, scheme, tokens):
-    weight = quantize(layer.normal(256, 256), scheme)
+    weight = round_to_nearest(layer.normal(256, 256), scheme)
     x_TI = layer.normal(tokens, 256, seed=tokens).bfloat16()
     store = layer.store(torch.bfloat16, SCHEMES["int8"])
     y_TO = benchmark(layer.executor("packed", store, "bfloat16").product, x_TI, pack(weight))

@@ -12,8 +12,8 @@ import torch
 
 from moebench.backends.plugins import DESCRIPTORS
 from moebench.contracts import LayerSpec, Refusal, Selection
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import ExpertStore
-from moebench.moe.quantization import quantize
 from moebench.moe.router import select
 from moebench.moe.routing import Routing
 
@@ -37,7 +37,7 @@ def store(dtype=torch.float32, scheme=None):
     gate_up = (normal(EXPERTS, 2 * WIDTH, HIDDEN, seed=1) / HIDDEN**0.5).to(dtype)
     down = (normal(EXPERTS, HIDDEN, WIDTH, seed=2) / WIDTH**0.5).to(dtype)
     if scheme is not None:
-        gate_up, down = (tuple(quantize(weight, scheme) for weight in stacked) for stacked in (gate_up, down))
+        gate_up, down = (tuple(round_to_nearest(weight, scheme) for weight in stacked) for stacked in (gate_up, down))
     return ExpertStore(gate_up, down, ("ffn",) * EXPERTS)
 
 

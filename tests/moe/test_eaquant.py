@@ -11,10 +11,10 @@ from moebench.contracts import MoebenchError, Registry, Scheme, Selection
 from moebench.moe.bits.calibration import calibrate_routed
 from moebench.moe.codecs import gptq
 from moebench.moe.codecs.integer_params import Gptq
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import LayerWeights, SharedExpert, moe_forward, route
 from moebench.moe.oracle import compare, reference
-from moebench.moe.quantization import quantize
 from moebench.moe.recipe import Recipe, Stage, prepare_layer
 from moebench.moe.routing import Context, Routing
 from moebench.moe.routing_metrics.agreement import agreement_per_token
@@ -188,7 +188,7 @@ def test_a_forward_pass_is_what_the_oracle_says_of_the_rescaled_inputs(codec, dt
 
 def test_a_rounded_gate_scores_by_its_codes_and_is_counted_as_packed():
     layer, plain = prepared({"router": 4, "smoothing": "none", "align": False}), prepared()
-    code = quantize(layer_weights().router_EH.double(), Scheme("rtn", 4.0, None, True))
+    code = round_to_nearest(layer_weights().router_EH.double(), Scheme("rtn", 4.0, None, True))
     assert torch.equal(layer.router.scorer.weight_EH, code.dequantize())
     assert layer.router_nbytes == code.nbytes == E * (H // 2 + 2)
     assert plain.router_nbytes == E * H * 4

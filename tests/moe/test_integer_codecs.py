@@ -18,8 +18,8 @@ from moebench.moe.codecs.grid import Grid, in_groups
 from moebench.moe.codecs.integer import IntTensor
 from moebench.moe.codecs.integer_params import Awq, Gptq, Hqq, Rtn
 from moebench.moe.codecs.packing import pack_codes, unpack_codes
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import QTensor
-from moebench.moe.quantization import quantize
 
 BF16_ROUNDING = 2.0**-8
 FLOAT32_SLACK = 2.0**-20
@@ -129,7 +129,7 @@ def test_linear_is_the_product_with_the_dequantized_weights():
 @given(st.sampled_from([2.0, 4.0, 8.0]), groups, st.booleans(), seeds)
 def test_the_settings_int8_int4_and_int2_are_rtn(bits, group, symmetric, seed):
     scheme, weight = Scheme("rtn", bits, group, symmetric), make_weights(seed)
-    assert same_bytes(quantize(weight, scheme), rtn.encode(weight, scheme))
+    assert same_bytes(round_to_nearest(weight, scheme), rtn.encode(weight, scheme))
 
 
 @settings(deadline=None, max_examples=100)
@@ -546,3 +546,11 @@ def test_parameters_import_no_torch():
     code = "import sys, moebench.moe.codecs.integer_params\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("codec", ["gptq", "awq"])
+def test_statistics_without_second_moments_are_refused_by_those_that_read_them(codec):
+    full = make_stats(make_inputs())
+    bare = ChannelStats(None, full.absmax_I, full.mean_abs_I, full.tokens, full.weight)
+    with pytest.raises(ValueError, match=rf"{codec} needs the second moment .* calibrate with moments=True"):
+        {"gptq": gptq, "awq": awq}[codec].encode(make_weights(), {"gptq": Gptq, "awq": Awq}[codec](3, None), bare)

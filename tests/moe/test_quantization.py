@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from moebench.contracts import Scheme
 from moebench.moe.codecs.integer import IntTensor
 from moebench.moe.codecs.packing import pack_codes
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import ExpertStore, QTensor
 from moebench.moe.plugins import Int2, Int4, Int8, NoQuantization
-from moebench.moe.quantization import coded, keep, quantize
+from moebench.moe.quantization import coded, keep
 
 BF16_ROUNDING = 2.0**-8
 FLOAT32_SLACK = 2.0**-20
@@ -44,7 +45,7 @@ def relative_error(tensor, weight):
 @settings(deadline=None, max_examples=150)
 @given(matrices, schemes)
 def test_error_is_half_a_step_plus_what_bfloat16_cuts_off(weight, scheme):
-    tensor = quantize(weight, scheme)
+    tensor = round_to_nearest(weight, scheme)
     step = per_weight(tensor.scales, 8)
     zero = torch.zeros_like(step) if tensor.zeros is None else per_weight(tensor.zeros, 8)
     top = 2 ** (scheme.bits - 1)
@@ -57,7 +58,7 @@ def test_error_is_half_a_step_plus_what_bfloat16_cuts_off(weight, scheme):
 @given(matrices, st.sampled_from([2, 4, 8, None]), st.booleans())
 def test_four_bits_stay_within_half_a_step_where_a_group_holds_zero(weight, group, symmetric):
     weight[:, ::2] = 0
-    tensor = quantize(weight, Scheme("rtn", 4.0, group, symmetric))
+    tensor = round_to_nearest(weight, Scheme("rtn", 4.0, group, symmetric))
     error = (tensor.dequantize() - weight).abs()
     assert (error <= per_weight(tensor.scales, 8) * (0.5 + 2.0**-15)).all()
 
@@ -65,7 +66,7 @@ def test_four_bits_stay_within_half_a_step_where_a_group_holds_zero(weight, grou
 @settings(deadline=None, max_examples=100)
 @given(matrices, schemes)
 def test_dequantize_is_code_times_scale_plus_zero(weight, scheme):
-    tensor = quantize(weight, scheme)
+    tensor = round_to_nearest(weight, scheme)
     codes = tensor.unpack()
     assert codes.dtype == torch.int32
     if scheme.bits < 8:
@@ -85,8 +86,8 @@ def test_dequantize_is_code_times_scale_plus_zero(weight, scheme):
 @given(matrices, st.sampled_from([2.0, 4.0, 8.0]), st.sampled_from([2, 4, 8, None]))
 def test_symmetric_quantization_of_the_result_changes_nothing(weight, bits, group):
     scheme = Scheme("rtn", bits, group, True)
-    once = quantize(weight, scheme)
-    twice = quantize(once.dequantize(), scheme)
+    once = round_to_nearest(weight, scheme)
+    twice = round_to_nearest(once.dequantize(), scheme)
     assert torch.equal(once.codes, twice.codes)
     assert torch.equal(once.scales, twice.scales)
 
@@ -96,8 +97,8 @@ def test_symmetric_quantization_of_the_result_changes_nothing(weight, bits, grou
 def test_asymmetric_four_bits_of_the_result_change_nothing_but_the_last_digits_of_the_offset(weight, group):
     weight[:, ::2] = 0
     scheme = Scheme("rtn", 4.0, group, False)
-    once = quantize(weight, scheme)
-    twice = quantize(once.dequantize(), scheme)
+    once = round_to_nearest(weight, scheme)
+    twice = round_to_nearest(once.dequantize(), scheme)
     assert torch.equal(once.codes, twice.codes)
     assert torch.equal(once.scales, twice.scales)
     assert ((once.zeros - twice.zeros).abs().float() <= FLOAT32_SLACK * once.scales.float()).all()
@@ -132,7 +133,7 @@ def test_the_first_code_lies_lowest_in_a_byte():
     ],
 )
 def test_nbytes_is_codes_scales_and_zeros(scheme, bytes_):
-    tensor = quantize(torch.randn(6, 64, generator=torch.Generator().manual_seed(0)), scheme)
+    tensor = round_to_nearest(torch.randn(6, 64, generator=torch.Generator().manual_seed(0)), scheme)
     assert tensor.nbytes == bytes_
     stored = [tensor.codes, tensor.scales] + ([] if tensor.zeros is None else [tensor.zeros])
     assert sum(t.untyped_storage().nbytes() for t in stored) == bytes_
@@ -143,7 +144,7 @@ def test_nbytes_is_codes_scales_and_zeros(scheme, bytes_):
 def test_a_group_of_zeros_is_exact(scheme):
     weight = torch.zeros(2, 8)
     weight[1] = torch.arange(8) - 3.5
-    assert torch.count_nonzero(quantize(weight, scheme).dequantize()[0]) == 0
+    assert torch.count_nonzero(round_to_nearest(weight, scheme).dequantize()[0]) == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -152,17 +153,12 @@ def test_weights_that_are_not_finite_are_refused(bad, symmetric):
     weight = torch.ones(2, 8)
     weight[1, 3] = bad
     with pytest.raises(ValueError, match="NaN or infinity"):
-        quantize(weight, Scheme("rtn", 4.0, 4, symmetric))
-
-
-def test_other_bit_widths_are_refused():
-    with pytest.raises(ValueError, match="3 bits cannot be packed; use 2, 4 or 8"):
-        quantize(torch.ones(2, 8), Scheme("rtn", 3.0))
+        round_to_nearest(weight, Scheme("rtn", 4.0, 4, symmetric))
 
 
 def test_group_that_does_not_divide_names_groups_that_do():
     with pytest.raises(ValueError, match="group=128 does not divide the input width 576; use 72, 96, 144, 192") as info:
-        quantize(torch.ones(2, 576), Scheme("rtn", 4.0, 128))
+        round_to_nearest(torch.ones(2, 576), Scheme("rtn", 4.0, 128))
     assert str(info.value).count(".") == 1
     store = ExpertStore(torch.ones(1, 384, 576), torch.ones(1, 576, 192), ("ffn",))
     with pytest.raises(ValueError, match="576 and 192; use 48, 64, 96, 192"):
@@ -173,20 +169,20 @@ def test_group_that_does_not_divide_names_groups_that_do():
 
 def test_asymmetric_groups_of_32_are_free_on_weights_that_came_from_q4_1():
     weight, q = q4_1_weights()
-    exact = quantize(weight, Scheme("rtn", 4.0, 32, False), scale_dtype=torch.float32)
+    exact = round_to_nearest(weight, Scheme("rtn", 4.0, 32, False), scale_dtype=torch.float32)
     assert torch.equal(exact.dequantize(), weight)
     assert torch.equal(exact.unpack(), q.int())
-    stored = quantize(weight, Scheme("rtn", 4.0, 32, False))
+    stored = round_to_nearest(weight, Scheme("rtn", 4.0, 32, False))
     assert torch.equal(stored.unpack(), q.int())
     assert relative_error(stored, weight) < BF16_ROUNDING
     for scheme in (Scheme("rtn", 4.0, 32, True), Scheme("rtn", 4.0, 192, False), Scheme("rtn", 4.0, 576, False)):
-        assert relative_error(quantize(weight, scheme), weight) > 20 * relative_error(stored, weight)
+        assert relative_error(round_to_nearest(weight, scheme), weight) > 20 * relative_error(stored, weight)
 
 
 def test_a_finer_code_is_nearer():
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(3))
     order = [Int2(group=None), Int2(group=32), Int4(group=None), Int4(group=32), Int8(), Int8(group=32)]
-    errors = [relative_error(quantize(weight, params.scheme()), weight) for params in order]
+    errors = [relative_error(round_to_nearest(weight, params.scheme()), weight) for params in order]
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < 0.2 < errors[1]
     assert errors[-1] < 0.01
@@ -196,7 +192,7 @@ def test_a_finer_code_is_nearer():
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_torch_int4_matmul_computes_with_the_dequantized_weights(group, symmetric):
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
-    tensor = quantize(weight, Scheme("rtn", 4.0, group, symmetric))
+    tensor = round_to_nearest(weight, Scheme("rtn", 4.0, group, symmetric))
     zeros = torch.zeros_like(tensor.scales) if tensor.zeros is None else tensor.zeros
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(tensor.unpack(), 1)
     scales_and_zeros = torch.stack([tensor.scales.T, zeros.T], dim=-1).contiguous()
@@ -207,7 +203,7 @@ def test_torch_int4_matmul_computes_with_the_dequantized_weights(group, symmetri
 
 def test_torch_int8_matmul_computes_with_the_dequantized_weights():
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
-    tensor = quantize(weight, Int8().scheme())
+    tensor = round_to_nearest(weight, Int8().scheme())
     identity = torch.eye(128, dtype=torch.bfloat16)
     product = torch.ops.aten._weight_int8pack_mm(identity, tensor.codes, tensor.scales.flatten())
     assert torch.equal(product.T, tensor.dequantize(torch.bfloat16))
@@ -233,7 +229,7 @@ def test_rtn_quantizes_every_expert_of_a_store(params):
     assert quantized.schemes == (params.scheme(),) * 3
     gate_up, down = quantized.dense()
     assert (gate_up.shape, down.shape) == (store.gate_up.shape, store.down.shape)
-    assert torch.equal(gate_up[1], quantize(store.gate_up[1].float(), params.scheme()).dequantize())
+    assert torch.equal(gate_up[1], round_to_nearest(store.gate_up[1].float(), params.scheme()).dequantize())
     assert quantized.nbytes == sum(t.nbytes for t in (*quantized.gate_up, *quantized.down))
     assert quantized.nbytes < 2 * store.nbytes
     with pytest.raises(ValueError, match="quantized already"):

@@ -16,7 +16,8 @@ from moebench.moe.shapes import ModelShape
 HIDDEN, WIDTH, EXPERTS, TOKENS = 128, 128, 4, 512
 SHAPE = ModelShape(HIDDEN, WIDTH, EXPERTS, 2, (0, 1), Selection("softmax", 2, True))
 REGISTRY = Registry.load()
-NAMES = [name for name in REGISTRY.names("quantization") if name != "none"]
+NAMES = [name for name in REGISTRY.names("quantization") if name not in ("none", "file")]
+"""All that encode; what a file stores has tests of its own."""
 CALIBRATED = {"gptq", "awq", "mixed", "eaquant"}
 """What looks at the layer's inputs, and so depends on who is given which."""
 

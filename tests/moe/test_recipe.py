@@ -11,6 +11,7 @@ import torch
 from moebench.contracts import Case, Choice, Descriptor, Evidence, MoebenchError, Registry, Selection
 from moebench.moe import plugins, quantization, recipe, router_params, sparsity, structure
 from moebench.moe.artefacts import Artefact, cached, read, sources_sha256, tensors_sha256, write
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import Sparsity
 from moebench.moe.layer import LayerWeights, SharedExpert, ffn_hidden, moe_forward
 from moebench.moe.plugins import Int4, Split, Teal
@@ -83,7 +84,7 @@ def test_stages_are_applied_in_order_each_on_the_result_so_far(registry):
     layer = prepare(make_recipe(registry), dtype=dtype)
     parts = structure.split(Split(4, 1, 2))(dense_weights(), randn(T, H), 0)
     assert torch.equal(layer.shared.down, parts.shared.down.to(dtype))
-    wanted = [quantization.quantize(weight.to(dtype), Int4(8).scheme()) for weight in parts.gate_up]
+    wanted = [round_to_nearest(weight.to(dtype), Int4(8).scheme()) for weight in parts.gate_up]
     for ours, theirs in zip(layer.store.gate_up, wanted, strict=True):
         assert torch.equal(ours.dequantize(), theirs.dequantize())
     x = randn(T, H).to(dtype).float()

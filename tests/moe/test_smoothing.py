@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from moebench.contracts import Scheme
 from moebench.moe.channel_stats import ChannelStats
+from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import ExpertStore, QTensor
 from moebench.moe.layer import LayerWeights, PreparedLayer, SharedExpert, assignments, ffn_hidden, moe_forward
-from moebench.moe.quantization import quantize
 from moebench.moe.routing import Routing
 from moebench.moe.smoothing.params import RouterQuantization, Smoothing
 from moebench.moe.smoothing.router import aligned_router, alignment_loss, topk_agreement
@@ -207,13 +207,13 @@ def test_an_aligned_router_is_never_worse_than_rounding_on_its_calibration_token
     scheme = RouterQuantization(bits).scheme()
     made = aligned_router(router_EH, x_TH, k, scheme)
     target_TE = x_TH @ router_EH.T
-    plain_TE = x_TH @ quantize(router_EH, scheme).dequantize(torch.float64).T
+    plain_TE = x_TH @ round_to_nearest(router_EH, scheme).dequantize(torch.float64).T
     found_TE = x_TH @ made.weight.dequantize(torch.float64).T
     assert made.loss_before == pytest.approx(float(alignment_loss(target_TE, plain_TE, k)))
     assert made.loss == pytest.approx(float(alignment_loss(target_TE, found_TE, k)))
     assert made.loss <= made.loss_before
     assert topk_agreement(target_TE, found_TE, k) >= topk_agreement(target_TE, plain_TE, k)
-    assert made.weight.nbytes == quantize(router_EH, scheme).nbytes
+    assert made.weight.nbytes == round_to_nearest(router_EH, scheme).nbytes
     assert isinstance(made.weight, QTensor)
 
 

@@ -11,7 +11,7 @@ import torch
 from moebench.bench.config import load
 from moebench.bench.plan import make_plan
 from moebench.contracts import Registry
-from moebench.moe.oracle import reference_gradients
+from moebench.moe.oracle_gradients import reference_gradients
 from moebench.suites import layer
 from moebench.suites.layer import STEPS, LayerTrial
 from moebench.suites.layer_training import TrainingTrial

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from moebench.contracts import MoebenchError
+from moebench.moe.blocks.gguf import read_dense
 from moebench.suites.model_plugins import RECORDED_TOKENS, SMOLLM2_GGUF_SHA256, SmolLM2
 from moebench.suites.models import cache, recorded
 from moebench.suites.models import fetch as fetching
-from moebench.suites.models.gguf_llama import read_tensors
 from moebench.suites.models.smollm2 import SmolLM2Model
 from moebench.suites.models.tensors import read_checked, save_checked
 from moebench.suites.text import calibration_text, evaluation_text
@@ -187,9 +187,10 @@ def test_a_layer_that_does_not_exist_is_refused(model):
 
 
 def test_shape_agrees_with_the_file(model):
-    from moebench.suites.models.gguf_llama import read_config
+    from moebench.moe.blocks.gguf_types import open_file
+    from moebench.suites.models.gguf_config import read_config
 
-    config, shape = read_config(model.params.fetch(print)), model.shape
+    config, shape = read_config(open_file(model.params.fetch(print))), model.shape
     assert (config["hidden_size"], config["intermediate_size"]) == (shape.hidden, shape.width)
     assert config["num_hidden_layers"] == shape.layers == len(shape.moe_layers)
     assert model.params.weights_sha256() == SMOLLM2_GGUF_SHA256
@@ -275,7 +276,7 @@ def test_more_tokens_than_recorded_are_refused(model):
 
 def test_a_missing_tensor_is_named(model):
     with pytest.raises(MoebenchError, match=r"no tensor 'blk\.99"):
-        read_tensors(model.params.fetch(print), ["blk.99.ffn_up.weight"])
+        read_dense(model.params.fetch(print), "blk.99.ffn_up.weight")
 
 
 def test_a_job_that_fails_or_is_killed_says_so(model, monkeypatch, tmp_path):
