@@ -24,15 +24,18 @@ scales, offsets and padding, as it lies in memory and on disk. *Calibrated* ones
 reads, as its own router says: ask for enough `calibration.tokens`, since an expert sees k / E of them, and what was
 fitted to a hundred tokens does worse on others than rounding to nearest. `packed` marks codes that torch's CPU kernels
 multiply; all others are dequantized when loaded, which says what quality is lost and nothing of speed. Parameters are
-set as `params.quantization.<name>.<parameter>=VALUE`.
+set as `params.quantization.<name>.<parameter>=VALUE`. `moebench run suite=quantization` says of each what it takes in
+memory and in a file, what it errs, and what that costs on text; `experiment=quantization_of_tinymoe` many of them.
 """
 
 CLAIMS = """\
-What published systems claim of quantization and of compressed experts, judged here ([papers.md](papers.md) has the
-settings, the seeds and the numbers):
+What published systems claim of quantization, of compressed experts and of choices pruned beside them, judged here
+([papers.md](papers.md) has the settings, the seeds and the numbers):
 """
 
-CONCERNS = re.compile(r"(?:axes|params)\.quantization\b|axes\.structure=.*\b(?:slim|merge|taylor)\b")
+CONCERNS = re.compile(
+    r"(?:axes|params)\.quantization\b|axes\.structure=.*\b(?:slim|merge|taylor)\b|axes\.routing=odp\b"
+)
 VERDICT = re.compile(r"^\| \[([\w-]+)\]\(#[\w-]+\) \| \w+ \| ([^|]*) \| ([^|]*) \|$", re.MULTILINE)
 
 

@@ -103,12 +103,18 @@ class LayerTrial:
 
     def run(self, step: int) -> Tensor:
         """Call the backend, on the next copy of the weights, with the inputs of ``step``; add what is always on."""
+        out_TH = self.backend_call(step)
+        if self.subject.layer.shared is not None:
+            with torch.no_grad():
+                self.subject.layer.shared.add_to_(out_TH, self.x[step % STEPS])
+        return out_TH
+
+    def backend_call(self, step: int) -> Tensor:
+        """Call the backend alone: what is always on is the layer's own, and its operators are not the backend's."""
         place = step % STEPS
-        x_TH, out_TH = self.x[place], self.out[place]
+        out_TH = self.out[place]
         with torch.no_grad():
-            next(self.executors)(x_TH, *self.inputs[place], out_TH=out_TH)
-            if self.subject.layer.shared is not None:
-                self.subject.layer.shared.add_to_(out_TH, x_TH)
+            next(self.executors)(self.x[place], *self.inputs[place], out_TH=out_TH)
         return out_TH
 
     def verify(self, step: int, output: Tensor) -> Check:

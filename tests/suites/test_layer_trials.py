@@ -10,6 +10,7 @@ import torch
 
 from moebench.bench.config import load
 from moebench.bench.plan import make_plan
+from moebench.bench.worker import _Held
 from moebench.contracts import Registry
 from moebench.moe.oracle_gradients import reference_gradients
 from moebench.suites import layer
@@ -409,3 +410,19 @@ def test_what_does_not_fit_is_skipped_with_a_reason(settings, sentence):
     plan = planned(*SMALL, *settings)
     assert not plan.cases
     assert sentence in plan.refused[0].refusal
+
+
+def test_a_shared_expert_beside_packed_ones_is_no_falling_back():
+    """It runs dense, outside the backend, which is still watched: its own plain products are seen."""
+    packed = ("axes.backend=packed", "axes.quantization=int8", "axes.dtype=bfloat16", "axes.residency=warm")
+    case = only_case("suite=throughput", "model=tiny", "model.shared_width=32", *packed, "axes.tokens=16")
+    trial = LayerTrial(case, REGISTRY)
+    assert trial.subject.layer.shared is not None
+    assert _Held(trial, case).excluded_operators() == []
+    trial.begin_turn()
+    assert trial.verify(0, trial.run(0)).ok
+    dense = only_case("suite=throughput", "model=tiny", "axes.backend=eager", "axes.tokens=16", "axes.residency=warm")
+    excluding = dataclasses.replace(
+        dense, execution=dataclasses.replace(dense.execution, excludes=("aten.mm.default",))
+    )
+    assert _Held(LayerTrial(excluding, REGISTRY), excluding).excluded_operators() == ["aten.mm.default"]
