@@ -65,7 +65,7 @@ def inverse_factor(hessian_II: Tensor, damp: float) -> Tensor:
     damped_II = hessian_II + torch.diag(torch.where(damped_I > 0, damped_I, 1) - diagonal_I)
     reversed_II = damped_II.flip(0, 1)
     lower_II, failed = torch.linalg.cholesky_ex(reversed_II)
-    # what is left of a channel after those before it; of a singular matrix rounding may leave a little more than nothing
+    # what is left of a channel after those before it: of a singular matrix rounding may leave a little of it
     nothing_I = len(lower_II) * torch.finfo(lower_II.dtype).eps * reversed_II.diagonal()
     if int(failed) or not bool((lower_II.diagonal() ** 2 > nothing_I).all()):
         raise ValueError(f"the inputs' second moment is singular with damp={damp:g}; use a larger damp, such as 0.01.")
