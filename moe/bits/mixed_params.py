@@ -36,10 +36,10 @@ class Mixed:
 
     The budget is spent in each layer (``scope: layer``), or once over the layers ``over`` of the model (``scope:
     model``; none named: all that hold experts), whichever of them are then run. There the layers' shared experts
-    (``shared``) and the attention around them (``attention``) can have a part in it. What attention reads is not
-    recorded, so that it wants codec ``rtn`` or ``hqq``. PMQ spends the budget in each layer in either scope.
-    ``protected`` are [layer, expert] pairs that get the widest choice before the rule is asked, as super experts should
-    (arXiv 2507.23279).
+    (``shared``) and the attention around them (``attention``) can have a part in it; both run on what their bytes
+    dequantize to. What attention reads is not recorded, so that it wants codec ``rtn`` or ``hqq``. PMQ spends the
+    budget in each layer in either scope. ``protected`` are [layer, expert] pairs that get the widest choice before the
+    rule is asked, as super experts should (arXiv 2507.23279).
     """
 
     calibrated: ClassVar[bool] = True
