@@ -156,7 +156,8 @@ def expert_output(x_TH: Tensor, store: ExpertStore, expert: int) -> Tensor:
     """Return f_e(x) [T, H] of any kind of expert id, in the dtype of ``x_TH``; for an attention it is one sequence."""
     kind = store.kinds[expert]
     if kind in ("ffn", "gather"):
-        return expert_forward(x_TH, *store.weights(store.slots[expert], x_TH.dtype), store)
+        slot = store.slots[expert]
+        return expert_forward(x_TH, *store.weights(slot, x_TH.dtype), store, slot)
     if kind == "sequence":
         return attend(x_TH, stored_attention(*store.weights(store.slots[expert], x_TH.dtype), store.heads))
     if kind == "copy":

@@ -24,7 +24,18 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from ..contracts import EXPERT_KINDS, Check, MoebenchError
-from .experts import ACTIVATIONS, Constants, ExpertStore
+from .channels import DENSE
+from .experts import Constants, ExpertStore
+from .near import (
+    activate,
+    dot_error,
+    hidden_activations,
+    low_rank_part,
+    moved,
+    moved_columns,
+    near_decisions,
+    unit_roundoff,
+)
 from .routing import Routing
 from .token_codes import exact_tokens, near_ties
 
@@ -67,11 +78,6 @@ class Gradients:
     x_TH: Tensor
     gate_up: Tensor
     down: Tensor
-
-
-def unit_roundoff(dtype: torch.dtype) -> float:
-    """Return the largest relative error of rounding a number to ``dtype``."""
-    return torch.finfo(dtype).eps / 2
 
 
 def bound(dtype: torch.dtype) -> float:
@@ -165,24 +171,23 @@ def constant_expert(x_NH: Tensor, constants: Constants | None, number: int) -> T
 def _ffn(store: ExpertStore, slot: int, x_NH: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return f_e(x) [N, H], the summed squares [N] of what near-threshold decisions move, and their number."""
     gate_up, down = exact_weights(store, slot, x_NH.dtype)
-    if store.sparsity is not None:
-        x_NH = store.sparsity.apply("input", x_NH)
-    before = nnf.linear(exact_tokens(x_NH, store.act_bits), gate_up)
-    hidden_NF = _activate(before, store.activation, store.gated)
-    flips_N, near = hidden_NF.new_zeros(len(x_NH)), 0
-    if store.sparsity is not None and "hidden" in store.sparsity.thresholds:
-        near_NF = _near_threshold(store, before, hidden_NF, x_NH.dtype)
-        near = int(near_NF.sum())
-        flips_N = (near_NF * hidden_NF.square()) @ down.square().sum(0)
-        hidden_NF = store.sparsity.apply("hidden", hidden_NF)
+    sparsity = store.sparsity or DENSE
+    kept_NH = sparsity.apply("input", x_NH, slot)
+    before = nnf.linear(exact_tokens(kept_NH, store.act_bits), gate_up)
+    before = before + low_rank_part(sparsity, "input", x_NH.double() - kept_NH.double(), slot)
+    whole_NF, reached_NF = hidden_activations(store, before, slot)
+    hidden_NF = sparsity.apply("hidden", reached_NF, slot)
+    near_NF = near_decisions(store, before, slot, x_NH.dtype)
+    flips_N, near = (near_NF * whole_NF.square()) @ moved_columns(sparsity, down, slot), int(near_NF.sum())
     if store.width == 1:
-        flips_N = flips_N + _cancellation(store, gate_up, x_NH, before, hidden_NF) * down.square().sum()
+        flips_N = flips_N + _cancellation(store, gate_up, kept_NH, before, hidden_NF) * down.square().sum()
     if store.act_bits is not None:
         error_NF = _hidden_error(store, before, hidden_NF, x_NH.dtype)
         near_NF, step_N1 = near_ties(hidden_NF, store.act_bits, error_NF)
         near += int(near_NF.sum())
         flips_N = flips_N + (near_NF * step_N1.square()) @ down.square().sum(0)
-    return nnf.linear(exact_tokens(hidden_NF, store.act_bits), down), flips_N, near
+    y_NH = nnf.linear(exact_tokens(hidden_NF, store.act_bits), down)
+    return y_NH + low_rank_part(sparsity, "hidden", reached_NF - hidden_NF, slot), flips_N, near
 
 
 def _cancellation(store: ExpertStore, gate_up: Tensor, x_NH: Tensor, before: Tensor, hidden_N1: Tensor) -> Tensor:
@@ -197,7 +202,7 @@ def _cancellation(store: ExpertStore, gate_up: Tensor, x_NH: Tensor, before: Ten
     for column in range(before.shape[1]):
         shifted = before.clone()
         shifted[:, column] += unit * math.sqrt(store.hidden) * products_N[:, column]
-        moved_N += (_activate(shifted, store.activation, store.gated) - hidden_N1).square()[:, 0]
+        moved_N += (activate(shifted, store.activation, store.gated) - hidden_N1).square()[:, 0]
     return moved_N
 
 
@@ -210,60 +215,17 @@ def _attention(store: ExpertStore, slot: int, x_TH: Tensor) -> Tensor:
     return nnf.linear(said_ATD.transpose(0, 1).flatten(1), down)
 
 
-def _activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
-    act = ACTIVATIONS[activation]
-    if not gated:
-        return act(hidden)
-    gate, up = hidden.chunk(2, dim=-1)
-    return act(gate) * up
-
-
-def _near_threshold(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return which hidden activations lie so near their threshold that rounding in ``dtype`` decides about them.
-
-    A score carries the rounding of its threshold, at most u, and four or five more (gate, up, activation, product,
-    weight) of which each is about 0.4 u: 4 u covers three of their standard deviations. The rounding of the gate goes
-    through the activation, whose relative slope is far above 1 in its negative tail; it is measured there. In
-    proportion to a typical score come the float32 error of the dot products and, where weights are dequantized, that of
-    rounding them. ``before`` is what the activation reads, [N, 2F] or [N, F].
-    """
-    sparsity = store.sparsity
-    if sparsity is None:
-        return torch.zeros_like(hidden_NF, dtype=torch.bool)
-    threshold = sparsity.thresholds["hidden"]
-    score_NF = hidden_NF.abs()
-    if "hidden" in sparsity.weights:
-        score_NF = score_NF * sparsity.weights["hidden"].double()
-    typical_N1 = score_NF.square().mean(dim=1, keepdim=True).sqrt()
-    u, moved_NF = unit_roundoff(dtype), _moved(store, before, hidden_NF, dtype)
-    if "hidden" in sparsity.weights:
-        moved_NF = moved_NF * sparsity.weights["hidden"].double()
-    return (score_NF - threshold).abs() <= 4 * u * threshold + moved_NF + _dot_error(store, dtype) * typical_N1
-
-
-def _moved(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return by how much the rounding of the gate to ``dtype`` may move each hidden activation [N, F]."""
-    shifted = before.clone()
-    shifted[:, : hidden_NF.shape[1]] *= 1 + 2 * unit_roundoff(dtype)  # the gate, or all there is
-    return (_activate(shifted, store.activation, store.gated) - _activate(before, store.activation, store.gated)).abs()
-
-
-def _dot_error(store: ExpertStore, dtype: torch.dtype) -> float:
-    """Return the error of a hidden activation by its dot product, and by dequantized weights, of a typical one."""
-    return 2.0**-23 * math.sqrt(store.hidden) + (unit_roundoff(dtype) if store.quantized else 0.0)
-
-
 def _hidden_error(store: ExpertStore, before: Tensor, hidden_NF: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what rounding in ``dtype`` may move each hidden activation by [N, F]; see ``_near_threshold`` for why."""
     typical_N1 = hidden_NF.square().mean(dim=1, keepdim=True).sqrt()
-    rounding_NF = 4 * unit_roundoff(dtype) * hidden_NF.abs() + _moved(store, before, hidden_NF, dtype)
-    return rounding_NF + _dot_error(store, dtype) * typical_N1
+    rounding_NF = 4 * unit_roundoff(dtype) * hidden_NF.abs() + moved(store, "hidden", before, dtype)
+    return rounding_NF + dot_error(store, dtype) * typical_N1
 
 
 def _add_shared(total: _Sum, shared: SharedExpert, x_TH: Tensor) -> None:
     """Add what is always on; with a mix the routed sum takes its part of the weight first."""
     gate_up, down = (weight.to(x_TH.dtype).double() for weight in (shared.gate_up, shared.down))
-    term_TH = nnf.linear(_activate(nnf.linear(x_TH.double(), gate_up), shared.activation, shared.gated), down)
+    term_TH = nnf.linear(activate(nnf.linear(x_TH.double(), gate_up), shared.activation, shared.gated), down)
     if shared.gate_H is not None:
         term_TH *= torch.sigmoid(x_TH.double() @ shared.gate_H.to(x_TH.dtype).double())[:, None]
     if shared.mix_2H is not None:
@@ -328,7 +290,7 @@ def reference_gradients(store: ExpertStore, routing: Routing, x_TH: Tensor, grad
         token_N, kind = routing.token_N[mine_N], store.kinds[expert]
         if kind in ("ffn", "gather"):
             gate_up, down = experts[store.slots[expert]]
-            hidden = _activate(nnf.linear(x[token_N], gate_up), store.activation, store.gated)
+            hidden = activate(nnf.linear(x[token_N], gate_up), store.activation, store.gated)
             term_NH = nnf.linear(hidden, down)
         elif kind in ("zero", "copy"):
             term_NH = x[token_N] * float(kind == "copy")

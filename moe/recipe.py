@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..contracts import Case, Descriptor, Registry, Scheme, load_attribute, make_key
 from .artefacts import Artefact, cached, sources_sha256, tensors_sha256
-from .experts import Constants, ExpertStore, QTensor, Sparsity
+from .channel_artefacts import sparsified, sparsity_artefact, sparsity_of
+from .channels import Sparsity
+from .experts import Constants, ExpertStore, QTensor
 from .layer import LayerWeights, PreparedLayer, SharedExpert
 from .quantization import Seen, parts_of, tensor_of
 from .router import Router
@@ -196,7 +198,7 @@ def _sparsified(
         made: ExpertStore = stage.create()(store, router(x_TH, ctx), x_TH)
         return made.sparsity
 
-    return replace(store, sparsity=cached(cache, inputs, build, sparsity_artefact, sparsity_of))
+    return sparsified(store, cached(cache, inputs, build, sparsity_artefact, sparsity_of))
 
 
 # --- what a stage made, as an artefact and back ----------------------------------------------------------------------
@@ -251,16 +253,3 @@ def quantized_of(store: ExpertStore, artefact: Artefact) -> ExpertStore:
         return tuple(weight(f"{name}.{slot}.", told) for slot, told in enumerate(artefact.meta[name]))
 
     return replace(store, gate_up=weights("gate_up"), down=weights("down"))
-
-
-def sparsity_artefact(sparsity: Sparsity | None) -> Artefact:
-    """Return thresholds and channel weights; nothing where nothing is left out."""
-    if sparsity is None:
-        return Artefact({}, {"thresholds": None})
-    return Artefact(dict(sparsity.weights), {"thresholds": sparsity.thresholds})
-
-
-def sparsity_of(artefact: Artefact) -> Sparsity | None:
-    """Return the Sparsity of ``sparsity_artefact``."""
-    thresholds = artefact.meta["thresholds"]
-    return None if thresholds is None else Sparsity(thresholds, artefact.tensors)

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contracts import Metric
-from .experts import ExpertStore, Sparsity
-from .layer import assignments, ffn_hidden
+from ..contracts import SITES, Metric
+from .channels import DENSE, SiteRule, Sparsity
+from .experts import ACTIVATIONS, ExpertStore, expert_product, hidden_from
+from .layer import assignments
 from .plugins import Teal
 from .routing import Routing
 
 SparsityStep = Callable[[ExpertStore, Routing, Tensor], ExpertStore]
-
-SITES = ("input", "hidden")
 
 
 def keep(params: Any) -> SparsityStep:
@@ -39,30 +38,33 @@ def teal(params: Teal) -> SparsityStep:
     """
 
     def calibrate(store: ExpertStore, routing: Routing, x_TH: Tensor) -> ExpertStore:
-        thresholds: dict[str, float] = {}
+        rules: dict[str, SiteRule] = {}
         for site in SITES:
             if site in params.sites:
-                so_far = replace(store, sparsity=Sparsity(thresholds))
-                found = quantile(list(site_activations(so_far, routing, x_TH, site)), params.level)
-                thresholds = thresholds if found is None else {**thresholds, site: found}
-        return replace(store, sparsity=Sparsity(thresholds)) if thresholds else store
+                so_far = replace(store, sparsity=Sparsity(rules))
+                found = quantile([part for part, _ in site_activations(so_far, routing, x_TH, site)], params.level)
+                rules = rules if found is None else {**rules, site: SiteRule(found)}
+        return replace(store, sparsity=Sparsity(rules)) if rules else store
 
     return calibrate
 
 
-def site_activations(store: ExpertStore, routing: Routing, x_TH: Tensor, site: str) -> Iterator[Tensor]:
-    """Yield the activations [n, width] at ``site`` of every FFN expert with tokens, before that site is sparsified."""
+def site_activations(store: ExpertStore, routing: Routing, x_TH: Tensor, site: str) -> Iterator[tuple[Tensor, int]]:
+    """Yield the activations [n, width] at ``site``, before it leaves any out, and the slot of every FFN expert with
+    tokens; what earlier sites leave out is left out."""
     x_TH = x_TH.float()
-    sparsity = store.sparsity or Sparsity({})
     for expert, token_N, _ in assignments(routing):
         if store.kinds[expert] not in ("ffn", "gather"):
             continue
-        x_NH = x_TH[token_N]
+        x_NH, slot = x_TH[token_N], store.slots[expert]
         if site == "input":
-            yield x_NH
+            yield x_NH, slot
+            continue
+        product = expert_product(x_NH, store.weights(slot)[0], store, slot)
+        if site == "gate":
+            yield ACTIVATIONS[store.activation](product.chunk(2, dim=-1)[0]), slot
         else:
-            gate_up, _ = store.weights(store.slots[expert])
-            yield ffn_hidden(sparsity.apply("input", x_NH), gate_up, store.activation, store.gated)
+            yield hidden_from(product, store, slot), slot
 
 
 def quantile(activations: list[Tensor], level: float) -> float | None:
@@ -81,18 +83,18 @@ def quantile(activations: list[Tensor], level: float) -> float | None:
 
 
 def density(store: ExpertStore, routing: Routing, x_TH: Tensor) -> list[Metric]:
-    """Return ``density_input`` and ``density_hidden``: the fraction of activations used at each site.
+    """Return ``density_input``, ``density_gate`` and ``density_hidden``: the fraction of activations used at each site.
 
-    ``n`` counts the activations of all FFN assignments; with none of them the value is None.
+    ``n`` counts the activations of all FFN assignments; with none of them the value is None. Experts without a gate
+    have no ``density_gate``.
     """
-    return [_density(store, routing, x_TH, site) for site in SITES]
+    return [_density(store, routing, x_TH, site) for site in SITES if store.gated or site != "gate"]
 
 
 def _density(store: ExpertStore, routing: Routing, x_TH: Tensor, site: str) -> Metric:
-    sparsity = store.sparsity or Sparsity({})
+    rule = (store.sparsity or DENSE).sites.get(site)
     used, total = 0, 0
-    for activation in site_activations(store, routing, x_TH, site):
-        kept = sparsity.apply(site, activation).count_nonzero() if site in sparsity.thresholds else activation.numel()
-        used += int(kept)
+    for activation, slot in site_activations(store, routing, x_TH, site):
+        used += activation.numel() if rule is None else int(rule.mask(rule.turned(activation), slot).sum())
         total += activation.numel()
     return Metric(f"density_{site}", used / total if total else None, "1", n=total)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...contracts import Case, Check, Facts, Metric, Registry
-from ...moe.oracle import unit_roundoff
+from ...moe.near import unit_roundoff
 from ..models import substream
 from ..subject import DTYPES
 from .blame import blame

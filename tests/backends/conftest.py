@@ -12,7 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moebench.contracts import LayerSpec, Refusal, Registry, SparsitySpec
-from moebench.moe.experts import Constants, ExpertStore, Sparsity
+from moebench.moe.channels import SiteRule, Sparsity
+from moebench.moe.experts import Constants, ExpertStore
 from moebench.moe.fold import Folded, fold_store
 from moebench.moe.oracle import Gradients, compare, reference, reference_gradients
 from moebench.moe.quantization import quantize
@@ -109,7 +110,7 @@ def spec(experts_store, dtype="float32", boundary="topk", **changes):
         "activation": experts_store.activation,
         "gated": experts_store.gated,
         "schemes": experts_store.schemes,
-        "sparsity": None if sparsity is None else SparsitySpec(tuple(sparsity.thresholds)),
+        "sparsity": None if sparsity is None else SparsitySpec(tuple(sparsity.sites)),
         "boundary": boundary,
         "max_k": experts_store.num_experts,
     }
@@ -185,8 +186,8 @@ def gradients(name, dtype, archetype, boundary, count=17):
 
 def sparsity(level=0.3, weights=False):
     """Return thresholds at both sites that leave out a part of the activations."""
-    scale = {"hidden": torch.linspace(0.5, 1.5, WIDTH)} if weights else {}
-    return Sparsity({"input": level, "hidden": 0.3 * level}, scale)
+    scale = torch.linspace(0.5, 1.5, WIDTH) if weights else None
+    return Sparsity({"input": SiteRule(level), "hidden": SiteRule(0.3 * level, weight=scale)})
 
 
 @pytest.fixture(scope="session")
@@ -206,4 +207,6 @@ def lab():
         check=check,
         gradients=gradients,
         sparsity=sparsity,
+        compare=compare,
+        reference=reference,
     )

@@ -11,7 +11,8 @@ import torch
 from moebench.contracts import Case, Choice, Descriptor, Evidence, MoebenchError, Registry, Selection
 from moebench.moe import plugins, quantization, recipe, router_params, sparsity, structure
 from moebench.moe.artefacts import Artefact, cached, read, sources_sha256, tensors_sha256, write
-from moebench.moe.experts import Sparsity
+from moebench.moe.channel_artefacts import sparsity_artefact, sparsity_of
+from moebench.moe.channels import LowRank, SiteRule, Sparsity, WeightMask
 from moebench.moe.layer import LayerWeights, SharedExpert, ffn_hidden, moe_forward
 from moebench.moe.plugins import Int4, Split, Teal
 from moebench.moe.recipe import Recipe, Stage, prepare_layer
@@ -416,12 +417,26 @@ def test_codes_of_a_plug_in_work_without_being_kept(registry, tmp_path):
     assert stages_of(tmp_path) == ["sparsity", "structure"]
 
 
-def test_sparsity_with_channel_weights_comes_back(tmp_path):
-    made = Sparsity({"input": 0.1}, {"input": randn(H)})
-    write(tmp_path / "a", recipe.sparsity_artefact(made), {})
-    back = recipe.sparsity_of(read(tmp_path / "a"))
-    assert back.thresholds == made.thresholds
-    assert torch.equal(back.weights["input"], made.weights["input"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        Sparsity({"input": SiteRule(0.1, weight=torch.rand(3, H))}),
+        Sparsity({"gate": SiteRule(k=3), "hidden": SiteRule(kept=torch.rand(5) > 0.5)}),
+        Sparsity(
+            {"input": SiteRule(0.5, basis_II=torch.eye(H), residual=LowRank(torch.rand(3, 4, 2), torch.rand(3, 2, H)))}
+        ),
+        Sparsity({}, WeightMask(torch.rand(3, 4, H) > 0.5, torch.rand(3, H, 2) > 0.5)),
+        None,
+    ],
+)
+def test_a_plan_of_sparsity_comes_back(tmp_path, made):
+    write(tmp_path / "a", sparsity_artefact(made), {})
+    back = sparsity_of(read(tmp_path / "a"))
+    assert (back is None) == (made is None)
+    first, second = sparsity_artefact(made), sparsity_artefact(back)
+    assert first.meta == second.meta
+    assert first.tensors.keys() == second.tensors.keys()
+    assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
 
 
 def test_scaled_inputs_are_kept_apart_from_plain_ones_in_the_cache(registry, tmp_path):
