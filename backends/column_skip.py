@@ -164,6 +164,8 @@ class ColumnSkip:
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take layers of FFN experts, forward only; sparse ones by skipping, others as the kernel's dense baseline."""
         refused = rules.refusal(spec, "column_skip", DTYPES, leaves_out=LEAVES_OUT)
+        if refused is None and spec.sparsity is not None and not spec.sparsity.sites:
+            refused = Refusal("column_skip leaves out channels, not single weights; use the eager backend")
         sparse = "none" if spec.sparsity is None else "skip"
         return refused or replace(rules.execution(spec, ("topk", "sorted")), sparse=sparse)  # type: ignore[arg-type]
 

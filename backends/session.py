@@ -6,7 +6,7 @@ H hidden, F expert width, E experts, K slots, N assignments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,10 @@ class Executor:
         """Return the bytes of weights that this layer holds, views of the store's own tensors included."""
         raise NotImplementedError
 
+    def events(self) -> Iterable[Mapping[str, Any]]:
+        """Return what is worth telling of the calls so far; by default nothing."""
+        return ()
+
 
 class SlotExecutor(Executor):
     """An executor that begins at slots: ``add_slots(y_TH, x_TH, indices_TK, weights_TK)``."""
@@ -215,8 +219,8 @@ class Session:
         return self._path
 
     def events(self) -> Sequence[Mapping[str, Any]]:
-        """Return no events: nothing is cached or moved."""
-        return ()
+        """Return what the executors tell of their calls, each with its layer."""
+        return [{"layer": index, **event} for index, one in self._executors.items() for event in one.events()]
 
     def resident_bytes(self) -> int:
         """Return the bytes of all loaded weights."""
@@ -232,15 +236,17 @@ def open_session(
     layers: Mapping[int, ExpertStore],
     specs: Mapping[int, LayerSpec],
     notes: str = "",
+    sparse: str = "mask",
 ) -> Session:
-    """Return a session whose executors ``make`` builds; the path is read off the stores and the executors.
+    """Return a session whose executors ``make`` builds; the path is read off stores, specifications and executors.
 
-    ``notes`` is of the backend; an executor adds what it knows of its own layer.
+    ``notes`` is of the backend; an executor adds what it knows of its own layer. ``sparse`` is what they do where a
+    specification leaves something out, be it nothing at level 0.
     """
     executors = {index: make(store, specs[index]) for index, store in layers.items()}
     plain = "dequantized" if any(store.quantized for store in layers.values()) else "dense"
     weights = "packed" if any(executor.packed for executor in executors.values()) else plain
-    sparse = "mask" if any(store.sparsity is not None for store in layers.values()) else "none"
+    sparse = sparse if any(specs[index].sparsity is not None for index in layers) else "none"
     kernels = tuple(dict.fromkeys(name for executor in executors.values() for name in executor.kernels))
     told = [f"layer {index}: {executor.notes}" for index, executor in executors.items() if executor.notes]
     return Session(executors, ExecutedPath(weights, sparse, kernels, "; ".join(filter(None, (notes, *told)))))

@@ -19,7 +19,7 @@ enum { INPUT, GATE, HIDDEN, SITES };
 struct layer {
     int64_t hidden, width, chunk;
     int32_t bfloat16, activation, gated;
-    const void *const *first; /* [E] columns [H, 2F] of gate and up; [H, F] of an ungated matrix, or of gate beside `up` */
+    const void *const *first; /* [E] columns [H, 2F] of gate and up; [H, F] of gate beside `up`, or of up alone */
     const void *const *up;    /* [E] rows [F, H], read for the neurons that their gate keeps; NULL without site GATE */
     const void *const *down;  /* [E] columns [F, H] */
     struct site sites[SITES];

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moebench.contracts import LayerSpec, Refusal, Registry, SparsitySpec
+from moebench.kernels.cpu import build
 from moebench.moe.channels import SiteRule, Sparsity
 from moebench.moe.experts import Constants, ExpertStore
 from moebench.moe.fold import Folded, fold_store
@@ -43,6 +44,15 @@ class Operators(TorchDispatchMode):
 def _inductor_cache():
     """Keep compiled code between runs, outside the user's cache."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "moebench-tests-inductor"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels():
+    """Build our kernels once, outside the user's cache, and keep them between runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEBENCH_CACHE", str(Path(tempfile.gettempdir()) / "moebench-tests-cache"))
+        if build.compiler():
+            build.library("column_skip")
 
 
 def kinds(archetype, constants=True):
