@@ -724,7 +724,8 @@ class Planned:
     """A case of a plan; with ``refusal`` it will not run, and the row says why.
 
     ``method_bytes`` is what the layer of its method takes, shared by all cases of that method and dtype in a worker;
-    ``own_bytes`` what the case takes besides; ``seconds`` roughly how long a case of protocol ``once`` takes.
+    ``copies_bytes`` what copies of its weights take, of which cases with equal ``copies_key`` share as many as both
+    need; ``own_bytes`` what the case takes besides; ``seconds`` roughly how long a case of protocol ``once`` takes.
     """
 
     case: Case
@@ -732,6 +733,13 @@ class Planned:
     method_bytes: float = 0.0
     own_bytes: float = 0.0
     seconds: float = 20.0
+    copies_bytes: float = 0.0
+    copies_key: str = ""
+
+    @property
+    def bytes_alone(self) -> float:
+        """What the case takes where it shares nothing."""
+        return self.method_bytes + self.copies_bytes + self.own_bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -761,7 +769,10 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A way to execute experts. ``availability`` and ``supports`` run in the parent and must not import torch."""
+    """A way to execute experts. ``availability`` and ``supports`` run in the parent and must not import torch.
+
+    One whose ``load`` copies dense weights into a form of its own says so with ``own_form = True``: plans count it.
+    """
 
     def availability(self) -> Availability: ...
     def supports(self, spec: LayerSpec) -> Execution | Refusal: ...

@@ -153,6 +153,8 @@ class ColumnSkipExecutor(Executor):
 class ColumnSkip:
     """The backend."""
 
+    own_form = True
+
     def __init__(self, params: Params) -> None:
         self.params = params
 

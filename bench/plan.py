@@ -114,7 +114,10 @@ def _split(key: str, items: Sequence[Planned], memory_bytes: float) -> list[Grou
 
 def _bytes_of(items: Sequence[Planned]) -> float:
     methods = {(item.case.method_key, item.case.dtype): item.method_bytes for item in items}
-    return sum(methods.values()) + sum(item.own_bytes for item in items)
+    copies: dict[str, float] = {}
+    for item in items:
+        copies[item.copies_key] = max(copies.get(item.copies_key, 0.0), item.copies_bytes)
+    return sum(methods.values()) + sum(copies.values()) + sum(item.own_bytes for item in items)
 
 
 def shard(plan: Plan, text: str) -> Plan:

@@ -27,6 +27,7 @@ from ..contracts import (
     Registry,
     Scheme,
     SparsitySpec,
+    make_key,
 )
 from ..moe.shapes import ModelShape
 
@@ -52,6 +53,10 @@ MAX_COPIES = 1024
 
 COLD_FACTOR = 1.2
 """Cold weights are rotated through this many times the last-level cache."""
+
+
+NONE = Choice("none")
+"""A named axis that is left alone."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,7 @@ class _Planner:
     def __init__(self, config: SuiteConfig, registry: Registry, kind: Kind) -> None:
         self.config, self.registry, self.kind = config, registry, kind
         self._available: dict[str, Availability] = {}
+        self._own_form: dict[str, bool] = {}
 
     def plan(self, point: Mapping[str, Any]) -> Iterator[Planned]:
         """Yield the cases of one point: one per layer, or one for the whole selection."""
@@ -203,13 +209,27 @@ class _Planner:
         refusal = refusal or self._cold_refusal(case, spec, stored)
         if refusal:
             return Planned(case, refusal)
-        if case.residency == "cold":
-            needed += stored * cold_copies(self.config.cache_bytes, stored, touched_share(spec))
         answer, evidence = self._execution(case, spec)
         if isinstance(answer, Refusal):
             return Planned(case, answer.reason)
-        own = 0.0 if answer.weights == "dense" and case.pass_ == "forward" else size
-        return Planned(replace(case, execution=answer, evidence=evidence), None, needed, own)
+        cold = case.residency == "cold"
+        copies = cold_copies(self.config.cache_bytes, stored, touched_share(spec)) if cold else 0
+        return Planned(
+            replace(case, execution=answer, evidence=evidence),
+            None,
+            needed,
+            self._own_bytes(case, answer, size, stored) * max(1, copies),
+            copies_bytes=stored * copies,
+            copies_key=copies_key(case, spec),
+        )
+
+    def _own_bytes(self, case: Case, answer: Execution, size: float, stored: float) -> float:
+        """Return what the backend's own form of one copy of the weights takes, gradients included; 0 for views."""
+        if answer.weights == "packed":
+            return stored
+        if answer.weights == "dense" and case.pass_ == "forward" and not self._own_form.get(case.backend.name, False):
+            return 0.0
+        return size
 
     def _traffic_refusal(self, case: Case, model: Any, spec: LayerSpec) -> str | None:
         traffic = self.registry.params("traffic", case.traffic)
@@ -253,6 +273,7 @@ class _Planner:
         backend = self.registry.get("backend", case.backend.name).create(case.backend.params)
         if case.backend.name not in self._available:
             self._available[case.backend.name] = backend.availability()
+            self._own_form[case.backend.name] = getattr(backend, "own_form", False)
         available = self._available[case.backend.name]
         if not available.available:
             return Refusal(f"backend '{case.backend}' is not available: {available.reason}"), Evidence.MEASURED_CPU
@@ -290,9 +311,31 @@ def residency_of(point: Mapping[str, Any]) -> Literal["cold", "warm"]:
 
 
 def touched_share(spec: LayerSpec) -> float:
-    """Return the least share of a layer's expert weights that a call reads: what one token's experts hold."""
+    """Return the least share of a layer's expert weights that a call must read: what one token's experts hold, and of
+    that what their sparsity keeps, whether the case's backend skips the rest or not."""
     k = spec.max_k if set(spec.kinds) == {"ffn"} else 1
-    return min(1.0, k / max(1, spec.ffn_experts))
+    return min(1.0, k / max(1, spec.ffn_experts)) * kept_share(spec)
+
+
+def kept_share(spec: LayerSpec) -> float:
+    """Return the share of an expert's weights behind the channels that its sparsity keeps at its level.
+
+    Channels of the input are columns of gate and up, neurons columns of down; those of the gate are rows of up as well.
+    """
+    if spec.sparsity is None or not spec.sparsity.sites:
+        return 1.0
+    kept = dict.fromkeys(spec.sparsity.sites, 1.0 - spec.sparsity.level)
+    of_input, of_gate = kept.get("input", 1.0), kept.get("gate", 1.0)
+    of_down = min(of_gate, kept.get("hidden", 1.0))
+    of_up = of_gate if "gate" in kept else of_input
+    parts = (of_input, of_up, of_down) if spec.gated else (of_input, of_down)
+    return sum(parts) / len(parts)
+
+
+def copies_key(case: Case, spec: LayerSpec) -> str:
+    """Return the identity of the weights that a case's copies hold; activation sparsity is beside the weights."""
+    masked = spec.sparsity is not None and spec.sparsity.masked_weights
+    return make_key([(case if masked else replace(case, sparsity=NONE)).method_key, case.dtype])
 
 
 def cold_copies(cache_bytes: float, layer_bytes: float, share: float) -> int:
@@ -376,9 +419,6 @@ def _check_training(case: Case, kinds: Sequence[str], scheme: Scheme, sparsity: 
             )
     if case.residency == "cold":
         raise ValueError("a training step has one copy of its weights; use axes.residency=warm")
-
-
-NONE = Choice("none")
 
 
 def plain_case(config: SuiteConfig, **fields: Any) -> Case:

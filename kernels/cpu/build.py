@@ -77,7 +77,7 @@ def library(name: str) -> Library:
 
 
 def _instructions(program: str) -> tuple[Sequence[str], bytes]:
-    """Return the flags for this machine's instructions and what the compiler defines with them, its version included."""
+    """Return the flags for this machine's instructions, and what the compiler defines with them (its version too)."""
     for native in NATIVE:
         found = _run([program, *native, "-dM", "-E", "-x", "c", os.devnull])
         if found.returncode == 0:

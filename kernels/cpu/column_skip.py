@@ -51,7 +51,7 @@ class Layer(Structure):
 
 
 class Count(Structure):
-    """How many channels of tokens were kept and of how many, and how many columns of chunks were read and of how many."""
+    """Channels of tokens: how many were kept, of how many; columns of chunks: how many were read, of how many."""
 
     _fields_: ClassVar = [(name, c_int64) for name in ("kept", "channels", "columns_read", "columns")]
 

@@ -130,11 +130,8 @@ def test_rules_that_keep_everything_are_the_dense_kernel_bit_for_bit(lab, site):
     for rule in (SiteRule(0.0), SiteRule(k=H), SiteRule(kept=torch.ones(H, dtype=torch.bool))):
         run = executor(lab, lab.store(3, sparsity=Sparsity({site: rule})))
         assert torch.equal(run(x_TH, *lab.inputs(routing, "topk")), expected_TH)
-    entries = len(routing.token_N)
-    assert {site: event["kept"] for site, event in counted(dense).items()} == {
-        "input": entries * H,
-        "hidden": entries * F,
-    }
+    entries, kept = len(routing.token_N), {site: event["kept"] for site, event in counted(dense).items()}
+    assert kept == {"input": entries * H, "hidden": entries * F}
 
 
 @needs_cc
