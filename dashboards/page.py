@@ -15,12 +15,14 @@ from .figure_gate import paired_ratios
 from .figure_loads import loads, requested
 from .figure_pareto import pareto
 from .figure_roofline import roofline
+from .figure_saving import saving
 from .figure_scaling import scaling
 from .gate_data import Gate, load_gate
 from .gate_html import gate_html
 from .pareto_data import IN_REPORT, answers
 from .query import Answer, ask, parse_json
 from .ratios import Ratio, paired_ratio, turn_minima
+from .saving_data import savings
 from .tables import esc, text
 from .template import chart_html, csv_texts, data_script, disclosure, figure_scripts, fill, section
 
@@ -35,6 +37,7 @@ SECTIONS = {
     "scaling": "Scaling",
     "roofline": "Roofline",
     "loads": "Expert load",
+    "saving": "Sparsity",
     "pareto": "Pareto",
     "claims": "Claims",
 }
@@ -111,6 +114,7 @@ def make_charts(
         roofline(cases, points, ceilings, style, run_id),
         loads(cases, series),
         requested(cases, series),
+        saving(savings(cases, ratio), (answer.sql, data.METRICS, minima.sql), style),
         pareto("pareto", "Pareto", answers(connection, IN_REPORT, run_id=run_id, named=named), style),
     ]
 

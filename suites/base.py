@@ -204,7 +204,8 @@ class _Planner:
             spec = layer_spec(case, shape, self.registry)
         except ValueError as error:
             return Planned(case, f"{error}.")
-        stored = size * min(1.0, spec.schemes[0].bits / (8.0 * ELEMENT_SIZE[case.dtype])) if spec.schemes else size
+        coded = bool(spec.schemes) and spec.schemes[0].codec != "none"
+        stored = size * min(1.0, spec.schemes[0].bits / (8.0 * ELEMENT_SIZE[case.dtype])) if coded else size
         refusal = attention_refusal(case, spec) or self._traffic_refusal(case, model, spec)
         refusal = refusal or self._cold_refusal(case, spec, stored)
         if refusal:

@@ -15,6 +15,7 @@ from moebench.backends.column_skip import ColumnSkip, ColumnSkipExecutor
 from moebench.backends.plugins import ColumnSkip as Params
 from moebench.contracts import MoebenchError, SparsitySpec
 from moebench.kernels.cpu import build
+from moebench.moe.channel_use import dense_work, needed_work
 from moebench.moe.channels import LowRank, SiteRule, Sparsity
 from moebench.moe.oracle import compare, reference
 from moebench.moe.sparsity import site_activations
@@ -119,6 +120,29 @@ def test_every_rule_at_every_site_agrees_with_the_oracle(
     run = executor(lab, store, str(dtype).removeprefix("torch."), chunk)
     verdict = compare(run(x_TH, *lab.inputs(routing, "topk")), reference(store, routing, x_TH), dtype)
     assert verdict.ok, verdict
+
+
+@needs_cc
+@pytest.mark.parametrize("sites", [("input", "hidden"), ("gate",), ("gate", "hidden"), ("input", "gate"), ()])
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_work_that_suites_count_is_what_the_kernel_does(lab, sites, gated):
+    if "gate" in sites and not gated:
+        return
+    store = lab.store(3, sparsity=Sparsity({site: SiteRule(0.15) for site in sites}), gated=gated)
+    x_TH, routing = lab.tokens(29), lab.routing("dynamic_k", 29, 1)
+    run = executor(lab, store, chunk=64)
+    run(x_TH, *lab.inputs(routing, "topk"))
+    found = counted(run)
+    behind = {"input": F if "gate" in sites or not gated else 2 * F, "gate": H, "hidden": H}
+    work = needed_work(store, routing, x_TH)
+    assert work.products == sum(found[site]["kept"] * behind[site] for site in found)
+    assert work.weights == sum(found[site]["columns_read"] * behind[site] for site in found)
+    whole = dense_work(store, routing)
+    touched = int((routing.counts_E > 0).sum())
+    assert (whole.products, whole.weights) == tuple(
+        n * (3 if gated else 2) * H * F for n in (len(routing.token_N), touched)
+    )
+    assert (work == whole) == (not sites)
 
 
 @needs_cc
