@@ -296,6 +296,7 @@ BUILTIN_PLUGINS = (
     "moebench.moe.plugins",
     "moebench.moe.quantization_plugins",
     "moebench.moe.router_params",
+    "moebench.moe.sparsifiers.params",
     "moebench.moe.transforms.params",
     "moebench.moe.transforms.compression_params",
     "moebench.backends.plugins",

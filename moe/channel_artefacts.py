@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from .artefacts import Artefact
 from .channels import LowRank, SiteRule, Sparsity, WeightMask
 from .experts import ExpertStore, masked
@@ -16,7 +18,7 @@ def sparsity_artefact(sparsity: Sparsity | None) -> Artefact:
     """Return the rules of every site and the masks of the weights; nothing where nothing is left out."""
     if sparsity is None:
         return Artefact({}, {"sites": None})
-    tensors = {}
+    tensors: dict[str, Tensor | None] = {}
     sites: dict[str, Any] = {}
     for site, rule in sparsity.sites.items():
         sites[site] = {"threshold": rule.threshold, "k": rule.k}
@@ -35,7 +37,7 @@ def sparsity_of(artefact: Artefact) -> Sparsity | None:
         return None
     rules = {}
     for site, told in sites.items():
-        named = {name: tensors.get(f"{site}.{name}") for name in RULE_TENSORS}
+        named: dict[str, Any] = {name: tensors.get(f"{site}.{name}") for name in RULE_TENSORS}
         left = tensors.get(f"{site}.left_FOR")
         residual = None if left is None else LowRank(left, tensors[f"{site}.right_FRI"])
         rules[site] = SiteRule(**told, **named, residual=residual)

@@ -182,6 +182,16 @@ def route(layer: PreparedLayer, x_TH: Tensor, ctx: Context | None = None) -> Rou
     return routing
 
 
+def routed_sum(store: ExpertStore, x_TH: Tensor, routing: Routing) -> Tensor:
+    """Return the weighted sum of the routed experts [T, H], in float32 at least; differentiable."""
+    sum_dtype = torch.promote_types(x_TH.dtype, torch.float32)
+    y_TH = torch.zeros(x_TH.shape, dtype=sum_dtype, device=x_TH.device)
+    for expert, token_N, weight_N in assignments(routing):
+        y_NH = assigned_output(x_TH, store, expert, token_N).to(sum_dtype)
+        y_TH = y_TH.index_add(0, token_N, y_NH * weight_N.to(sum_dtype)[:, None])
+    return y_TH
+
+
 def moe_forward(
     layer: PreparedLayer, x_TH: Tensor, ctx: Context | None = None, routing: Routing | None = None
 ) -> Tensor:
@@ -190,12 +200,7 @@ def moe_forward(
     Experts compute in the dtype of ``x_TH``; their weighted sum is kept in float32 at least. A given ``routing``
     replaces the router.
     """
-    routing = route(layer, x_TH, ctx) if routing is None else routing
-    sum_dtype = torch.promote_types(x_TH.dtype, torch.float32)
-    y_TH = torch.zeros(x_TH.shape, dtype=sum_dtype, device=x_TH.device)
-    for expert, token_N, weight_N in assignments(routing):
-        y_NH = assigned_output(x_TH, layer.store, expert, token_N).to(sum_dtype)
-        y_TH = y_TH.index_add(0, token_N, y_NH * weight_N.to(sum_dtype)[:, None])
+    y_TH = routed_sum(layer.store, x_TH, route(layer, x_TH, ctx) if routing is None else routing)
     if layer.shared is not None:
         y_TH = layer.shared.added_to(y_TH, x_TH)
     return y_TH.to(x_TH.dtype)

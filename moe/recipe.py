@@ -17,8 +17,6 @@ from .channels import Sparsity
 from .experts import Constants, ExpertStore, QTensor
 from .layer import LayerWeights, PreparedLayer, SharedExpert
 from .quantization import Seen, parts_of, tensor_of
-from .router import Router
-from .routing import Context
 from .shapes import ModelShape
 from .stand_ins import StandIns, alone
 
@@ -111,8 +109,8 @@ def prepare_layer(
         seen = Seen(bundle.router, x_TH, alone(fields, bundle.router, layer, store), router_seed(seed, layer))
         origin = {"parent": parent, "dtype": str(dtype), "input_scale": bundle.input_scale}
         store, parent = _quantized(recipe, store, seen, origin, cache)
-        ctx = alone(fields, bundle.router, layer, store)
-        store = _sparsified(recipe, store, bundle.router, x_TH, ctx, parent, cache)
+        seen = replace(seen, ctx=alone(fields, bundle.router, layer, store))
+        store = _sparsified(recipe, store, seen, parent, cache)
     scheme = None if bundle.shared is None else bundle.shared.to(dtype)
     return PreparedLayer(store, bundle.router, weights.shared or scheme)
 
@@ -186,16 +184,14 @@ def _quantized(
     return made, make_key(inputs)
 
 
-def _sparsified(
-    recipe: Recipe, store: ExpertStore, router: Router, x_TH: Tensor, ctx: Context, parent: str, cache: Path | None
-) -> ExpertStore:
+def _sparsified(recipe: Recipe, store: ExpertStore, seen: Seen, parent: str, cache: Path | None) -> ExpertStore:
     if recipe.sparsity.descriptor.name == "none":
         return store
     stage = recipe.sparsity
     inputs = {"stage": "sparsity", **stage.identity(), "routing": recipe.routing.identity(), "parent": parent}
 
     def build() -> Sparsity | None:
-        made: ExpertStore = stage.create()(store, router(x_TH, ctx), x_TH)
+        made: ExpertStore = stage.create()(store, seen.router(seen.x_TH, seen.ctx), seen.x_TH, seed=seen.seed)
         return made.sparsity
 
     return sparsified(store, cached(cache, inputs, build, sparsity_artefact, sparsity_of))

@@ -1,70 +1,52 @@
-"""Activation sparsity: which channels of an expert's inputs may be left out.
+"""What comes to the sites of a layer's experts, thresholds from it, and how much of it is used.
 
-TEAL (arXiv 2408.14690) leaves out activations below a threshold, the empirical quantile of |activation| over
-calibration tokens. Here a site is shared by the routed experts of a layer: ``input`` is what gate and up read (width
-H), ``hidden`` is what down reads (width F). Each expert's own calibration inputs are counted, so that a token counts
-once per FFN expert that it is sent to.
+A site (``contracts.SITES``) is shared by the routed experts of a layer. Each expert's own inputs are counted, so that a
+token counts once per FFN expert that it is sent to. The methods are in ``moe.sparsifiers``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..contracts import SITES, Metric
-from .channels import DENSE, SiteRule, Sparsity
+from .channels import DENSE
 from .experts import ACTIVATIONS, ExpertStore, expert_product, hidden_from
 from .layer import assignments
-from .plugins import Teal
 from .routing import Routing
 
-SparsityStep = Callable[[ExpertStore, Routing, Tensor], ExpertStore]
 
-
-def keep(params: Any) -> SparsityStep:
+def keep(params: Any) -> Callable[..., ExpertStore]:
     """Sparsity ``none``: every activation is used."""
-    return lambda store, routing, x_TH: store
+    return lambda store, routing, x_TH, seed=0: store
 
 
-def teal(params: Teal) -> SparsityStep:
-    """Sparsity ``teal``: one magnitude threshold for each site of ``params.sites``.
-
-    The threshold of ``hidden`` is calibrated with ``input`` already sparse, so that the level holds as executed. Level
-    0 sets no sparsity at all: the store comes back as it is.
-    """
-
-    def calibrate(store: ExpertStore, routing: Routing, x_TH: Tensor) -> ExpertStore:
-        rules: dict[str, SiteRule] = {}
-        for site in SITES:
-            if site in params.sites:
-                so_far = replace(store, sparsity=Sparsity(rules))
-                found = quantile([part for part, _ in site_activations(so_far, routing, x_TH, site)], params.level)
-                rules = rules if found is None else {**rules, site: SiteRule(found)}
-        return replace(store, sparsity=Sparsity(rules)) if rules else store
-
-    return calibrate
+def ffn_inputs(store: ExpertStore, routing: Routing, x_TH: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Yield (x_NH float32, slot) of every FFN expert with tokens: what it is sent, and its place in the store."""
+    x_TH = x_TH.float()
+    for expert, token_N, _ in assignments(routing):
+        if store.kinds[expert] in ("ffn", "gather"):
+            yield x_TH[token_N], store.slots[expert]
 
 
 def site_activations(store: ExpertStore, routing: Routing, x_TH: Tensor, site: str) -> Iterator[tuple[Tensor, int]]:
-    """Yield the activations [n, width] at ``site``, before it leaves any out, and the slot of every FFN expert with
+    """Yield the activations [N, width] at ``site``, before it leaves any out, and the slot of every FFN expert with
     tokens; what earlier sites leave out is left out."""
-    x_TH = x_TH.float()
-    for expert, token_N, _ in assignments(routing):
-        if store.kinds[expert] not in ("ffn", "gather"):
-            continue
-        x_NH, slot = x_TH[token_N], store.slots[expert]
-        if site == "input":
-            yield x_NH, slot
-            continue
-        product = expert_product(x_NH, store.weights(slot)[0], store, slot)
-        if site == "gate":
-            yield ACTIVATIONS[store.activation](product.chunk(2, dim=-1)[0]), slot
-        else:
-            yield hidden_from(product, store, slot), slot
+    for x_NH, slot in ffn_inputs(store, routing, x_TH):
+        yield at_site(store, slot, x_NH, site), slot
+
+
+def at_site(store: ExpertStore, slot: int, x_NH: Tensor, site: str) -> Tensor:
+    """Return what comes to a site of one expert from its tokens, [N, width]."""
+    if site == "input":
+        return x_NH
+    product = expert_product(x_NH, store.weights(slot)[0], store, slot)
+    if site == "gate":
+        return ACTIVATIONS[store.activation](product.chunk(2, dim=-1)[0])
+    return hidden_from(product, store, slot)
 
 
 def quantile(activations: list[Tensor], level: float) -> float | None:

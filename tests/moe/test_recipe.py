@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from moebench.contracts import Case, Choice, Descriptor, Evidence, MoebenchError, Registry, Selection
-from moebench.moe import plugins, quantization, recipe, router_params, sparsity, structure
+from moebench.moe import plugins, quantization, recipe, router_params, structure
 from moebench.moe.artefacts import Artefact, cached, read, sources_sha256, tensors_sha256, write
 from moebench.moe.channel_artefacts import sparsity_artefact, sparsity_of
 from moebench.moe.channels import LowRank, SiteRule, Sparsity, WeightMask
 from moebench.moe.layer import LayerWeights, SharedExpert, ffn_hidden, moe_forward
-from moebench.moe.plugins import Int4, Split, Teal
+from moebench.moe.plugins import Int4, Split
 from moebench.moe.recipe import Recipe, Stage, prepare_layer
 from moebench.moe.routing import Context
 from moebench.moe.shapes import ModelShape
+from moebench.moe.sparsifiers import params as sparsity_params
+from moebench.moe.sparsifiers import steps
+from moebench.moe.sparsifiers.params import Teal
 
 H, F, T = 16, 32, 80
 
@@ -25,7 +28,7 @@ H, F, T = 16, 32, 80
 @pytest.fixture(scope="module")
 def registry():
     registry = Registry()
-    registry.add(*plugins.DESCRIPTORS, *router_params.DESCRIPTORS)
+    registry.add(*plugins.DESCRIPTORS, *router_params.DESCRIPTORS, *sparsity_params.DESCRIPTORS)
     return registry
 
 
@@ -89,7 +92,7 @@ def test_stages_are_applied_in_order_each_on_the_result_so_far(registry):
         assert torch.equal(ours.dequantize(), theirs.dequantize())
     x = randn(T, H).to(dtype).float()
     bare = replace(layer.store, sparsity=None)
-    assert layer.store.sparsity == sparsity.teal(Teal(0.5))(bare, layer.router(x, Context(layer=1)), x).sparsity
+    assert layer.store.sparsity == steps.channels(Teal(0.5))(bare, layer.router(x, Context(layer=1)), x).sparsity
     assert forward(layer, dtype=dtype).isfinite().all()
 
 
@@ -200,7 +203,7 @@ def forbid(monkeypatch):
 
     monkeypatch.setattr(structure, "split", never)
     monkeypatch.setattr(quantization, "rtn", never)
-    monkeypatch.setattr(sparsity, "teal", never)
+    monkeypatch.setattr(steps, "channels", never)
 
 
 @pytest.mark.parametrize("codec", [("int4", {"group": 8}), ("int8", {}), ("int8", {"group": 4, "symmetric": False})])
@@ -286,7 +289,7 @@ def test_sources_are_this_package_and_the_file_of_the_plug_in(tmp_path):
     assert sources_sha256(target) == before
     sources_sha256.cache_clear()
     assert sources_sha256(target) != before
-    assert sources_sha256("moebench.moe.structure:split") != sources_sha256("moebench.moe.sparsity:teal")
+    assert sources_sha256("moebench.moe.structure:split") != sources_sha256("moebench.moe.sparsifiers.steps:channels")
 
 
 @pytest.mark.parametrize("damage", ["tensors cut", "tensors gone", "meta cut", "meta edited", "a bit flipped", "empty"])

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from moebench.moe.channels import SiteRule, Sparsity
 from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import PreparedLayer, ffn_hidden, moe_forward
-from moebench.moe.plugins import Int8, NoSparsity, Teal
+from moebench.moe.plugins import Int8, NoSparsity
 from moebench.moe.quantization import coded
 from moebench.moe.routing import Routing
-from moebench.moe.sparsity import density, keep, quantile, site_activations, teal
+from moebench.moe.sparsifiers.params import Teal
+from moebench.moe.sparsifiers.steps import channels as teal
+from moebench.moe.sparsity import density, keep, quantile, site_activations
 
 H, F, T = 16, 8, 60
 KINDS = ("ffn", "zero", "ffn", "ffn")
