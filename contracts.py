@@ -726,7 +726,8 @@ class Planned:
 
     ``method_bytes`` is what the layer of its method takes, shared by all cases of that method and dtype in a worker;
     ``copies_bytes`` what copies of its weights take, of which cases with equal ``copies_key`` share as many as both
-    need; ``own_bytes`` what the case takes besides; ``seconds`` roughly how long a case of protocol ``once`` takes.
+    need; ``own_bytes`` what the case takes besides, shared in the same way by cases with equal ``own_key`` if it has
+    one; ``seconds`` roughly how long a case of protocol ``once`` takes.
     """
 
     case: Case
@@ -736,6 +737,7 @@ class Planned:
     seconds: float = 20.0
     copies_bytes: float = 0.0
     copies_key: str = ""
+    own_key: str = ""
 
     @property
     def bytes_alone(self) -> float:
@@ -772,7 +774,8 @@ class Session(Protocol):
 class Backend(Protocol):
     """A way to execute experts. ``availability`` and ``supports`` run in the parent and must not import torch.
 
-    One whose ``load`` copies dense weights into a form of its own says so with ``own_form = True``: plans count it.
+    One whose ``load`` copies dense weights says so in a further method ``own_form(spec)``, which names the form: plans
+    count its bytes, once for layers that share their weights and their form.
     """
 
     def availability(self) -> Availability: ...

@@ -12,7 +12,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakValueDictionary
 
 from ..contracts import Availability, Execution, LayerSpec, Refusal
 from ..kernels.cpu import build
@@ -33,42 +34,85 @@ LEAVES_OUT = ("topk", "fixed", "gate", "per_expert", "residual")
 """The features of sparsity that the kernel has (``rules.FEATURES``)."""
 
 
+class Form:
+    """The weights of one layer's experts in the kernel's layout: copies of their own, and where each expert begins."""
+
+    def __init__(self, source: tuple[Tensor, Tensor], dtype: str, rows: bool) -> None:
+        self.source = source  # kept, so that its address stays taken for as long as this form is known by it
+        self.dtype, self.kept = torch_dtype(dtype), Kept()
+        gate_up, down = source
+        self.up = None
+        if rows:
+            gate_up, up = gate_up.chunk(2, dim=1)
+            self.up = self.kept.pointers(up.to(self.dtype))
+        self.first = self.kept.pointers(gate_up.transpose(1, 2).to(self.dtype))
+        self.down = self.kept.pointers(down.transpose(1, 2).to(self.dtype))
+
+
+class Kept:
+    """Tensors that the kernel reads by their address, alive for as long as this is."""
+
+    def __init__(self) -> None:
+        self.alive: list[Any] = []
+        self.nbytes = 0
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        """Return a copy in one piece."""
+        import torch
+
+        copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self.alive.append(copied)
+        self.nbytes += copied.nbytes
+        return copied
+
+    def pointers(self, by_expert: Tensor) -> Any:
+        """Return where each expert's part of a copy of ``by_expert`` [N_F, ..] begins."""
+        copied = self.copied(by_expert)
+        made = pointers([one.data_ptr() for one in copied])
+        self.alive.append(made)
+        return made
+
+
+_FORMS: WeakValueDictionary[tuple[Any, ...], Form] = WeakValueDictionary()
+
+
+def form_of(store: ExpertStore, spec: LayerSpec) -> Form:
+    """Return the weights of a store in the kernel's layout; stores of the same dense tensors share what is alive."""
+    rows = "gate" in sites_of(store)
+    if store.quantized:
+        return Form(store.dense(torch_dtype(spec.dtype)), spec.dtype, rows)
+    gate_up, down = cast("tuple[Tensor, Tensor]", (store.gate_up, store.down))
+    where = tuple((tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype) for tensor in (gate_up, down))
+    key = (where, spec.dtype, rows)
+    form = _FORMS.get(key)
+    if form is None:
+        _FORMS[key] = form = Form((gate_up, down), spec.dtype, rows)
+    return form
+
+
+def sites_of(store: ExpertStore) -> Mapping[str, SiteRule]:
+    """Return the rules of a store by site."""
+    return {} if store.sparsity is None else store.sparsity.sites
+
+
 class Columns:
-    """One layer's experts in the kernel's layout, with its rules; every tensor is a copy of its own."""
+    """One layer as the kernel reads it: its weights, and the rules of its sites."""
 
     def __init__(self, store: ExpertStore, spec: LayerSpec, chunk: int) -> None:
-        self.dtype = torch_dtype(spec.dtype)
-        self.kept_alive: list[Any] = []
-        gate_up, down = store.dense(self.dtype)
-        sites = {} if store.sparsity is None else store.sparsity.sites
+        self.form, self.kept = form_of(store, spec), Kept()
         self.layer = Layer(store.hidden, store.width, chunk)
         self.layer.bfloat16 = int(spec.dtype == "bfloat16")
         self.layer.activation, self.layer.gated = ACTIVATIONS.index(store.activation), int(store.gated)
-        if "gate" in sites:
-            gate_up, up = gate_up.chunk(2, dim=1)
-            self.layer.up = self._pointers(up)
-        self.layer.first = self._pointers(gate_up.transpose(1, 2))
-        self.layer.down = self._pointers(down.transpose(1, 2))
+        self.layer.first, self.layer.down = self.form.first, self.form.down
+        if self.form.up is not None:
+            self.layer.up = self.form.up
+        rules_by_site = sites_of(store)
         for place, name in enumerate(SITES):
-            if name in sites:
-                self._set(self.layer.sites[place], sites[name])
+            if name in rules_by_site:
+                self._set(self.layer.sites[place], rules_by_site[name])
         rank = max(site.rank for site in self.layer.sites)
         widest = max(store.hidden, store.width)
         self.working = chunk * (3 * store.width + store.hidden + widest + rank) + widest
-
-    def _copied(self, tensor: Tensor) -> Tensor:
-        """Return a copy in one piece, kept for as long as the kernel may read it."""
-        copied = tensor.detach().clone(memory_format=_contiguous())
-        self.kept_alive.append(copied)
-        return copied
-
-    def _pointers(self, by_expert: Tensor) -> Any:
-        """Return where each expert's part of a copy of ``by_expert`` [N_F, ..] begins."""
-        copied = self._copied(by_expert.to(self.dtype))
-        step = copied[0].nbytes if len(copied) else 0
-        made = pointers([copied.data_ptr() + place * step for place in range(len(copied))])
-        self.kept_alive.append(made)
-        return made
 
     def _set(self, site: Site, rule: SiteRule) -> None:
         """Write a rule as the kernel reads it; fixed channels are those with weight 1 of weights 0 and 1."""
@@ -80,22 +124,17 @@ class Columns:
             site.top, site.threshold = rule.k, float("inf")
         if weight is not None:
             site.by_expert = int(weight.dim() == 2)
-            site.weight = self._copied(weight.float()).data_ptr()
+            site.weight = self.kept.copied(weight.float()).data_ptr()
         if rule.residual is not None:
+            dtype = self.form.dtype
             site.rank = rule.residual.right_FRI.shape[1]
-            site.right = self._pointers(rule.residual.right_FRI.transpose(1, 2))
-            site.left = self._pointers(rule.residual.left_FOR.transpose(1, 2))
+            site.right = self.kept.pointers(rule.residual.right_FRI.transpose(1, 2).to(dtype))
+            site.left = self.kept.pointers(rule.residual.left_FOR.transpose(1, 2).to(dtype))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all copies."""
-        return sum(kept.nbytes for kept in self.kept_alive if hasattr(kept, "nbytes"))
-
-
-def _contiguous() -> Any:
-    import torch
-
-    return torch.contiguous_format
+        """Bytes of the weights, and of what the rules have besides."""
+        return self.form.kept.nbytes + self.kept.nbytes
 
 
 class ColumnSkipExecutor(Executor):
@@ -153,10 +192,12 @@ class ColumnSkipExecutor(Executor):
 class ColumnSkip:
     """The backend."""
 
-    own_form = True
-
     def __init__(self, params: Params) -> None:
         self.params = params
+
+    def own_form(self, spec: LayerSpec) -> str:
+        """Say which copies ``load`` makes: layers with the same weights and the same answer share them."""
+        return "rows" if spec.sparsity is not None and "gate" in spec.sparsity.sites else "columns"
 
     def availability(self) -> Availability:
         """It needs a C compiler; nothing is built to find out."""

@@ -137,7 +137,6 @@ class _Planner:
     def __init__(self, config: SuiteConfig, registry: Registry, kind: Kind) -> None:
         self.config, self.registry, self.kind = config, registry, kind
         self._available: dict[str, Availability] = {}
-        self._own_form: dict[str, bool] = {}
 
     def plan(self, point: Mapping[str, Any]) -> Iterator[Planned]:
         """Yield the cases of one point: one per layer, or one for the whole selection."""
@@ -213,24 +212,27 @@ class _Planner:
         answer, evidence = self._execution(case, spec)
         if isinstance(answer, Refusal):
             return Planned(case, answer.reason)
-        cold = case.residency == "cold"
+        case = replace(case, execution=answer, evidence=evidence)
+        cold, weights = case.residency == "cold", copies_key(case, spec)
         copies = cold_copies(self.config.cache_bytes, stored, touched_share(spec)) if cold else 0
+        form = self._own_form(case, spec)
+        views = answer.weights == "dense" and case.pass_ == "forward" and not form
+        own = 0.0 if views else stored if answer.weights == "packed" else size
         return Planned(
-            replace(case, execution=answer, evidence=evidence),
-            None,
-            needed,
-            self._own_bytes(case, answer, size, stored) * max(1, copies),
+            case,
+            method_bytes=needed,
+            own_bytes=own * max(1, copies),
+            own_key=f"{weights} {case.backend} {form}" if form else "",
             copies_bytes=stored * copies,
-            copies_key=copies_key(case, spec),
+            copies_key=weights,
         )
 
-    def _own_bytes(self, case: Case, answer: Execution, size: float, stored: float) -> float:
-        """Return what the backend's own form of one copy of the weights takes, gradients included; 0 for views."""
-        if answer.weights == "packed":
-            return stored
-        if answer.weights == "dense" and case.pass_ == "forward" and not self._own_form.get(case.backend.name, False):
-            return 0.0
-        return size
+    def _own_form(self, case: Case, spec: LayerSpec) -> str:
+        """Return the name of the form into which the backend copies dense weights, or nothing where it does not."""
+        if self.kind.backend_free:
+            return ""
+        backend = self.registry.get("backend", case.backend.name).create(case.backend.params)
+        return str(backend.own_form(spec)) if hasattr(backend, "own_form") else ""
 
     def _traffic_refusal(self, case: Case, model: Any, spec: LayerSpec) -> str | None:
         traffic = self.registry.params("traffic", case.traffic)
@@ -274,7 +276,6 @@ class _Planner:
         backend = self.registry.get("backend", case.backend.name).create(case.backend.params)
         if case.backend.name not in self._available:
             self._available[case.backend.name] = backend.availability()
-            self._own_form[case.backend.name] = getattr(backend, "own_form", False)
         available = self._available[case.backend.name]
         if not available.available:
             return Refusal(f"backend '{case.backend}' is not available: {available.reason}"), Evidence.MEASURED_CPU

@@ -205,6 +205,23 @@ def test_resident_bytes_are_those_of_the_copies_and_events_carry_their_layer(lab
     assert "-O3" in told.kernels[0]
 
 
+@needs_cc
+def test_layers_of_the_same_weights_share_the_copies_until_these_are_changed(lab):
+    store = lab.store(3)
+    x_TH, inputs = lab.tokens(5), lab.inputs(lab.routing("hot", 5, 0), "topk")
+    first = executor(lab, store)
+    other = executor(lab, dataclasses.replace(store, sparsity=Sparsity({"input": SiteRule(0.5)})))
+    assert other.columns.form is first.columns.form
+    assert executor(lab, store, "bfloat16").columns.form is not first.columns.form
+    assert executor(lab, dataclasses.replace(store, sparsity=Sparsity({"gate": SiteRule(0.5)}))).columns.form.up
+    before_TH = first(x_TH, *inputs)
+    store.down[3] *= 2
+    changed = executor(lab, store)
+    assert changed.columns.form is not first.columns.form
+    torch.testing.assert_close(changed(x_TH, *inputs), 2 * before_TH)
+    assert torch.equal(first(x_TH, *inputs), before_TH)
+
+
 # --- how the kernel is built ------------------------------------------------------------------------------------------
 
 
