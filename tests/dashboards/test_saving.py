@@ -12,11 +12,6 @@ from moebench.dashboards.saving_data import break_even, savings
 from moebench.dashboards.saving_text import saving_lines
 from moebench.dashboards.text import WIDTH, summary_table, width
 
-# level, density of weights, time over the dense case of the same backend
-TEAL = ((0.25, 0.76, 0.90), (0.5, 0.52, 0.64), (0.8, 0.22, 0.31))
-CATS = ((0.25, 0.84, 1.06), (0.5, 0.68, 0.97), (0.8, 0.45, 0.81))
-DENSE = {"column_skip": 100.0, "eager": 130.0, "grouped": 85.0}
-
 GOLDEN = """\
 what skipping buys
   column_skip · cats (skip): break-even density 0.68 against dense column_skip: 0.970 of its time
@@ -28,45 +23,6 @@ what skipping buys
 """
 
 
-def timed(run, row, factor):
-    """Turns that all cases of a sitting take together; each case has its own small scatter."""
-    step = 3 + int(factor) % 7
-    minima = [int(1000 * factor * (1 + 0.001 * (step * turn % 11 - 5))) for turn in range(60)]
-    for process in range(2):
-        run.add(
-            "timings", case_key=row["case_key"], process=process, clock="wall", sitting=f"s{process}",
-            mode="interleaved", ns=minima, turn=list(range(60)), n=60, min_ns=min(minima),
-            median_ns=1000.0 * factor, median_lo_ns=1000.0 * factor, median_hi_ns=1000.0 * factor,
-        )  # fmt: skip
-
-
-def measured(run, us, density=None, **over):
-    row = run.case(suite="latency", tokens=1, residency="cold", **over)
-    timed(run, row, us)
-    run.metric(row, "bytes", 1e7 * (density if density and over["sparse"] == "skip" else 1.0), "byte")
-    run.metric(row, "flops", 5e6 * (density if density and over["sparse"] == "skip" else 1.0), "flop")
-    if density is not None:
-        run.metric(row, "weight_density", density, "share")
-    return row
-
-
-def skipping(run, levels, method, backend="column_skip", sparse="skip", times=1.0, **over):
-    for level, density, factor in levels:
-        name = {"sparsity": method, "backend": backend, "sparse": sparse, "case_key": f"{method}{level}{backend}"}
-        us = DENSE[backend] * factor * times
-        row = measured(run, us, density, **name, **over)
-        row["params"] = f'{{"sparsity": {{"level": {level}}}}}'
-
-
-def built(run):
-    for backend, us in DENSE.items():
-        measured(run, us, backend=backend)
-    skipping(run, TEAL, "teal")
-    skipping(run, CATS, "cats")
-    skipping(run, TEAL, "teal", "eager", "mask", times=2.8)
-    return run
-
-
 def found(connection, run_id):
     cases, _ = data.load_cases(connection, run_id)
     turns = turn_minima(ask(connection, data.MINIMA, run_id=run_id))
@@ -74,8 +30,8 @@ def found(connection, run_id):
 
 
 @pytest.fixture
-def run(opened):
-    return built(opened[0]())
+def run(build, opened):
+    return build.saving_run(opened[0]())
 
 
 @pytest.fixture
@@ -116,23 +72,23 @@ def test_a_mask_that_is_slower_everywhere_has_no_break_even(open_run):
     assert "break-even density none against dense grouped, the fastest: slower, or not known to be as fast" in words
 
 
-def test_a_density_above_one_that_is_slower_does_not_count_however_fast(opened):
+def test_a_density_above_one_that_is_slower_does_not_count_however_fast(build, opened):
     """A lucky point beyond a slow one is no break-even: all below it must hold."""
     builder, open_store = opened
     run = builder()
-    measured(run, 100.0, backend="column_skip")
-    skipping(run, ((0.8, 0.2, 0.5), (0.5, 0.5, 1.2), (0.25, 0.75, 0.9)), "teal")
+    build.decoded(run, 100.0, backend="column_skip")
+    build.skipping(run, ((0.8, 0.2, 0.5), (0.5, 0.5, 1.2), (0.25, 0.75, 0.9)), "teal")
     (one,) = found(open_store(run), run.run_id)
     assert break_even(one.curves[0], "own").density == 0.2
     assert saving_lines([one])[0].endswith("no dense backend is faster.")
 
 
-def test_what_carries_a_flag_or_was_not_timed_together_is_not_judged(opened):
+def test_what_carries_a_flag_or_was_not_timed_together_is_not_judged(build, opened):
     builder, open_store = opened
     run = builder()
-    measured(run, 100.0, backend="column_skip")
-    skipping(run, TEAL, "teal", flags=["contended"])
-    skipping(run, TEAL, "cats")
+    build.decoded(run, 100.0, backend="column_skip")
+    build.skipping(run, build.TEAL, "teal", flags=["contended"])
+    build.skipping(run, build.TEAL, "cats")
     (one,) = found(open_store(run), run.run_id)
     cats, teal = sorted(one.curves, key=lambda curve: curve.label)
     assert break_even(teal, "own").density is None
@@ -142,11 +98,11 @@ def test_what_carries_a_flag_or_was_not_timed_together_is_not_judged(opened):
     assert break_even(cats.__class__(**{**vars(cats), "points": tuple(apart)}), "own").density is None
 
 
-def test_an_interval_that_reaches_beyond_one_is_not_known_to_be_as_fast(opened):
+def test_an_interval_that_reaches_beyond_one_is_not_known_to_be_as_fast(build, opened):
     builder, open_store = opened
     run = builder()
-    measured(run, 100.0, backend="column_skip")
-    skipping(run, TEAL, "teal")
+    build.decoded(run, 100.0, backend="column_skip")
+    build.skipping(run, build.TEAL, "teal")
     (one,) = found(open_store(run), run.run_id)
     curve = one.curves[0]
     for hi, holds in ((1.0, True), (1.01, False), (None, False)):
@@ -156,23 +112,23 @@ def test_an_interval_that_reaches_beyond_one_is_not_known_to_be_as_fast(opened):
         assert (break_even(changed, "own").density is not None) == holds
 
 
-def test_a_flagged_dense_case_judges_nothing_and_is_not_the_fastest(opened):
+def test_a_flagged_dense_case_judges_nothing_and_is_not_the_fastest(build, opened):
     builder, open_store = opened
     run = builder()
-    measured(run, 100.0, backend="column_skip", flags=["not_steady"])
-    measured(run, 120.0, backend="grouped")
-    skipping(run, TEAL, "teal")
+    build.decoded(run, 100.0, backend="column_skip", flags=["not_steady"])
+    build.decoded(run, 120.0, backend="grouped")
+    build.skipping(run, build.TEAL, "teal")
     (one,) = found(open_store(run), run.run_id)
     assert one.curves[0].best.axes["backend"] == "grouped"
     (line,) = saving_lines([one])
     assert "not judged against dense column_skip, which carries a flag; break-even density 0.76" in line
 
 
-def test_without_a_dense_case_of_the_backend_there_is_no_curve(opened):
+def test_without_a_dense_case_of_the_backend_there_is_no_curve(build, opened):
     builder, open_store = opened
     run = builder()
-    measured(run, 100.0, backend="eager")
-    skipping(run, TEAL, "teal")
+    build.decoded(run, 100.0, backend="eager")
+    build.skipping(run, build.TEAL, "teal")
     assert found(open_store(run), run.run_id) == []
 
 
