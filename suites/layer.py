@@ -22,7 +22,7 @@ from ..moe.fold import Folded, fold_store
 from ..moe.metrics import load_series, routing_metrics
 from ..moe.oracle import Reference, compare, reference
 from ..moe.routing_metrics.cost import weights_per_token
-from ..moe.sparsity import density
+from ..moe.sparsifiers.cost import sparsity_metrics
 from .base import cold_copies, touched_share
 from .digest import sha256_of
 from .subject import DTYPES, Batch, Subject, make_batch, prepare_subject
@@ -133,7 +133,8 @@ class LayerTrial:
         """Return routing metrics, the load per expert, densities, what really ran and what a replay did."""
         batch = self.batches[0]
         store = self.subject.layer.store
-        metrics = [*routing_metrics(batch.routing, self.subject.spec.kinds), *density(store, batch.routing, batch.x_TH)]
+        metrics = routing_metrics(batch.routing, self.subject.spec.kinds)
+        metrics.extend(sparsity_metrics(store, batch.routing, batch.x_TH))
         metrics.append(Metric("resident_bytes", float(self.session.resident_bytes()), "byte"))
         metrics.append(Metric("expert_bytes", float(store.nbytes), "byte"))
         metrics.append(Metric("weight_copies", float(self._copies), "1"))
