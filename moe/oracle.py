@@ -71,6 +71,12 @@ class Reference:
     scale_T: Tensor
 
 
+def joined(first: Reference, later: Reference) -> Reference:
+    """Return the reference of the tokens of both, one after the other."""
+    rows = [torch.cat([getattr(part, name) for part in (first, later)]) for name in ("y_TH", "slack_T", "scale_T")]
+    return Reference(rows[0], rows[1], first.near + later.near, rows[2])
+
+
 @dataclass(frozen=True)
 class Gradients:
     """Gradients of one layer for one output gradient: of the input [T, H] and of the experts' dense weights."""

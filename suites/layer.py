@@ -23,7 +23,7 @@ from ..moe.fold import Folded, fold_store
 from ..moe.metrics import load_series, routing_metrics
 from ..moe.oracle import Reference, compare, reference
 from ..moe.routing_metrics.cost import weights_per_token
-from ..moe.sparsity import density
+from ..moe.sparsifiers.cost import sparsity_metrics
 from .base import cold_copies, copies_key, touched_share
 from .digest import sha256_of
 from .leaving_out import leaving_out
@@ -139,7 +139,8 @@ class LayerTrial:
         """Return routing metrics, the load per expert, densities, what really ran and what a replay did."""
         batch = self.batches[0]
         store = self.subject.layer.store
-        metrics = [*routing_metrics(batch.routing, self.subject.spec.kinds), *density(store, batch.routing, batch.x_TH)]
+        metrics = routing_metrics(batch.routing, self.subject.spec.kinds)
+        metrics.extend(sparsity_metrics(store, batch.routing, batch.x_TH))
         if self.subject.spec.sparsity is not None:
             metrics.extend(leaving_out(store, batch, self.session.events()))
         metrics.append(Metric("resident_bytes", float(self.session.resident_bytes()), "byte"))

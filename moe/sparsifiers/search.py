@@ -24,9 +24,7 @@ JUDGED = 4
 def last_part(routing: Routing, x_TH: Tensor) -> tuple[Routing, Tensor]:
     """Return the last quarter of the tokens, and their Routing."""
     start = len(x_TH) - max(1, len(x_TH) // JUDGED)
-    late = routing.keep(routing.token_N >= start)
-    shape = (len(x_TH) - start, routing.num_experts)
-    return Routing(late.token_N - start, late.expert_N, late.weight_N, shape), x_TH[start:]
+    return routing.part(start, len(x_TH)), x_TH[start:]
 
 
 def output_error(store: ExpertStore, routing: Routing, x_TH: Tensor, dense_TH: Tensor) -> float:

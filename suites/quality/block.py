@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...contracts import Check
-from ...moe.oracle import compare, reference
+from ...contracts import Check, Metric
+from ...moe.oracle import Reference, compare, joined, reference
 from ...moe.routing import Context, Routing
+from ...moe.sparsifiers.cost import sparsity_metrics
 from ..subject import DTYPES, Subject, boundary_inputs
 
 
@@ -30,10 +32,25 @@ class Call:
     error_T: Tensor
     dense_routing: Routing
 
+    def reference(self) -> Reference:
+        """Return the oracle's output from the same inputs and routing: dense in the prefix, sparse behind it."""
+        layer, prefix, tokens = self.block.subject.layer, self.block.prefix(len(self.x_TH)), len(self.x_TH)
+        if prefix == 0:
+            return reference(layer.store, self.routing, self.x_TH, layer.shared)
+        dense = replace(layer.store, sparsity=None)
+        first = reference(dense, self.routing.part(0, prefix), self.x_TH[:prefix], layer.shared)
+        later = reference(layer.store, self.routing.part(prefix, tokens), self.x_TH[prefix:], layer.shared)
+        return joined(first, later)
+
     def check(self) -> Check:
-        """Compare the output with the oracle's, from the same inputs and routing."""
-        layer = self.block.subject.layer
-        return compare(self.y_TH, reference(layer.store, self.routing, self.x_TH, layer.shared), self.x_TH.dtype)
+        """Compare the output with the oracle's."""
+        return compare(self.y_TH, self.reference(), self.x_TH.dtype)
+
+    def sparsity(self) -> list[Metric]:
+        """Return the densities and what they would save, over the tokens behind the dense prefix."""
+        prefix, tokens = self.block.prefix(len(self.x_TH)), len(self.x_TH)
+        store = self.block.subject.layer.store
+        return sparsity_metrics(store, self.routing.part(prefix, tokens), self.x_TH[prefix:])
 
 
 class MoEBlock(nn.Module):
@@ -43,14 +60,23 @@ class MoEBlock(nn.Module):
     routers with a gating residual, and appends its own call. ``dense`` is the layer that it stands in for.
     ``token_ids_T`` are those of the window to come, ``dense_x_TH`` what the layer reads of it in the dense model (None:
     the same), ``forced`` a Routing in the place of the router's. A router that draws begins each window at ``seed``.
+    ``whole`` executes the same experts with nothing left out, for the first tokens of a window where the sparsity has
+    a dense prefix; None where it has none.
     """
 
     def __init__(
-        self, index: int, subject: Subject, executor: Any, calls: list[Call], seed: int, dense: nn.Module
+        self,
+        index: int,
+        subject: Subject,
+        executor: Any,
+        calls: list[Call],
+        seed: int,
+        dense: nn.Module,
+        whole: Any = None,
     ) -> None:
         super().__init__()
         self.index, self.subject, self.executor, self.calls, self.seed = index, subject, executor, calls, seed
-        self.dense = dense
+        self.dense, self.whole = dense, whole
         self.token_ids_T = torch.empty(0, dtype=torch.int64)
         self.dense_x_TH: Tensor | None = None
         self.forced: Routing | None = None
@@ -68,9 +94,17 @@ class MoEBlock(nn.Module):
 
     def computed(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """Return the experts' output, and that of the shared expert where there is one, in the dtype of ``x_TH``."""
-        layer, spec = self.subject.layer, self.subject.spec
+        layer, spec, prefix = self.subject.layer, self.subject.spec, self.prefix(len(x_TH))
         y_TH: Tensor = self.executor(x_TH, *boundary_inputs(spec.boundary, routing, spec), out_TH=None)
+        if prefix:
+            first = boundary_inputs(spec.boundary, routing.part(0, prefix), spec)
+            y_TH = torch.cat([self.whole(x_TH[:prefix], *first, out_TH=None), y_TH[prefix:]])
         return y_TH if layer.shared is None else layer.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
+
+    def prefix(self, tokens: int) -> int:
+        """Return how many of the first of ``tokens`` have nothing left out."""
+        spec = self.subject.spec.sparsity
+        return 0 if self.whole is None or spec is None else math.ceil(spec.dense_prefix * tokens)
 
     def _dense_routing(self, routing: Routing) -> Routing:
         if self.dense_x_TH is None or self.forced is not None:
