@@ -37,11 +37,10 @@ LEAVES_OUT = ("topk", "fixed", "gate", "per_expert", "residual")
 class Form:
     """The weights of one layer's experts in the kernel's layout: copies of their own, and where each expert begins."""
 
-    def __init__(self, source: tuple[Tensor, Tensor], dtype: str, rows: bool) -> None:
-        self.source = source  # kept, so that its address stays taken for as long as this form is known by it
+    def __init__(self, gate_up: Tensor, down: Tensor, dtype: str, rows: bool) -> None:
         self.dtype, self.kept = torch_dtype(dtype), Kept()
-        gate_up, down = source
-        self.up = None
+        self.up: Any = None
+        self.source: tuple[Tensor, ...] = ()
         if rows:
             gate_up, up = gate_up.chunk(2, dim=1)
             self.up = self.kept.pointers(up.to(self.dtype))
@@ -80,13 +79,14 @@ def form_of(store: ExpertStore, spec: LayerSpec) -> Form:
     """Return the weights of a store in the kernel's layout; stores of the same dense tensors share what is alive."""
     rows = "gate" in sites_of(store)
     if store.quantized:
-        return Form(store.dense(torch_dtype(spec.dtype)), spec.dtype, rows)
+        return Form(*store.dense(torch_dtype(spec.dtype)), spec.dtype, rows)
     gate_up, down = cast("tuple[Tensor, Tensor]", (store.gate_up, store.down))
     where = tuple((tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype) for tensor in (gate_up, down))
     key = (where, spec.dtype, rows)
     form = _FORMS.get(key)
     if form is None:
-        _FORMS[key] = form = Form((gate_up, down), spec.dtype, rows)
+        _FORMS[key] = form = Form(gate_up, down, spec.dtype, rows)
+        form.source = (gate_up, down)  # so that their addresses stay taken for as long as the form is known by them
     return form
 
 

@@ -21,8 +21,10 @@ from pathlib import Path
 
 from ...contracts import MoebenchError
 
-FLAGS = ("-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC", "-shared")
-"""No flag changes the value of a sum but ``-fopenmp-simd``, and that only where the source allows it."""
+ARITHMETIC = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd")
+"""What compilers may do to numbers: fuse a product with a sum, and reorder the sums that the source names."""
+
+FLAGS = ("-std=c11", "-O3", *ARITHMETIC, "-fPIC", "-shared")
 
 NATIVE = (("-march=native",), ("-mcpu=native",), ())
 """How compilers are told to use all instructions of this machine; the first that is understood is taken."""
