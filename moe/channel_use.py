@@ -37,7 +37,8 @@ def chunk_sparsity(used_TI: Tensor, length: int) -> float | None:
     if length < 1:
         raise ValueError(f"a chunk of {length} tokens is empty; give a length of at least 1.")
     chunks = len(used_TI) // length
-    return token_sparsity(used_TI[: chunks * length].unflatten(0, (chunks, length)).any(1)) if chunks else None
+    used_CLI = used_TI[: chunks * length].reshape(chunks, length, used_TI.shape[1])
+    return token_sparsity(used_CLI.any(1)) if chunks else None
 
 
 def union_density(used_TI: Tensor) -> float | None:
