@@ -65,14 +65,14 @@ class ChannelSparsifier:
 
 
 def sparsifiers(params: ChannelParams, alphas: Mapping[str, float] | None = None) -> list[ChannelSparsifier]:
-    """Return the sparsifiers of a configuration, in the order of an expert's work; ``alphas`` by site, or its first."""
+    """Return the sparsifiers of a configuration, in the order of an expert's work; ``alphas`` by site, or its own."""
     return [
         ChannelSparsifier(
             site,
             params.scores[site],
             params.rule,
             rotated=params.rotated and site == "input",
-            alpha=params.alphas[0] if alphas is None else alphas[site],
+            alpha=params.alpha if alphas is None else alphas[site],
         )
         for site in SITES
         if site in params.scores

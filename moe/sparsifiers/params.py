@@ -40,6 +40,8 @@ class ChannelParams:
     dense_prefix: float
     rule: str = "threshold"
     rotated: bool = False
+    alpha: float = 1.0
+    search: bool = False
     alphas: tuple[float, ...] = (1.0,)
     allocation: str = "uniform"
     step: float = 0.05
@@ -48,8 +50,8 @@ class ChannelParams:
         check_level(self.level)
         if not 0 <= self.dense_prefix <= 1:
             raise ValueError(f"dense_prefix={self.dense_prefix} must lie in [0, 1]")
-        if not self.alphas or not all(0 < alpha <= 1 for alpha in self.alphas):
-            raise ValueError("alphas must be numbers in (0, 1], at least one")
+        if not self.alphas or not all(0 < alpha <= 1 for alpha in (self.alpha, *self.alphas)):
+            raise ValueError("alpha and alphas must be numbers in (0, 1], at least one of them")
         if not 0 < self.step <= 1:
             raise ValueError(f"step={self.step} must lie in (0, 1]")
 
@@ -71,7 +73,7 @@ class ChannelParams:
             self.level,
             per_expert=bool(weights),
             basis=self.rotated and "input" in scores,
-            residual=min(self.alphas) < 1,
+            residual=(min(self.alphas) if self.search else self.alpha) < 1,
             dense_prefix=self.dense_prefix,
         )
 
@@ -174,14 +176,16 @@ class RSparse(ChannelParams):
 
     Of the weights that ``level`` leaves, ``alpha`` go to channels, floor(I (1 - level) alpha) on average, and the rest
     to the first singular triples of the matrix, r = floor((I O (1 - level) - n O) / (I + O)), which read the channels
-    left out. With several ``alphas`` each layer tries every pair of them for (gate and up, down) and keeps the one
-    whose output on the last quarter of the calibration tokens is nearest to the dense one: a small exhaustive search
-    in the place of the paper's evolutionary one over all layers. The released code takes alpha = 1 for plain
+    left out. With ``search`` each layer tries every pair of ``alphas`` for (gate and up, down) and keeps the one whose
+    output on the last quarter of the calibration tokens is nearest to the dense one: a small exhaustive search in the
+    place of the paper's evolutionary one over all layers. The released code takes alpha = 1 for plain
     magnitudes (TEAL); here the scale stays, and alpha = 1 is WINA with thresholds.
     """
 
     level: float = 0.5
-    alphas: tuple[float, ...] = (0.95,)
+    alpha: float = 0.95
+    search: bool = False
+    alphas: tuple[float, ...] = (0.9, 0.95, 1.0)
     dense_prefix: float = PREFIX
 
     @property

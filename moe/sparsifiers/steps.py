@@ -33,7 +33,7 @@ def channels(params: ChannelParams) -> SparsityStep:
     def calibrate(store: ExpertStore, routing: Routing, x_TH: Tensor, seed: int = 0) -> ExpertStore:
         if params.level == 0:
             return store
-        alphas = searched_alphas(params, store, routing, x_TH) if len(params.alphas) > 1 else None
+        alphas = searched_alphas(params, store, routing, x_TH) if params.search else None
         family = sparsifiers(params, alphas)
         levels = dict.fromkeys(params.scores, params.level)
         if params.allocation == "greedy":

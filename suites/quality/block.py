@@ -22,7 +22,8 @@ class Call:
     """What one changed layer did for one window.
 
     ``error_T`` float64 is |y - y'| / |y'| of each token, y' what the dense model's layer makes of the same input;
-    ``dense_routing`` what the router says of that which the layer reads in the dense model.
+    ``dense_routing`` what the router says of that which the layer reads in the dense model. Of the first ``prefix``
+    tokens nothing was left out.
     """
 
     block: MoEBlock
@@ -31,10 +32,11 @@ class Call:
     y_TH: Tensor
     error_T: Tensor
     dense_routing: Routing
+    prefix: int = 0
 
     def reference(self) -> Reference:
         """Return the oracle's output from the same inputs and routing: dense in the prefix, sparse behind it."""
-        layer, prefix, tokens = self.block.subject.layer, self.block.prefix(len(self.x_TH)), len(self.x_TH)
+        layer, prefix, tokens = self.block.subject.layer, self.prefix, len(self.x_TH)
         if prefix == 0:
             return reference(layer.store, self.routing, self.x_TH, layer.shared)
         dense = replace(layer.store, sparsity=None)
@@ -48,9 +50,8 @@ class Call:
 
     def sparsity(self) -> list[Metric]:
         """Return the densities and what they would save, over the tokens behind the dense prefix."""
-        prefix, tokens = self.block.prefix(len(self.x_TH)), len(self.x_TH)
-        store = self.block.subject.layer.store
-        return sparsity_metrics(store, self.routing.part(prefix, tokens), self.x_TH[prefix:])
+        store, later = self.block.subject.layer.store, self.routing.part(self.prefix, len(self.x_TH))
+        return sparsity_metrics(store, later, self.x_TH[self.prefix :])
 
 
 class MoEBlock(nn.Module):
@@ -89,7 +90,8 @@ class MoEBlock(nn.Module):
         routing = self.route(x_TH, before) if self.forced is None else self.forced
         y_TH = self.computed(x_TH, routing)
         error_T = relative_error(y_TH, self.dense(x_BTH).flatten(0, -2))
-        self.calls.append(Call(self, x_TH, routing, y_TH, error_T, self._dense_routing(routing)))
+        dense_routing, prefix = self._dense_routing(routing), self.prefix(len(x_TH))
+        self.calls.append(Call(self, x_TH, routing, y_TH, error_T, dense_routing, prefix))
         return y_TH.to(x_BTH.dtype).view_as(x_BTH)
 
     def computed(self, x_TH: Tensor, routing: Routing) -> Tensor:

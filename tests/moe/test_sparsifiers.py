@@ -40,7 +40,7 @@ VARIANTS = [
     ("wina", {"preset": "official"}),
     ("wina", {"preset": "transform"}),
     ("wina", {"rule": "threshold", "allocation": "greedy"}),
-    ("rsparse", {"alphas": (0.8, 1.0)}),
+    ("rsparse", {"search": True, "alphas": (0.8, 1.0)}),
 ]
 
 
@@ -187,7 +187,7 @@ def test_rsparse_scale_is_the_column_norm_and_alpha_one_is_winas_mask():
             _, values, right = torch.linalg.svd(matrices[slot].double(), full_matrices=False)
             scale_I = (right.T * values).norm(dim=1)
             assert torch.allclose(norm_I.double(), scale_I, rtol=1e-5)
-    one = channels(RSparse(0.5, alphas=(1.0,)))(store, routing, x_TH).sparsity
+    one = channels(RSparse(0.5, alpha=1.0))(store, routing, x_TH).sparsity
     wina = channels(Wina(0.5, rule="threshold"))(store, routing, x_TH).sparsity
     assert one.sites.keys() == wina.sites.keys()
     for site, rule in one.sites.items():
@@ -271,7 +271,7 @@ def test_greedy_levels_add_up_and_are_no_worse_on_what_they_are_judged_on():
 def test_a_search_over_alphas_takes_the_best_of_all_pairs():
     store, routing, x_TH = make_store(1), make_routing(1, 1), randn(T, H)
     store = replace(store, down=store.down + 9 * (randn(H, 1, seed=7) @ randn(1, F, seed=8))[None])
-    params = RSparse(0.5, alphas=(0.5, 0.8, 1.0))
+    params = RSparse(0.5, search=True, alphas=(0.5, 0.8, 1.0))
     late, late_TH = last_part(routing, x_TH)
     dense_TH = routed_sum(store, late_TH, late)
     errors = {}

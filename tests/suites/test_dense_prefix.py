@@ -12,6 +12,7 @@ from moebench.moe.layer import PreparedLayer, routed_sum
 from moebench.moe.routing import Routing
 from moebench.suites.quality.block import Call, MoEBlock
 from moebench.suites.subject import Subject
+from moebench.suites.tasks.block import Rows, TaskBlock
 
 E, H, F, T = 3, 16, 12, 40
 
@@ -33,7 +34,7 @@ def make_block(prefix, with_whole=True):
 
 
 def make_call(block, x_TH, routing):
-    return Call(block, x_TH, routing, block.computed(x_TH, routing), torch.empty(0), routing)
+    return Call(block, x_TH, routing, block.computed(x_TH, routing), torch.empty(0), routing, block.prefix(len(x_TH)))
 
 
 @pytest.mark.parametrize(("prefix", "rows"), [(0.0, 0), (0.01, 1), (0.05, 2), (0.26, 11), (1.0, T)])
@@ -70,3 +71,18 @@ def test_a_part_of_a_routing_is_that_of_its_tokens():
     assert torch.equal(part.to_dense(), routing.to_dense()[5:12])
     assert torch.equal(part.logits_TE, routing.logits_TE[5:12])
     assert routing.part(T, T + 3).num_tokens == 0
+
+
+@pytest.mark.parametrize(("kept", "rows"), [(None, 1), (0, 1), (7, 0)])
+def test_tokens_that_follow_others_are_no_first_tokens(kept, rows):
+    class Cache:
+        def get_seq_length(self):
+            return kept
+
+    block, _, _ = make_block(0.01)
+    task = TaskBlock(0, block.subject, block.executor, [], 0, torch.nn.Identity(), block.whole)
+    task.rows = Rows()
+    task.rows.begin(
+        None, (torch.zeros(1, 1, dtype=torch.long),), {"past_key_values": None if kept is None else Cache()}
+    )
+    assert task.prefix(1) == rows
