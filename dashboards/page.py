@@ -99,6 +99,7 @@ def make_charts(
     """Return every chart of the page, in its order."""
     style = Style.of(case.axes["backend"] for case in cases)
     minima = ask(connection, data.MINIMA, run_id=run_id)
+    counted = ask(connection, data.METRICS, run_id=run_id)
     turns = turn_minima(minima)
 
     def ratio(base: Case, case: Case) -> Ratio | None:
@@ -114,7 +115,7 @@ def make_charts(
         roofline(cases, points, ceilings, style, run_id),
         loads(cases, series),
         requested(cases, series),
-        saving(savings(cases, ratio), (answer.sql, data.METRICS, minima.sql), style),
+        saving(savings(cases, ratio), (answer.sql, counted.sql, minima.sql), style),
         pareto("pareto", "Pareto", answers(connection, IN_REPORT, run_id=run_id, named=named), style),
     ]
 
