@@ -55,6 +55,11 @@ OWNERS = ("ffn", "gather", "sequence")
 causal attentions, for which the tokens of one call are one sequence."""
 
 
+SITES = ("input", "gate", "hidden")
+"""Where activations may be left out, in the order of an expert's work: what gate and up read (width H); act(gate x),
+which decides for the rows of up and the columns of down (width F, gated experts only); what down reads (width F)."""
+
+
 def expert_matrices(gated: bool, heads: int = 0) -> int:
     """Return how many matrices of hidden x width an expert owns: query, key, value, output; or gate, up, down."""
     return 4 if heads else 3 if gated else 2
@@ -291,6 +296,7 @@ BUILTIN_PLUGINS = (
     "moebench.moe.plugins",
     "moebench.moe.quantization_plugins",
     "moebench.moe.router_params",
+    "moebench.moe.sparsifiers.params",
     "moebench.moe.transforms.params",
     "moebench.moe.transforms.compression_params",
     "moebench.backends.plugins",
@@ -395,15 +401,38 @@ class Scheme:
 
 @dataclass(frozen=True)
 class SparsitySpec:
-    """Which activations may be left out: score ``|a_j| * weight_j`` against a rule, at each site.
+    """What may be left out: activations at each of ``sites`` (of ``SITES``), and with ``masked_weights`` weights too.
 
-    Sites are ``input`` (what gate and up read, width H) and ``hidden`` (what down reads, width F).
+    ``rule`` decides by the score ``|a_j| * weight_j``: those above a threshold are used (``threshold``), or those of
+    the k largest of each token (``topk``); ``fixed`` channels do not look at activations. ``weight`` names the weights
+    (``one``: there are none), which with ``per_expert`` differ from expert to expert. With ``basis`` the input is
+    decided about in a rotated basis; with ``residual`` a low-rank matrix per expert reads what is left out at input and
+    hidden. ``dense_prefix`` is the share of a sequence's first tokens, rounded up, that leave no activations out:
+    whoever calls an executor and knows the sequence sees to that.
     """
 
     sites: tuple[str, ...]
     weight: str = "one"
-    rule: Literal["threshold", "topk"] = "threshold"
+    rule: Literal["threshold", "topk", "fixed"] = "threshold"
     level: float = 0.5
+    per_expert: bool = False
+    basis: bool = False
+    residual: bool = False
+    masked_weights: bool = False
+    dense_prefix: float = 0.0
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What this asks of a backend beyond one threshold, with shared weights or none, at input and hidden."""
+        asked = {
+            "topk": self.rule == "topk",
+            "fixed": self.rule == "fixed",
+            "gate": "gate" in self.sites,
+            "per_expert": self.per_expert,
+            "basis": self.basis,
+            "residual": self.residual,
+        }
+        return tuple(name for name, is_asked in asked.items() if is_asked)
 
 
 @dataclass(frozen=True)
@@ -699,7 +728,9 @@ class Planned:
     """A case of a plan; with ``refusal`` it will not run, and the row says why.
 
     ``method_bytes`` is what the layer of its method takes, shared by all cases of that method and dtype in a worker;
-    ``own_bytes`` what the case takes besides; ``seconds`` roughly how long a case of protocol ``once`` takes.
+    ``copies_bytes`` what copies of its weights take, of which cases with equal ``copies_key`` share as many as both
+    need; ``own_bytes`` what the case takes besides, shared in the same way by cases with equal ``own_key`` if it has
+    one; ``seconds`` roughly how long a case of protocol ``once`` takes.
     """
 
     case: Case
@@ -707,6 +738,14 @@ class Planned:
     method_bytes: float = 0.0
     own_bytes: float = 0.0
     seconds: float = 20.0
+    copies_bytes: float = 0.0
+    copies_key: str = ""
+    own_key: str = ""
+
+    @property
+    def bytes_alone(self) -> float:
+        """What the case takes where it shares nothing."""
+        return self.method_bytes + self.copies_bytes + self.own_bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -736,7 +775,11 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A way to execute experts. ``availability`` and ``supports`` run in the parent and must not import torch."""
+    """A way to execute experts. ``availability`` and ``supports`` run in the parent and must not import torch.
+
+    One whose ``load`` copies dense weights says so in a further method ``own_form(spec)``, which names the form: plans
+    count its bytes, once for layers that share their weights and their form.
+    """
 
     def availability(self) -> Availability: ...
     def supports(self, spec: LayerSpec) -> Execution | Refusal: ...

@@ -49,8 +49,8 @@ class BatchedExecutor(SlotExecutor):
             y_TH.index_add_(0, token_N[part], out_PH.to(y_TH.dtype))
 
     def _ffn(self, x_PH: Tensor, expert_P: Tensor) -> Tensor:
-        hidden = self.weights.gate_up[expert_P].bmm(self.hidden.input(x_PH)[:, :, None])[:, :, 0]
-        return self.weights.down[expert_P].bmm(self.hidden(hidden)[:, :, None])[:, :, 0]
+        hidden = self.weights.gate_up[expert_P].bmm(self.hidden.input(x_PH, expert_P)[:, :, None])[:, :, 0]
+        return self.weights.down[expert_P].bmm(self.hidden(hidden, expert_P)[:, :, None])[:, :, 0]
 
     def resident_bytes(self) -> int:
         """Return the bytes of the weights; the copies live only during a call."""
@@ -70,7 +70,9 @@ class Batched:
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take layers of FFN experts, forward only, with calls so small that copying their weights makes sense."""
-        refused = rules.refusal(spec, "batched", tuple(ELEMENT_SIZE), ("ffn", "gather"), rounds_tokens=True)
+        refused = rules.refusal(
+            spec, "batched", tuple(ELEMENT_SIZE), ("ffn", "gather"), rounds_tokens=True, leaves_out=rules.MASKED
+        )
         return refused or self._too_much(spec) or rules.execution(spec, ("topk",))
 
     def _too_much(self, spec: LayerSpec) -> Refusal | None:

@@ -66,7 +66,8 @@ def _ffn(
     else:
         hidden = activation(hidden)
     if threshold is not None:
-        score = hidden.abs() if weight_F is None else hidden.abs() * weight_F
+        score = hidden.abs().to(threshold.dtype)
+        score = score if weight_F is None else score * weight_F
         hidden = hidden * (score > threshold)
     return hidden @ down.T
 
@@ -84,12 +85,14 @@ class CompiledExecutor(LoopExecutor):
         self._compile()
 
     def _threshold(self) -> tuple[Tensor | None, Tensor | None]:
-        sparsity, dtype = self.hidden.sparsity, self.weights.down.dtype
-        if sparsity is None or "hidden" not in sparsity.thresholds:
+        import torch
+
+        sparsity = self.hidden.sparsity
+        if "hidden" not in sparsity.sites:
             return None, None
-        weight_F = sparsity.weights.get("hidden")
-        threshold = self.weights.down.new_tensor(sparsity.thresholds["hidden"])
-        return threshold, None if weight_F is None else weight_F.to(dtype)
+        rule = sparsity.sites["hidden"]
+        wide = torch.promote_types(self.weights.down.dtype, torch.float32)
+        return torch.tensor(rule.threshold, dtype=wide), rule.weight
 
     def _compile(self) -> None:
         """Compile for any number of tokens: an unbacked size is not specialised for the values 0 and 1."""
@@ -97,13 +100,13 @@ class CompiledExecutor(LoopExecutor):
 
         x_NH = self.weights.down.new_zeros(2, self.spec.hidden)
         mark_unbacked(x_NH, 0)
-        self.ffn(x_NH, *self.per_expert()[0])
+        self.ffn(x_NH, *self.per_expert()[0], 0)
 
     def per_expert(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Return (gate_up [2F, H], down [H, F]) of every expert."""
         return self.weights.per_expert()
 
-    def ffn(self, x_NH: Tensor, gate_up: Any, down: Any) -> Tensor:
+    def ffn(self, x_NH: Tensor, gate_up: Any, down: Any, expert: int) -> Tensor:
         """Return f_e(x) [N, H], without autograd: one compiled variant serves every caller."""
         with self._no_grad():
             return self.function(self.hidden.input(x_NH), gate_up, down, *self.options)

@@ -153,7 +153,7 @@ class Duplex:
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take layers of FFN experts whose codes packed kernels read; their hot experts are dequantized."""
-        refused = rules.refusal(spec, "duplex", ("bfloat16",))
+        refused = rules.refusal(spec, "duplex", ("bfloat16",), leaves_out=rules.MASKED)
         reason = unpackable(spec)
         if refused is None and reason:
             refused = Refusal(f"duplex keeps cold experts packed, and {reason}")

@@ -33,10 +33,11 @@ class EagerExecutor(LoopExecutor):
         """Return (gate_up [2F, H], down [H, F]) of every expert."""
         return self.weights.per_expert()
 
-    def ffn(self, x_NH: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def ffn(self, x_NH: Tensor, gate_up: Tensor, down: Tensor, expert: int) -> Tensor:
         """Return f_e(x) [N, H]."""
-        hidden = self.linear(self.hidden.input(x_NH), gate_up)
-        return self.linear(self.hidden(hidden), down)
+        return self.hidden.ffn(
+            x_NH, lambda read: self.linear(read, gate_up), lambda read: self.linear(read, down), expert
+        )
 
     def resident_bytes(self) -> int:
         """Return the bytes of the weights."""
@@ -52,7 +53,7 @@ class Eager:
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take every layer of FFN experts, backward included."""
-        refused = rules.refusal(spec, "eager", DTYPES, backward=True, rounds_tokens=True)
+        refused = rules.refusal(spec, "eager", DTYPES, backward=True, rounds_tokens=True, leaves_out=rules.FEATURES)
         return refused or rules.execution(spec, ("topk", "sorted"))
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:

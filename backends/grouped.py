@@ -36,8 +36,9 @@ class GroupedExecutor(SortedExecutor):
             return
         ends_E = offsets_E1[1:]
         gate_up, down = self.weights.gate_up.transpose(1, 2), self.weights.down.transpose(1, 2)
-        hidden = self.grouped_mm(self.hidden.input(x_TH[token_N]), gate_up, offs=ends_E)
-        out_NH = self.grouped_mm(self.hidden(hidden), down, offs=ends_E) * weight_N[:, None]
+        slot_N = self.hidden.slots(offsets_E1)
+        hidden = self.grouped_mm(self.hidden.input(x_TH[token_N], slot_N), gate_up, offs=ends_E)
+        out_NH = self.grouped_mm(self.hidden(hidden, slot_N), down, offs=ends_E) * weight_N[:, None]
         y_TH.index_add_(0, token_N, out_NH.to(y_TH.dtype))
 
     def resident_bytes(self) -> int:
@@ -54,7 +55,9 @@ class Grouped:
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take layers of FFN experts whose rows are whole multiples of 16 bytes, backward included."""
-        refused = rules.refusal(spec, "grouped", tuple(ALIGNED), backward=True, rounds_tokens=True)
+        refused = rules.refusal(
+            spec, "grouped", tuple(ALIGNED), backward=True, rounds_tokens=True, leaves_out=rules.MASKED
+        )
         if refused is None and (spec.hidden % ALIGNED[spec.dtype] or spec.width % ALIGNED[spec.dtype]):
             refused = Refusal(
                 f"grouped_mm wants rows of whole 16 bytes: in {spec.dtype} a hidden size and a width divisible by "

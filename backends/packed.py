@@ -65,10 +65,10 @@ class PackedExecutor(LoopExecutor):
         y_NO: Tensor = sums_NO.float() * scales_N1 * weight.scales
         return y_NO
 
-    def ffn(self, x_NH: Tensor, gate_up: Any, down: Any) -> Tensor:
+    def ffn(self, x_NH: Tensor, gate_up: Any, down: Any, expert: int) -> Tensor:
         """Return f_e(x) [N, H]."""
-        hidden = self.product(self.hidden.input(x_NH), gate_up)
-        return self.product(self.hidden(hidden), down)
+        hidden = self.product(self.hidden.input(x_NH, expert), gate_up)
+        return self.product(self.hidden(hidden, expert), down)
 
     def resident_bytes(self) -> int:
         """Return the bytes of codes and scales."""
@@ -86,7 +86,11 @@ class Packed:
         """Take layers of quantized FFN experts that all have a kernel, forward only; W8A8 in float32 too."""
         reason = unpackable(spec)
         dtypes = ("bfloat16",) if rules.act_bits(spec) is None else ("bfloat16", "float32")
-        refused = Refusal(reason) if reason else rules.refusal(spec, "packed", dtypes, rounds_tokens=True)
+        refused = (
+            Refusal(reason)
+            if reason
+            else rules.refusal(spec, "packed", dtypes, rounds_tokens=True, leaves_out=rules.MASKED)
+        )
         return refused or rules.execution(spec, ("topk", "sorted"), packed=True, excludes=MATMULS)
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:

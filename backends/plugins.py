@@ -39,6 +39,17 @@ class Duplex:
             raise ValueError(f"crossover={self.crossover} must be a number of tokens; 0 dequantizes all experts")
 
 
+@dataclass(frozen=True)
+class ColumnSkip:
+    """An expert's tokens go in chunks of at most ``chunk``, and of each the union of kept channels is read."""
+
+    chunk: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunk <= 256:
+            raise ValueError(f"chunk={self.chunk} must lie between 1 and 256")
+
+
 DESCRIPTORS = [
     Descriptor(
         "backend", "reference", "every expert in turn in float32, plainly right", "moebench.backends.reference:create"
@@ -62,5 +73,12 @@ DESCRIPTORS = [
         "cold experts packed, hot ones dequantized, by measured crossover",
         "moebench.backends.duplex:Duplex",
         Duplex,
+    ),
+    Descriptor(
+        "backend",
+        "column_skip",
+        "a C kernel that reads the weights of kept channels alone",
+        "moebench.backends.column_skip:ColumnSkip",
+        ColumnSkip,
     ),
 ]

@@ -66,16 +66,17 @@ class ReferenceExecutor(SlotExecutor):
     ) -> Tensor:
         """Return f_e(x) [N, H] of an expert's tokens; an attention also reads the tokens before them."""
         if kind == "ffn":
-            return self._ffn(x_TH[token_N], *per_expert[self.slots[expert]])
+            return self._ffn(x_TH[token_N], *per_expert[self.slots[expert]], self.slots[expert])
         if kind == "sequence":
             weights = self.attention(*per_expert[self.slots[expert]], self.spec.heads)
             return self.attend(x_TH.to(self.dtype), weights)[token_N]
         x_NH = x_TH[token_N].to(self.dtype)
         return x_NH if kind == "copy" else self._constant(x_NH, *self.constants[expert])
 
-    def _ffn(self, x_NH: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        x_NH = self.hidden.input(x_NH).to(self.dtype)
-        return self.linear(self.hidden(self.linear(x_NH, gate_up)), down)
+    def _ffn(self, x_NH: Tensor, gate_up: Tensor, down: Tensor, slot: int) -> Tensor:
+        return self.hidden.ffn(
+            x_NH, lambda read: self.linear(read.to(self.dtype), gate_up), lambda read: self.linear(read, down), slot
+        )
 
     @staticmethod
     def _constant(x_NH: Tensor, gate_2H: Tensor, value_H: Tensor) -> Tensor:
@@ -144,7 +145,9 @@ class Reference:
         dtypes = ("float32", "float64", "bfloat16", "float16")
         if spec.backward and spec.dtype in dtypes[2:]:
             return Refusal(f"reference computes in float32, so its backward wants float32 or float64, not {spec.dtype}")
-        refused = rules.refusal(spec, "reference", dtypes, KINDS, backward=True, rounds_tokens=True)
+        refused = rules.refusal(
+            spec, "reference", dtypes, KINDS, backward=True, rounds_tokens=True, leaves_out=rules.FEATURES
+        )
         return refused or rules.execution(spec, ("topk",))
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..contracts import OWNERS, Execution, LayerSpec, Refusal
 
 ACTIVATIONS = ("silu", "gelu", "relu")
 """The activations of ``moe.experts.ACTIVATIONS``, named here so that the parent need not import torch."""
+
+FEATURES = {
+    "topk": "a number of channels per token",
+    "fixed": "fixed channels",
+    "gate": "channels by the gate",
+    "per_expert": "channels by a rule of each expert's own",
+    "basis": "channels of a rotated input",
+    "residual": "channels that a low-rank matrix reads",
+}
+"""What sparsity may ask of a backend beyond shared thresholds at input and hidden (``SparsitySpec.features``)."""
+
+MASKED = tuple(name for name in FEATURES if name not in ("basis", "residual"))
+"""The features that masks before and between the products do, without a further product."""
 
 BOUNDARIES = ("topk", "sorted", "logits")
 
@@ -34,6 +49,22 @@ def token_refusal(spec: LayerSpec, backend: str, rounds_tokens: bool) -> str:
     return "" if 2 <= bits <= 8 else f"tokens are rounded to 2 to 8 bits, not {bits}; choose another act_bits"
 
 
+def sparsity_refusal(spec: LayerSpec, backend: str, leaves_out: Iterable[str]) -> str:
+    """Return why ``backend`` cannot leave out what the layer's sparsity says, or an empty string."""
+    if spec.sparsity is None:
+        return ""
+    if "sequence" in spec.kinds:
+        return f"{backend} leaves nothing out of attentions; use sparsity=none"
+    if "gate" in spec.sparsity.sites and not spec.gated:
+        return "experts without a gate have no site 'gate'; leave channels out at input or hidden"
+    if "gather" in spec.kinds and spec.sparsity.features:
+        return f"{backend} leaves channels of 'gather' experts out by one shared threshold; use sparsity=teal"
+    if spec.sparsity.masked_weights and is_quantized(spec):
+        return "weights are set to zero before they are stored as they are; use quantization=none"
+    foreign = next((name for name in spec.sparsity.features if name not in leaves_out), None)
+    return "" if foreign is None else f"{backend} does not leave out {FEATURES[foreign]}; use the eager backend"
+
+
 def refusal(
     spec: LayerSpec,
     backend: str,
@@ -41,10 +72,12 @@ def refusal(
     kinds: tuple[str, ...] = ("ffn",),
     backward: bool = False,
     rounds_tokens: bool = False,
+    leaves_out: Iterable[str] = (),
 ) -> Refusal | None:
     """Return why ``backend`` cannot take ``spec``, or None; the checks that all our backends share.
 
-    ``rounds_tokens`` says that the backend does what schemes with ``act_bits`` ask for.
+    ``rounds_tokens`` says that the backend does what schemes with ``act_bits`` ask for; ``leaves_out`` names the
+    ``FEATURES`` of sparsity that it knows.
     """
     foreign = [kind for kind in dict.fromkeys(spec.kinds) if kind not in kinds]
     reason = ""
@@ -61,16 +94,12 @@ def refusal(
         reason = f"{backend} takes the boundaries {', '.join(BOUNDARIES)}, not {spec.boundary}"
     elif spec.boundary == "logits" and spec.selection is None:
         reason = f"{backend} cannot select from logits here, because this router gives no selection; use boundary=topk"
-    elif spec.sparsity is not None and spec.sparsity.rule != "threshold":
-        reason = f"{backend} leaves out activations by a threshold, not by '{spec.sparsity.rule}'"
-    elif spec.sparsity is not None and "sequence" in spec.kinds:
-        reason = f"{backend} leaves nothing out of attentions; use sparsity=none"
     elif spec.backward and not backward:
         reason = f"{backend} has no backward; use eager or grouped for pass=forward_backward"
     elif spec.backward and is_quantized(spec):
         reason = "quantized weights have no gradient; use quantization=none for pass=forward_backward"
     else:
-        reason = token_refusal(spec, backend, rounds_tokens)
+        reason = token_refusal(spec, backend, rounds_tokens) or sparsity_refusal(spec, backend, leaves_out)
     return Refusal(reason) if reason else None
 
 

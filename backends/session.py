@@ -6,7 +6,7 @@ H hidden, F expert width, E experts, K slots, N assignments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..moe.channels import Slot
     from ..moe.experts import ExpertStore
 
 
@@ -29,35 +30,54 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+Product = Callable[["Tensor"], "Tensor"]
+
+
 class Hidden:
     """What an expert does beside its products: leaving out channels, activation and gating, rounding its tokens.
 
     ``act_bits`` None leaves tokens as they are: no scheme asks for it, or the product takes codes and rounds itself.
+    ``slot`` is whose tokens they are (``moe.channels.Slot``); it is asked for by sparsity that differs by expert.
     """
 
     def __init__(self, store: ExpertStore, act_bits: int | None) -> None:
+        from ..moe.channels import DENSE
         from ..moe.experts import ACTIVATIONS
         from ..moe.token_codes import rounded_tokens
 
         self.act_bits, self.rounded = act_bits, rounded_tokens
         self.activation = ACTIVATIONS[store.activation]
         self.gated = store.gated
-        self.sparsity = store.sparsity
+        self.sparsity = store.sparsity or DENSE
 
-    def input(self, x_NH: Tensor) -> Tensor:
+    def input(self, x_NH: Tensor, slot: Slot = None) -> Tensor:
         """Return what gate and up read."""
-        x_NH = x_NH if self.sparsity is None else self.sparsity.apply("input", x_NH)
-        return self.rounded(x_NH, self.act_bits)
+        return self.rounded(self.sparsity.apply("input", x_NH, slot), self.act_bits)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def activated(self, product: Tensor, slot: Slot = None) -> Tensor:
+        """Return what comes to site ``hidden`` [.., F], from the product with gate_up [.., 2F] (or up [.., F])."""
+        if not self.gated:
+            return self.activation(product)
+        gate, up = product.chunk(2, dim=-1)
+        return self.sparsity.apply("gate", self.activation(gate), slot) * up
+
+    def __call__(self, product: Tensor, slot: Slot = None) -> Tensor:
         """Return what down reads [.., F], from the product with gate_up [.., 2F] (or up [.., F])."""
-        if self.gated:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = self.activation(gate) * up
-        else:
-            hidden = self.activation(hidden)
-        hidden = hidden if self.sparsity is None else self.sparsity.apply("hidden", hidden)
-        return self.rounded(hidden, self.act_bits)
+        return self.rounded(self.sparsity.apply("hidden", self.activated(product, slot), slot), self.act_bits)
+
+    def slots(self, offsets_E1: Tensor) -> Tensor | None:
+        """Return the slot of each of the assignments sorted by expert, [N]; None where no rule asks for it."""
+        if not self.sparsity.per_expert:
+            return None
+        counts_E = offsets_E1.diff().long()
+        return counts_E.new_ones(len(counts_E)).cumsum(0).sub(1).repeat_interleave(counts_E)
+
+    def ffn(self, x_NH: Tensor, gate_up: Product, down: Product, slot: int) -> Tensor:
+        """Return f_e(x) [N, H] of one expert by its two products, low-rank residuals included."""
+        product = self.sparsity.added("input", gate_up(self.input(x_NH, slot)), x_NH, slot)
+        hidden = self.activated(product, slot)
+        read = self.rounded(self.sparsity.apply("hidden", hidden, slot), self.act_bits)
+        return self.sparsity.added("hidden", down(read), hidden, slot)
 
 
 class Executor:
@@ -97,6 +117,10 @@ class Executor:
         """Return the bytes of weights that this layer holds, views of the store's own tensors included."""
         raise NotImplementedError
 
+    def events(self) -> Iterable[Mapping[str, Any]]:
+        """Return what is worth telling of the calls so far; by default nothing."""
+        return ()
+
 
 class SlotExecutor(Executor):
     """An executor that begins at slots: ``add_slots(y_TH, x_TH, indices_TK, weights_TK)``."""
@@ -123,14 +147,14 @@ class SortedExecutor(Executor):
 
 
 class LoopExecutor(SortedExecutor):
-    """An executor that takes one expert after another: ``ffn(x_NH, gate_up, down)`` for each that has tokens."""
+    """An executor that takes one expert after another: ``ffn(x_NH, gate_up, down, expert)`` for each with tokens."""
 
     def per_expert(self) -> Sequence[tuple[Any, Any]]:
         """Return (gate_up, down) of every expert, in whatever form ``ffn`` takes them."""
         raise NotImplementedError
 
-    def ffn(self, x_NH: Tensor, gate_up: Any, down: Any) -> Tensor:
-        """Return f_e(x) [N, H]."""
+    def ffn(self, x_NH: Tensor, gate_up: Any, down: Any, expert: int) -> Tensor:
+        """Return f_e(x) [N, H]; all experts of such a layer own weights, so an id is a slot."""
         raise NotImplementedError
 
     def add_sorted(self, y_TH: Tensor, x_TH: Tensor, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor) -> None:
@@ -141,7 +165,7 @@ class LoopExecutor(SortedExecutor):
             if start == stop:
                 continue
             mine_N = token_N[start:stop]
-            out_NH = self.ffn(x_TH[mine_N], gate_up, down) * weight_N[start:stop, None]
+            out_NH = self.ffn(x_TH[mine_N], gate_up, down, expert) * weight_N[start:stop, None]
             y_TH.index_add_(0, mine_N, out_NH.to(y_TH.dtype))
 
 
@@ -195,8 +219,8 @@ class Session:
         return self._path
 
     def events(self) -> Sequence[Mapping[str, Any]]:
-        """Return no events: nothing is cached or moved."""
-        return ()
+        """Return what the executors tell of their calls, each with its layer."""
+        return [{"layer": index, **event} for index, one in self._executors.items() for event in one.events()]
 
     def resident_bytes(self) -> int:
         """Return the bytes of all loaded weights."""
@@ -212,15 +236,17 @@ def open_session(
     layers: Mapping[int, ExpertStore],
     specs: Mapping[int, LayerSpec],
     notes: str = "",
+    sparse: str = "mask",
 ) -> Session:
-    """Return a session whose executors ``make`` builds; the path is read off the stores and the executors.
+    """Return a session whose executors ``make`` builds; the path is read off stores, specifications and executors.
 
-    ``notes`` is of the backend; an executor adds what it knows of its own layer.
+    ``notes`` is of the backend; an executor adds what it knows of its own layer. ``sparse`` is what they do where a
+    specification leaves something out, be it nothing at level 0.
     """
     executors = {index: make(store, specs[index]) for index, store in layers.items()}
     plain = "dequantized" if any(store.quantized for store in layers.values()) else "dense"
     weights = "packed" if any(executor.packed for executor in executors.values()) else plain
-    sparse = "mask" if any(store.sparsity is not None for store in layers.values()) else "none"
+    sparse = sparse if any(specs[index].sparsity is not None for index in layers) else "none"
     kernels = tuple(dict.fromkeys(name for executor in executors.values() for name in executor.kernels))
     told = [f"layer {index}: {executor.notes}" for index, executor in executors.items() if executor.notes]
     return Session(executors, ExecutedPath(weights, sparse, kernels, "; ".join(filter(None, (notes, *told)))))

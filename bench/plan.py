@@ -114,7 +114,12 @@ def _split(key: str, items: Sequence[Planned], memory_bytes: float) -> list[Grou
 
 def _bytes_of(items: Sequence[Planned]) -> float:
     methods = {(item.case.method_key, item.case.dtype): item.method_bytes for item in items}
-    return sum(methods.values()) + sum(item.own_bytes for item in items)
+    shared: dict[tuple[str, str], float] = {}
+    for item in items:
+        alone = item.own_key or item.case.case_key
+        for key, size in ((("copies", item.copies_key), item.copies_bytes), (("own", alone), item.own_bytes)):
+            shared[key] = max(shared.get(key, 0.0), size)
+    return sum(methods.values()) + sum(shared.values())
 
 
 def shard(plan: Plan, text: str) -> Plan:

@@ -15,12 +15,14 @@ from .figure_gate import paired_ratios
 from .figure_loads import loads, requested
 from .figure_pareto import pareto
 from .figure_roofline import roofline
+from .figure_saving import saving
 from .figure_scaling import scaling
 from .gate_data import Gate, load_gate
 from .gate_html import gate_html
 from .pareto_data import IN_REPORT, answers
 from .query import Answer, ask, parse_json
 from .ratios import Ratio, paired_ratio, turn_minima
+from .saving_data import savings
 from .tables import esc, text
 from .template import chart_html, csv_texts, data_script, disclosure, figure_scripts, fill, section
 
@@ -35,6 +37,7 @@ SECTIONS = {
     "scaling": "Scaling",
     "roofline": "Roofline",
     "loads": "Expert load",
+    "saving": "Sparsity",
     "pareto": "Pareto",
     "claims": "Claims",
 }
@@ -96,6 +99,7 @@ def make_charts(
     """Return every chart of the page, in its order."""
     style = Style.of(case.axes["backend"] for case in cases)
     minima = ask(connection, data.MINIMA, run_id=run_id)
+    counted = ask(connection, data.METRICS, run_id=run_id)
     turns = turn_minima(minima)
 
     def ratio(base: Case, case: Case) -> Ratio | None:
@@ -111,6 +115,7 @@ def make_charts(
         roofline(cases, points, ceilings, style, run_id),
         loads(cases, series),
         requested(cases, series),
+        saving(savings(cases, ratio), (answer.sql, counted.sql, minima.sql), style),
         pareto("pareto", "Pareto", answers(connection, IN_REPORT, run_id=run_id, named=named), style),
     ]
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import textwrap
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from . import units
-from .data import STATUSES, Case, labels, load_cases
+from .data import MINIMA, STATUSES, Case, labels, load_cases
+from .query import ask
+from .ratios import paired_ratio, turn_minima
+from .saving_data import savings
+from .saving_text import saving_lines
 
 if TYPE_CHECKING:
     import duckdb
@@ -35,7 +40,18 @@ def summary_table(connection: duckdb.DuckDBPyConnection, run_id: str) -> str:
     body = iter(lines[1:])
     told = [line for title, rows in sections for line in (fit(title, WIDTH), *(next(body) for _ in rows))]
     head = [lines[0], "-" * min(WIDTH, max(map(width, lines)))] if sections else []
-    return "\n".join([*head, *told, *_not_ok(cases), "", _counts(cases)])
+    return "\n".join([*head, *told, *_saving(connection, run_id, cases), *_not_ok(cases), "", _counts(cases)])
+
+
+def _saving(connection: duckdb.DuckDBPyConnection, run_id: str, cases: Sequence[Case]) -> list[str]:
+    """Return where the backends that skip what is left out break even, in words."""
+    if not any(case.ok and case.row["sparse"] == "skip" for case in cases):
+        return []
+    turns = turn_minima(ask(connection, MINIMA, run_id=run_id))
+    found = savings(cases, lambda base, case: paired_ratio(turns.get(base.key, {}), turns.get(case.key, {})))
+    skipping = [replace(one, curves=tuple(c for c in one.curves if c.executed == "skip")) for one in found]
+    told = [line for told in saving_lines(skipping) for line in textwrap.wrap(clean(told), WIDTH - 2)]
+    return ["what skipping buys", *(f"  {line}" for line in told)] if told else []
 
 
 def _not_ok(cases: Sequence[Case]) -> list[str]:

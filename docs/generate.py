@@ -35,7 +35,7 @@ KIND_SUMMARIES = {
     "structure": "What is done to a model's FFNs before anything else; `split` makes experts of a dense one.",
     "routing": "Which experts a token gets, with which weights.",
     "quantization": "How expert weights are stored. The oracle uses the same dequantized values.",
-    "sparsity": "Which activations are left out.",
+    "sparsity": "Which activations or weights are left out.",
     "backend": "How experts are executed. `moebench list backend` says which work on this machine.",
     "traffic": "The hidden states of a case, or the routing itself where the traffic forces it.",
     "suite": "What is measured. An experiment such as `quick` is several suites in one run.",

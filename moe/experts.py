@@ -7,7 +7,7 @@ T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from ..contracts import OWNERS, MoebenchError, Scheme
+from .channels import DENSE, Slot, Sparsity, WeightMask
 from .token_codes import rounded_tokens
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -65,27 +66,6 @@ class Constants:
 
     gate_C2H: Tensor
     value_CH: Tensor
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """Calibrated activation sparsity of one layer: leave out channel j where |a_j| * weight_j <= threshold.
-
-    ``thresholds`` maps a site (``input``, width H; ``hidden``, width F) to its threshold; ``weights`` to a vector of
-    that width, where the method has one.
-    """
-
-    thresholds: dict[str, float]
-    weights: dict[str, Tensor] = field(default_factory=dict)
-
-    def apply(self, site: str, activation: Tensor) -> Tensor:
-        """Return ``activation`` [.., width] with the channels below the threshold of ``site`` set to zero."""
-        if site not in self.thresholds:
-            return activation
-        score = activation.abs()
-        if site in self.weights:
-            score = score * self.weights[site].to(score.dtype)
-        return torch.where(score > self.thresholds[site], activation, torch.zeros_like(activation))
 
 
 @dataclass(frozen=True)
@@ -201,16 +181,34 @@ class ExpertStore:
         return torch.stack([weight.dequantize(dtype) for weight in weights])
 
 
-def expert_forward(x_TH: Tensor, gate_up: Tensor, down: Tensor, store: ExpertStore) -> Tensor:
-    """Return f_e(x) [T, H] for one FFN expert with dense ``gate_up`` [2F or F, H] and ``down`` [H, F]."""
-    hidden = x_TH if store.sparsity is None else store.sparsity.apply("input", x_TH)
-    hidden = nnf.linear(rounded_tokens(hidden, store.act_bits), gate_up)
+def masked(store: ExpertStore, weights: WeightMask) -> ExpertStore:
+    """Return the store with the weights that ``weights`` does not keep set to zero; experts must be dense."""
+    if not isinstance(store.gate_up, Tensor) or not isinstance(store.down, Tensor):
+        raise MoebenchError("weights are masked before they are quantized; use quantization=none with this sparsity.")
+    return replace(store, gate_up=store.gate_up * weights.gate_up, down=store.down * weights.down)
+
+
+def hidden_from(product: Tensor, store: ExpertStore, slot: Slot = None) -> Tensor:
+    """Return what down reads [.., F] before site ``hidden``, from the product with gate_up [.., 2F] (up [.., F])."""
     act = ACTIVATIONS[store.activation]
-    if store.gated:
-        gate, up = hidden.chunk(2, dim=-1)
-        hidden = act(gate) * up
-    else:
-        hidden = act(hidden)
-    if store.sparsity is not None:
-        hidden = store.sparsity.apply("hidden", hidden)
-    return nnf.linear(rounded_tokens(hidden, store.act_bits), down)
+    if not store.gated:
+        return act(product)
+    gate, up = product.chunk(2, dim=-1)
+    return (store.sparsity or DENSE).apply("gate", act(gate), slot) * up
+
+
+def expert_product(x_TH: Tensor, gate_up: Tensor, store: ExpertStore, slot: int | None = None) -> Tensor:
+    """Return the product of one FFN expert's ``gate_up`` [T, 2F] (up [T, F]); see ``expert_forward``."""
+    sparsity = store.sparsity or DENSE
+    product = nnf.linear(rounded_tokens(sparsity.apply("input", x_TH, slot), store.act_bits), gate_up)
+    return sparsity.added("input", product, x_TH, slot)
+
+
+def expert_forward(x_TH: Tensor, gate_up: Tensor, down: Tensor, store: ExpertStore, slot: int | None = None) -> Tensor:
+    """Return f_e(x) [T, H] for one FFN expert with dense ``gate_up`` [2F or F, H] and ``down`` [H, F].
+
+    ``slot`` is its place among the experts that own weights.
+    """
+    sparsity, hidden = store.sparsity or DENSE, hidden_from(expert_product(x_TH, gate_up, store, slot), store, slot)
+    product = nnf.linear(rounded_tokens(sparsity.apply("hidden", hidden, slot), store.act_bits), down)
+    return sparsity.added("hidden", product, hidden, slot)

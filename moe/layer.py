@@ -206,7 +206,8 @@ def expert_output(x_TH: Tensor, store: ExpertStore, expert: int) -> Tensor:
     """Return f_e(x) [T, H] of any kind of expert id, in the dtype of ``x_TH``; for an attention it is one sequence."""
     kind = store.kinds[expert]
     if kind in ("ffn", "gather"):
-        return expert_forward(x_TH, *store.weights(store.slots[expert], x_TH.dtype), store)
+        slot = store.slots[expert]
+        return expert_forward(x_TH, *store.weights(slot, x_TH.dtype), store, slot)
     if kind == "sequence":
         return attend(x_TH, stored_attention(*store.weights(store.slots[expert], x_TH.dtype), store.heads))
     if kind == "copy":
@@ -231,6 +232,16 @@ def route(layer: PreparedLayer, x_TH: Tensor, ctx: Context | None = None) -> Rou
     return routing
 
 
+def routed_sum(store: ExpertStore, x_TH: Tensor, routing: Routing) -> Tensor:
+    """Return the weighted sum of the routed experts [T, H], in float32 at least; differentiable."""
+    sum_dtype = torch.promote_types(x_TH.dtype, torch.float32)
+    y_TH = torch.zeros(x_TH.shape, dtype=sum_dtype, device=x_TH.device)
+    for expert, token_N, weight_N in assignments(routing):
+        y_NH = assigned_output(x_TH, store, expert, token_N).to(sum_dtype)
+        y_TH = y_TH.index_add(0, token_N, y_NH * weight_N.to(sum_dtype)[:, None])
+    return y_TH
+
+
 def moe_forward(
     layer: PreparedLayer, x_TH: Tensor, ctx: Context | None = None, routing: Routing | None = None
 ) -> Tensor:
@@ -241,11 +252,7 @@ def moe_forward(
     """
     routing = route(layer, x_TH, ctx) if routing is None else routing
     x_TH = layer.reads(x_TH)
-    sum_dtype = torch.promote_types(x_TH.dtype, torch.float32)
-    y_TH = torch.zeros(x_TH.shape, dtype=sum_dtype, device=x_TH.device)
-    for expert, token_N, weight_N in assignments(routing):
-        y_NH = assigned_output(x_TH, layer.store, expert, token_N).to(sum_dtype)
-        y_TH = y_TH.index_add(0, token_N, y_NH * weight_N.to(sum_dtype)[:, None])
+    y_TH = routed_sum(layer.store, x_TH, routing)
     if layer.shared is not None:
         y_TH = layer.shared.added_to(y_TH, x_TH)
     return y_TH.to(x_TH.dtype)

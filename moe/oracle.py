@@ -23,8 +23,17 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from ..contracts import EXPERT_KINDS, Check, MoebenchError
+from .channels import DENSE
 from .experts import Constants, ExpertStore
-from .oracle_near import activate, cancellation, hidden_error, near_threshold
+from .oracle_near import (
+    activate,
+    cancellation,
+    hidden_activations,
+    hidden_error,
+    low_rank_part,
+    moved_columns,
+    near_decisions,
+)
 from .routing import Routing
 from .token_codes import exact_tokens, near_ties
 
@@ -58,6 +67,12 @@ class Reference:
     slack_T: Tensor
     near: int
     scale_T: Tensor
+
+
+def joined(first: Reference, later: Reference) -> Reference:
+    """Return the reference of the tokens of both, one after the other."""
+    rows = [torch.cat([getattr(part, name) for part in (first, later)]) for name in ("y_TH", "slack_T", "scale_T")]
+    return Reference(rows[0], rows[1], first.near + later.near, rows[2])
 
 
 def bound(dtype: torch.dtype) -> float:
@@ -151,24 +166,23 @@ def constant_expert(x_NH: Tensor, constants: Constants | None, number: int) -> T
 def _ffn(store: ExpertStore, slot: int, x_NH: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return f_e(x) [N, H], the summed squares [N] of what near-threshold decisions move, and their number."""
     gate_up, down = exact_weights(store, slot, x_NH.dtype)
-    if store.sparsity is not None:
-        x_NH = store.sparsity.apply("input", x_NH)
-    before = nnf.linear(exact_tokens(x_NH, store.act_bits), gate_up)
-    hidden_NF = activate(before, store.activation, store.gated)
-    flips_N, near = hidden_NF.new_zeros(len(x_NH)), 0
-    if store.sparsity is not None and "hidden" in store.sparsity.thresholds:
-        near_NF = near_threshold(store, before, hidden_NF, x_NH.dtype)
-        near = int(near_NF.sum())
-        flips_N = (near_NF * hidden_NF.square()) @ down.square().sum(0)
-        hidden_NF = store.sparsity.apply("hidden", hidden_NF)
+    sparsity = store.sparsity or DENSE
+    kept_NH = sparsity.apply("input", x_NH, slot)
+    before = nnf.linear(exact_tokens(kept_NH, store.act_bits), gate_up)
+    before = before + low_rank_part(sparsity, "input", x_NH.double() - kept_NH.double(), slot)
+    whole_NF, reached_NF = hidden_activations(store, before, slot)
+    hidden_NF = sparsity.apply("hidden", reached_NF, slot)
+    near_NF = near_decisions(store, before, slot, x_NH.dtype)
+    flips_N, near = (near_NF * whole_NF.square()) @ moved_columns(sparsity, down, slot), int(near_NF.sum())
     if store.width == 1:
-        flips_N = flips_N + cancellation(store, gate_up, x_NH, before, hidden_NF) * down.square().sum()
+        flips_N = flips_N + cancellation(store, gate_up, kept_NH, before, hidden_NF) * down.square().sum()
     if store.act_bits is not None:
         error_NF = hidden_error(store, before, hidden_NF, x_NH.dtype)
         near_NF, step_N1 = near_ties(hidden_NF, store.act_bits, error_NF)
         near += int(near_NF.sum())
         flips_N = flips_N + (near_NF * step_N1.square()) @ down.square().sum(0)
-    return nnf.linear(exact_tokens(hidden_NF, store.act_bits), down), flips_N, near
+    y_NH = nnf.linear(exact_tokens(hidden_NF, store.act_bits), down)
+    return y_NH + low_rank_part(sparsity, "hidden", reached_NF - hidden_NF, slot), flips_N, near
 
 
 def _attention(store: ExpertStore, slot: int, x_TH: Tensor) -> Tensor:

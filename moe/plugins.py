@@ -314,27 +314,6 @@ class NoSparsity:
         return None
 
 
-@dataclass(frozen=True)
-class Teal:
-    """TEAL: leave out activations whose magnitude lies below a calibrated threshold (arXiv 2408.14690).
-
-    ``level`` is the fraction left out. ``sites``: the input of gate and up, the input of down, or both.
-    """
-
-    level: float = 0.5
-    sites: tuple[str, ...] = ("input", "hidden")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.level < 1:
-            raise ValueError(f"level={self.level} must lie in [0, 1)")
-        if not self.sites or set(self.sites) - {"input", "hidden"}:
-            raise ValueError("sites must name 'input', 'hidden' or both")
-
-    def spec(self) -> SparsitySpec | None:
-        """Return the magnitude-threshold specification."""
-        return SparsitySpec(self.sites, "one", "threshold", self.level)
-
-
 DESCRIPTORS = [
     Descriptor("structure", "none", "the model's own experts", "moebench.moe.structure:keep", Keep),
     Descriptor("structure", "split", "dense FFN cut into experts by channel", "moebench.moe.structure:split", Split),
@@ -374,5 +353,4 @@ DESCRIPTORS = [
     Descriptor("quantization", "int4", "RTN 4 bit per group", "moebench.moe.quantization:coded", Int4),
     Descriptor("quantization", "int2", "RTN 2 bit per group", "moebench.moe.quantization:coded", Int2),
     Descriptor("sparsity", "none", "every activation is used", "moebench.moe.sparsity:keep", NoSparsity),
-    Descriptor("sparsity", "teal", "TEAL magnitude thresholds", "moebench.moe.sparsity:teal", Teal),
 ]

@@ -15,7 +15,9 @@ from .artefacts import Artefact, cached, sources_sha256, tensors_sha256
 from .bits.params import LayerBits
 from .bits.shared import shared_of, store_of
 from .bits.step import shared_step
-from .experts import Constants, ExpertStore, Sparsity
+from .channel_artefacts import sparsified, sparsity_artefact, sparsity_of
+from .channels import Sparsity
+from .experts import Constants, ExpertStore
 from .fold_stage import FoldedLayer, FoldStep, Unscaled, check_rescaled, check_rounded, gate_of, with_gate
 from .layer import LayerWeights, PreparedLayer, RoundedGate, scaled_input
 from .quantization import Seen
@@ -25,8 +27,6 @@ from .shapes import ModelShape
 from .stage_artefacts import (
     quantized_artefact,
     quantized_of,
-    sparsity_artefact,
-    sparsity_of,
     weights_artefact,
     weights_of,
 )
@@ -133,8 +133,8 @@ def finish_layer(recipe: Recipe, begun: Begun, bits: LayerBits | None = None) ->
         store, parent = _quantized(recipe, begun.layer.store, seen, begun.origin, cache)
         store = replace(store, stored=None)
         shared_store = _quantized_shared(recipe, seen, begun.origin, cache)
-        ctx = alone(begun.fields, seen.router, seen.layer, store)
-        store = _sparsified(recipe, store, seen.router, seen.x_TH, ctx, parent, cache)
+        seen = replace(seen, ctx=alone(begun.fields, seen.router, seen.layer, store))
+        store = _sparsified(recipe, store, seen, parent, cache)
     shared = seen.shared
     if shared is not None and shared_store is not None:
         shared = shared_of(shared, shared_store)
@@ -340,16 +340,14 @@ def _quantized_shared(recipe: Recipe, seen: Seen, origin: Mapping[str, Any], cac
     )
 
 
-def _sparsified(
-    recipe: Recipe, store: ExpertStore, router: Router, x_TH: Tensor, ctx: Context, parent: str, cache: Path | None
-) -> ExpertStore:
+def _sparsified(recipe: Recipe, store: ExpertStore, seen: Seen, parent: str, cache: Path | None) -> ExpertStore:
     if recipe.sparsity.descriptor.name == "none":
         return store
     stage = recipe.sparsity
     inputs = {"stage": "sparsity", **stage.identity(), "routing": recipe.routing.identity(), "parent": parent}
 
     def build() -> Sparsity | None:
-        made: ExpertStore = stage.create()(store, router(x_TH, ctx), x_TH)
+        made: ExpertStore = stage.create()(store, seen.router(seen.x_TH, seen.ctx), seen.x_TH, seed=seen.seed)
         return made.sparsity
 
-    return replace(store, sparsity=cached(cache, inputs, build, sparsity_artefact, sparsity_of))
+    return sparsified(store, cached(cache, inputs, build, sparsity_artefact, sparsity_of))

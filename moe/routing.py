@@ -124,6 +124,13 @@ class Routing:
             self, token_N=self.token_N[mask_N], expert_N=self.expert_N[mask_N], weight_N=self.weight_N[mask_N]
         )
 
+    def part(self, start: int, stop: int) -> Routing:
+        """Return the Routing of the tokens ``start`` to ``stop`` - 1 alone."""
+        cut = self.keep((self.token_N >= start) & (self.token_N < stop))
+        logits_TE, probs_TE = (None if rows is None else rows[start:stop] for rows in (self.logits_TE, self.probs_TE))
+        shape = (max(0, min(stop, self.num_tokens) - start), self.num_experts)
+        return Routing(cut.token_N - start, cut.expert_N, cut.weight_N, shape, logits_TE, probs_TE)
+
     def relabel(self, new_id_E: Tensor, num_experts: int | None = None) -> Routing:
         """Return the Routing with expert e called ``new_id_E[e]``; logits and probabilities do not follow."""
         shape = (self.num_tokens, num_experts or self.num_experts)

@@ -1,68 +1,52 @@
-"""Activation sparsity: which channels of an expert's inputs may be left out.
+"""What comes to the sites of a layer's experts, thresholds from it, and how much of it is used.
 
-TEAL (arXiv 2408.14690) leaves out activations below a threshold, the empirical quantile of |activation| over
-calibration tokens. Here a site is shared by the routed experts of a layer: ``input`` is what gate and up read (width
-H), ``hidden`` is what down reads (width F). Each expert's own calibration inputs are counted, so that a token counts
-once per FFN expert that it is sent to.
+A site (``contracts.SITES``) is shared by the routed experts of a layer. Each expert's own inputs are counted, so that a
+token counts once per FFN expert that it is sent to. The methods are in ``moe.sparsifiers``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..contracts import Metric
-from .experts import ExpertStore, Sparsity
-from .layer import assignments, ffn_hidden
-from .plugins import Teal
+from ..contracts import SITES, Metric
+from .channels import DENSE
+from .experts import ACTIVATIONS, ExpertStore, expert_product, hidden_from
+from .layer import assignments
 from .routing import Routing
 
-SparsityStep = Callable[[ExpertStore, Routing, Tensor], ExpertStore]
 
-SITES = ("input", "hidden")
-
-
-def keep(params: Any) -> SparsityStep:
+def keep(params: Any) -> Callable[..., ExpertStore]:
     """Sparsity ``none``: every activation is used."""
-    return lambda store, routing, x_TH: store
+    return lambda store, routing, x_TH, seed=0: store
 
 
-def teal(params: Teal) -> SparsityStep:
-    """Sparsity ``teal``: one magnitude threshold for each site of ``params.sites``.
-
-    The threshold of ``hidden`` is calibrated with ``input`` already sparse, so that the level holds as executed. Level
-    0 sets no sparsity at all: the store comes back as it is.
-    """
-
-    def calibrate(store: ExpertStore, routing: Routing, x_TH: Tensor) -> ExpertStore:
-        thresholds: dict[str, float] = {}
-        for site in SITES:
-            if site in params.sites:
-                so_far = replace(store, sparsity=Sparsity(thresholds))
-                found = quantile(list(site_activations(so_far, routing, x_TH, site)), params.level)
-                thresholds = thresholds if found is None else {**thresholds, site: found}
-        return replace(store, sparsity=Sparsity(thresholds)) if thresholds else store
-
-    return calibrate
-
-
-def site_activations(store: ExpertStore, routing: Routing, x_TH: Tensor, site: str) -> Iterator[Tensor]:
-    """Yield the activations [n, width] at ``site`` of every FFN expert with tokens, before that site is sparsified."""
+def ffn_inputs(store: ExpertStore, routing: Routing, x_TH: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Yield (x_NH float32, slot) of every FFN expert with tokens: what it is sent, and its place in the store."""
     x_TH = x_TH.float()
-    sparsity = store.sparsity or Sparsity({})
     for expert, token_N, _ in assignments(routing):
-        if store.kinds[expert] not in ("ffn", "gather"):
-            continue
-        x_NH = x_TH[token_N]
-        if site == "input":
-            yield x_NH
-        else:
-            gate_up, _ = store.weights(store.slots[expert])
-            yield ffn_hidden(sparsity.apply("input", x_NH), gate_up, store.activation, store.gated)
+        if store.kinds[expert] in ("ffn", "gather"):
+            yield x_TH[token_N], store.slots[expert]
+
+
+def site_activations(store: ExpertStore, routing: Routing, x_TH: Tensor, site: str) -> Iterator[tuple[Tensor, int]]:
+    """Yield the activations [N, width] at ``site``, before it leaves any out, and the slot of every FFN expert with
+    tokens; what earlier sites leave out is left out."""
+    for x_NH, slot in ffn_inputs(store, routing, x_TH):
+        yield at_site(store, slot, x_NH, site), slot
+
+
+def at_site(store: ExpertStore, slot: int, x_NH: Tensor, site: str) -> Tensor:
+    """Return what comes to a site of one expert from its tokens, [N, width]."""
+    if site == "input":
+        return x_NH
+    product = expert_product(x_NH, store.weights(slot)[0], store, slot)
+    if site == "gate":
+        return ACTIVATIONS[store.activation](product.chunk(2, dim=-1)[0])
+    return hidden_from(product, store, slot)
 
 
 def quantile(activations: list[Tensor], level: float) -> float | None:
@@ -81,18 +65,18 @@ def quantile(activations: list[Tensor], level: float) -> float | None:
 
 
 def density(store: ExpertStore, routing: Routing, x_TH: Tensor) -> list[Metric]:
-    """Return ``density_input`` and ``density_hidden``: the fraction of activations used at each site.
+    """Return ``density_input``, ``density_gate`` and ``density_hidden``: the fraction of activations used at each site.
 
-    ``n`` counts the activations of all FFN assignments; with none of them the value is None.
+    ``n`` counts the activations of all FFN assignments; with none of them the value is None. Experts without a gate
+    have no ``density_gate``.
     """
-    return [_density(store, routing, x_TH, site) for site in SITES]
+    return [_density(store, routing, x_TH, site) for site in SITES if store.gated or site != "gate"]
 
 
 def _density(store: ExpertStore, routing: Routing, x_TH: Tensor, site: str) -> Metric:
-    sparsity = store.sparsity or Sparsity({})
+    rule = (store.sparsity or DENSE).sites.get(site)
     used, total = 0, 0
-    for activation in site_activations(store, routing, x_TH, site):
-        kept = sparsity.apply(site, activation).count_nonzero() if site in sparsity.thresholds else activation.numel()
-        used += int(kept)
+    for activation, slot in site_activations(store, routing, x_TH, site):
+        used += activation.numel() if rule is None else int(rule.mask(rule.turned(activation), slot).sum())
         total += activation.numel()
     return Metric(f"density_{site}", used / total if total else None, "1", n=total)

@@ -1,4 +1,4 @@
-"""What a stage of a recipe made, as an artefact and back: weights, packed experts, sparsity."""
+"""What a stage of a recipe made, as an artefact and back: weights and packed experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contracts import Scheme
 from .artefacts import Artefact
-from .experts import ExpertStore, QTensor, Sparsity
+from .experts import ExpertStore, QTensor
 from .layer import LayerWeights, SharedExpert
 from .quantization import parts_of, tensor_of
 
@@ -70,16 +70,3 @@ def quantized_of(store: ExpertStore, artefact: Artefact) -> ExpertStore:
         return tuple(weight(f"{name}.{slot}.", told) for slot, told in enumerate(artefact.meta[name]))
 
     return replace(store, gate_up=weights("gate_up"), down=weights("down"))
-
-
-def sparsity_artefact(sparsity: Sparsity | None) -> Artefact:
-    """Return thresholds and channel weights; nothing where nothing is left out."""
-    if sparsity is None:
-        return Artefact({}, {"thresholds": None})
-    return Artefact(dict(sparsity.weights), {"thresholds": sparsity.thresholds})
-
-
-def sparsity_of(artefact: Artefact) -> Sparsity | None:
-    """Return the Sparsity of ``sparsity_artefact``."""
-    thresholds = artefact.meta["thresholds"]
-    return None if thresholds is None else Sparsity(thresholds, artefact.tensors)

@@ -27,6 +27,7 @@ from ..contracts import (
     Registry,
     Scheme,
     SparsitySpec,
+    make_key,
 )
 from ..moe.shapes import ModelShape
 
@@ -52,6 +53,10 @@ MAX_COPIES = 1024
 
 COLD_FACTOR = 1.2
 """Cold weights are rotated through this many times the last-level cache."""
+
+
+NONE = Choice("none")
+"""A named axis that is left alone."""
 
 
 @dataclass(frozen=True)
@@ -198,19 +203,37 @@ class _Planner:
             spec = layer_spec(case, shape, self.registry)
         except ValueError as error:
             return Planned(case, f"{error}.")
-        stored = size * min(1.0, spec.schemes[0].bits / (8.0 * ELEMENT_SIZE[case.dtype])) if spec.schemes else size
+        coded = bool(spec.schemes) and spec.schemes[0].codec != "none"
+        stored = size * min(1.0, spec.schemes[0].bits / (8.0 * ELEMENT_SIZE[case.dtype])) if coded else size
         refusal = attention_refusal(case, spec) or self._traffic_refusal(case, model, spec)
         refusal = refusal or self._budget_refusal(case, shape)
         refusal = refusal or self._cold_refusal(case, spec, stored)
         if refusal:
             return Planned(case, refusal)
-        if case.residency == "cold":
-            needed += stored * cold_copies(self.config.cache_bytes, stored, touched_share(spec))
         answer, evidence = self._execution(case, spec)
         if isinstance(answer, Refusal):
             return Planned(case, answer.reason)
-        own = 0.0 if answer.weights == "dense" and case.pass_ == "forward" else size
-        return Planned(replace(case, execution=answer, evidence=evidence), None, needed, own)
+        case = replace(case, execution=answer, evidence=evidence)
+        cold, weights = case.residency == "cold", copies_key(case, spec)
+        copies = cold_copies(self.config.cache_bytes, stored, touched_share(spec)) if cold else 0
+        form = self._own_form(case, spec)
+        views = answer.weights == "dense" and case.pass_ == "forward" and not form
+        own = 0.0 if views else stored if answer.weights == "packed" else size
+        return Planned(
+            case,
+            method_bytes=needed,
+            own_bytes=own * max(1, copies),
+            own_key=f"{weights} {case.backend} {form}" if form else "",
+            copies_bytes=stored * copies,
+            copies_key=weights,
+        )
+
+    def _own_form(self, case: Case, spec: LayerSpec) -> str:
+        """Return the name of the form into which the backend copies dense weights, or nothing where it does not."""
+        if self.kind.backend_free:
+            return ""
+        backend = self.registry.get("backend", case.backend.name).create(case.backend.params)
+        return str(backend.own_form(spec)) if hasattr(backend, "own_form") else ""
 
     def _traffic_refusal(self, case: Case, model: Any, spec: LayerSpec) -> str | None:
         traffic = self.registry.params("traffic", case.traffic)
@@ -298,9 +321,31 @@ def residency_of(point: Mapping[str, Any]) -> Literal["cold", "warm"]:
 
 
 def touched_share(spec: LayerSpec) -> float:
-    """Return the least share of a layer's expert weights that a call reads: what one token's experts hold."""
+    """Return the least share of a layer's expert weights that a call must read: what one token's experts hold, and of
+    that what their sparsity keeps, whether the case's backend skips the rest or not."""
     k = spec.max_k if set(spec.kinds) == {"ffn"} else 1
-    return min(1.0, k / max(1, spec.ffn_experts))
+    return min(1.0, k / max(1, spec.ffn_experts)) * kept_share(spec)
+
+
+def kept_share(spec: LayerSpec) -> float:
+    """Return the share of an expert's weights behind the channels that its sparsity keeps at its level.
+
+    Channels of the input are columns of gate and up, neurons columns of down; those of the gate are rows of up as well.
+    """
+    if spec.sparsity is None or not spec.sparsity.sites:
+        return 1.0
+    kept = dict.fromkeys(spec.sparsity.sites, 1.0 - spec.sparsity.level)
+    of_input, of_gate = kept.get("input", 1.0), kept.get("gate", 1.0)
+    of_down = min(of_gate, kept.get("hidden", 1.0))
+    of_up = of_gate if "gate" in kept else of_input
+    parts = (of_input, of_up, of_down) if spec.gated else (of_input, of_down)
+    return sum(parts) / len(parts)
+
+
+def copies_key(case: Case, spec: LayerSpec) -> str:
+    """Return the identity of the weights that a case's copies hold; activation sparsity is beside the weights."""
+    masked = spec.sparsity is not None and spec.sparsity.masked_weights
+    return make_key([(case if masked else replace(case, sparsity=NONE)).method_key, case.dtype])
 
 
 def cold_copies(cache_bytes: float, layer_bytes: float, share: float) -> int:
@@ -417,9 +462,6 @@ def _check_training(case: Case, kinds: Sequence[str], scheme: Scheme, sparsity: 
             )
     if case.residency == "cold":
         raise ValueError("a training step has one copy of its weights; use axes.residency=warm")
-
-
-NONE = Choice("none")
 
 
 def plain_case(config: SuiteConfig, **fields: Any) -> Case:

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from ..contracts import Case, Check, Cost, Facts, LayerSpec, Metric, Registry, Series, make_key
+from ..moe.channel_use import needed_work
 from ..moe.experts import ExpertStore
 from ..moe.fold import Folded, fold_store
 from ..moe.metrics import load_series, routing_metrics
 from ..moe.oracle import Reference, compare, reference
 from ..moe.routing_metrics.cost import weights_per_token
-from ..moe.sparsity import density
-from .base import cold_copies, touched_share
+from ..moe.sparsifiers.cost import sparsity_metrics
+from .base import cold_copies, copies_key, touched_share
 from .digest import sha256_of
+from .leaving_out import leaving_out
 from .subject import DTYPES, Batch, Subject, gate_metrics, make_batch, prepare_subject
 from .traffic_kinds import exact_share, told
 
@@ -67,15 +69,17 @@ class LayerTrial:
         return [make_batch(self.case, self.registry, self.subject, number) for number in numbers]
 
     def _stores(self) -> list[ExpertStore]:
-        """Return the layer's store; for cold weights as many copies as pass the last cache, shared by all trials."""
+        """Return the layer's store; for cold weights as many copies as pass the last cache, shared by all trials.
+
+        Trials whose methods differ in activation sparsity alone share the weights, and each has its own rules.
+        """
         store = self.subject.layer.store
         if self.case.residency == "warm":
             return [store]
         count = cold_copies(self.case.workload["cache_bytes"], store.nbytes, touched_share(self.subject.spec))
-        key = make_key([self.case.method_key, self.case.dtype, count])
-        if key not in _COPIES:
-            _COPIES[key] = [store, *(copy.deepcopy(store) for _ in range(count - 1))]
-        return _COPIES[key]
+        copies = _COPIES.setdefault(copies_key(self.case, self.subject.spec), [store])
+        copies.extend(replace(copy.deepcopy(store), sparsity=None) for _ in range(count - len(copies)))
+        return [replace(one, sparsity=store.sparsity) for one in copies[:count]]
 
     def _executor(self, index: int, store: ExpertStore) -> Any:
         executor = self.session.layer(index)
@@ -125,7 +129,7 @@ class LayerTrial:
         """Return the least work of one call, with the distinct experts that its routing touches.
 
         The footprint of cold weights is what the calls really read of all copies: experts that no input chooses do not
-        push others out of a cache.
+        push others out of a cache, and neither do channels that are skipped.
         """
         batch = self.batches[step % STEPS]
         cost = layer_cost(self.subject, batch, self.case)
@@ -133,13 +137,18 @@ class LayerTrial:
             return cost
         used_E = torch.stack([other.routing.counts_E for other in self.batches]).sum(0) > 0
         used = int(used_E[list(self.subject.layer.store.ffn_ids)].sum())
-        return replace(cost, footprint=self._copies * used * expert_bytes(self.subject, self.case))
+        footprint = self._copies * used * expert_bytes(self.subject, self.case)
+        skipped = self.case.execution.sparse == "skip"
+        return replace(cost, footprint=self._copies * cost.bytes if skipped else footprint)
 
     def facts(self) -> Facts:
         """Return routing metrics, the load per expert, densities, what really ran and what a replay did."""
         batch = self.batches[0]
         store = self.subject.layer.store
-        metrics = [*routing_metrics(batch.routing, self.subject.spec.kinds), *density(store, batch.routing, batch.x_TH)]
+        metrics = routing_metrics(batch.routing, self.subject.spec.kinds)
+        metrics.extend(sparsity_metrics(store, batch.routing, batch.x_TH))
+        if self.subject.spec.sparsity is not None:
+            metrics.extend(leaving_out(store, batch, self.session.events()))
         metrics.append(Metric("resident_bytes", float(self.session.resident_bytes()), "byte"))
         metrics.append(Metric("expert_bytes", float(store.nbytes), "byte"))
         if store.quantized:
@@ -190,7 +199,9 @@ def attention_flops(batch: Batch, spec: LayerSpec) -> float:
 def layer_cost(subject: Subject, batch: Batch, case: Case) -> Cost:
     """Return the least work of a layer: 2 flops per weight and assignment; each touched expert's bytes once.
 
-    An attention also meets the tokens up to each of its own, with a product for the score and one for the value.
+    Where the execution skips what is left out, only weights behind channels that are kept count: for each token in the
+    flops, and once for all tokens of a call in the bytes. A mask saves neither. An attention also meets the tokens up
+    to each of its own, with a product for the score and one for the value.
     """
     store, spec = subject.layer.store, subject.spec
     ffn_ids = list(store.ffn_ids)
@@ -199,9 +210,13 @@ def layer_cost(subject: Subject, batch: Batch, case: Case) -> Cost:
     per_expert = spec.matrices * spec.hidden * spec.width
     element = batch.x_TH.element_size()
     shared_size = shared_parameters(subject)
-    moved = distinct * expert_bytes(subject, case) + shared_size * element + 2 * batch.x_TH.nbytes
+    products, read = assigned * per_expert, distinct * expert_bytes(subject, case)
+    if case.execution.sparse == "skip":
+        work = needed_work(store, batch.routing, batch.x_TH)
+        products, read = work.products, float(work.weights * element)
+    moved = read + shared_size * element + 2 * batch.x_TH.nbytes
     return Cost(
-        flops=2.0 * (assigned * per_expert + case.tokens * shared_size) + attention_flops(batch, spec),
+        flops=2.0 * (products + case.tokens * shared_size) + attention_flops(batch, spec),
         bytes=float(moved),
         distinct_experts=distinct,
         assignments=int(batch.routing.counts_E.sum()),

@@ -85,7 +85,7 @@ def planned_cases(config: RunConfig, registry: Registry, memory_bytes: float) ->
         elif case.protocol == "once":
             once.append(paired)
         else:
-            runnable.append((paired, planned.method_bytes + planned.own_bytes))
+            runnable.append((paired, planned.bytes_alone))
     return Cases(_in_batches(runnable, memory_bytes / 3), tuple(refused), tuple(once))
 
 
@@ -111,7 +111,7 @@ def backend_cases(config: RunConfig, registry: Registry, memory_bytes: float, ba
         elif paired.base.protocol == "once":
             once.append(paired)
         else:
-            runnable.append((paired, sum(one.method_bytes + one.own_bytes for one in both)))
+            runnable.append((paired, sum(one.bytes_alone for one in both)))
     return Cases(_in_batches(runnable, memory_bytes / 3), tuple(refused), tuple(once))
 
 

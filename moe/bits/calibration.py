@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...contracts import MoebenchError
 from ..channel_stats import ChannelStats
-from ..experts import ExpertStore, Sparsity
-from ..layer import ffn_hidden
+from ..channels import DENSE
+from ..experts import ExpertStore, expert_product, hidden_from
 from ..router import Router
 from ..routing import Context, Routing
 
@@ -120,8 +120,7 @@ def _expert_stats(
         inputs.append(x_TH.float()[routing.token_N[mine_N]])
         weights.append(routing.weight_N[mine_N])
     x_NH, weight_N = torch.cat(inputs), torch.cat(weights)
-    sparsity = store.sparsity or Sparsity({})
-    x_NH = sparsity.apply("input", x_NH)
-    gate_up, _ = store.weights(store.slots[expert])
-    hidden_NF = sparsity.apply("hidden", ffn_hidden(x_NH, gate_up, store.activation, store.gated))
-    return channel_stats(x_NH, weight_N, moments), channel_stats(hidden_NF, weight_N, moments)
+    sparsity, slot = store.sparsity or DENSE, store.slots[expert]
+    hidden_NF = hidden_from(expert_product(x_NH, store.weights(slot)[0], store, slot), store, slot)
+    read_NH, read_NF = sparsity.apply("input", x_NH, slot), sparsity.apply("hidden", hidden_NF, slot)
+    return channel_stats(read_NH, weight_N, moments), channel_stats(read_NF, weight_N, moments)

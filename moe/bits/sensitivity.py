@@ -50,9 +50,9 @@ def routed_sensitivities(
             continue
         x_NH, weight_N1 = x_TH[routing.token_N[mine_N]], routing.weight_N[mine_N].to(x_TH.dtype)[:, None]
         gate_up, down = store.weights(slot, x_TH.dtype)
-        y_NH = expert_forward(x_NH, gate_up, down, store)
+        y_NH = expert_forward(x_NH, gate_up, down, store, slot)
         for place, width in enumerate(bits):
             coded = [encode(weight, width).to(x_TH.dtype) for weight in (gate_up, down)]
-            off_NH = weight_N1 * (y_NH - expert_forward(x_NH, coded[0], coded[1], store))
+            off_NH = weight_N1 * (y_NH - expert_forward(x_NH, coded[0], coded[1], store, slot))
             error_EB[slot, place] = float(off_NH.double().norm())
     return error_EB

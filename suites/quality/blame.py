@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ...moe.layer import assigned_output, assignments
-from ...moe.oracle import reference
 from .block import Call
 
 RIDGE = 1e-6
@@ -58,9 +57,7 @@ def expert_errors(call: Call) -> Tensor:
     sum_e r_e^2 |w f_e|^2 is solved for r_e^2 by least squares over the tokens, each divided by its own sum so that all
     count the same.
     """
-    layer = call.block.subject.layer
-    exact = reference(layer.store, call.routing, call.x_TH, layer.shared)
-    off_T = (call.y_TH.double() - exact.y_TH).square().sum(1)
+    off_T = (call.y_TH.double() - call.reference().y_TH).square().sum(1)
     square_TE = term_squares(call)
     total_T1 = square_TE.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     share_TE = square_TE / total_T1

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...contracts import Check
-from ...moe.oracle import compare, reference
+from ...contracts import Check, Metric
+from ...moe.oracle import Reference, compare, joined, reference
 from ...moe.router import Router
 from ...moe.routing import Context, Routing
+from ...moe.sparsifiers.cost import sparsity_metrics
 from ..subject import DTYPES, Subject, boundary_inputs
 
 
@@ -22,7 +24,7 @@ class Call:
 
     ``x_TH`` is what its experts read. ``error_T`` float64 is |y - y'| / |y'| of each token, y' what the dense model's
     layer makes of the same input; ``dense_routing`` what the router, its gate not rounded, says of that which the layer
-    reads in the dense model.
+    reads in the dense model. Of the first ``prefix`` tokens nothing was left out.
     """
 
     block: MoEBlock
@@ -31,11 +33,26 @@ class Call:
     y_TH: Tensor
     error_T: Tensor
     dense_routing: Routing
+    prefix: int = 0
+
+    def reference(self) -> Reference:
+        """Return the oracle's output from the same inputs and routing: dense in the prefix, sparse behind it."""
+        layer, prefix, tokens = self.block.subject.layer, self.prefix, len(self.x_TH)
+        if prefix == 0:
+            return reference(layer.store, self.routing, self.x_TH, layer.shared)
+        dense = replace(layer.store, sparsity=None)
+        first = reference(dense, self.routing.part(0, prefix), self.x_TH[:prefix], layer.shared)
+        later = reference(layer.store, self.routing.part(prefix, tokens), self.x_TH[prefix:], layer.shared)
+        return joined(first, later)
 
     def check(self) -> Check:
-        """Compare the output with the oracle's, from the same inputs and routing."""
-        layer = self.block.subject.layer
-        return compare(self.y_TH, reference(layer.store, self.routing, self.x_TH, layer.shared), self.x_TH.dtype)
+        """Compare the output with the oracle's."""
+        return compare(self.y_TH, self.reference(), self.x_TH.dtype)
+
+    def sparsity(self) -> list[Metric]:
+        """Return the densities and what they would save, over the tokens behind the dense prefix."""
+        store, later = self.block.subject.layer.store, self.routing.part(self.prefix, len(self.x_TH))
+        return sparsity_metrics(store, later, self.x_TH[self.prefix :])
 
 
 class MoEBlock(nn.Module):
@@ -47,14 +64,23 @@ class MoEBlock(nn.Module):
     the same), ``forced`` a Routing in the place of the router's. A router that draws begins each window at ``seed``.
     ``attn`` is the attention of the window before it in its decoder layer, [1, heads, T, T], where the router reads it,
     and ``prompt`` how many of the tokens are the prompt.
+    ``whole`` executes the same experts with nothing left out, for the first tokens of a window where the sparsity has
+    a dense prefix; None where it has none.
     """
 
     def __init__(
-        self, index: int, subject: Subject, executor: Any, calls: list[Call], seed: int, dense: nn.Module
+        self,
+        index: int,
+        subject: Subject,
+        executor: Any,
+        calls: list[Call],
+        seed: int,
+        dense: nn.Module,
+        whole: Any = None,
     ) -> None:
         super().__init__()
         self.index, self.subject, self.executor, self.calls, self.seed = index, subject, executor, calls, seed
-        self.dense = dense
+        self.dense, self.whole = dense, whole
         self.token_ids_T = torch.empty(0, dtype=torch.int64)
         self.dense_x_TH: Tensor | None = None
         self.forced: Routing | None = None
@@ -70,14 +96,23 @@ class MoEBlock(nn.Module):
         read_TH = self.subject.layer.reads(x_TH)
         y_TH = self.computed(read_TH, routing)
         error_T = relative_error(y_TH, self.dense(x_BTH).flatten(0, -2))
-        self.calls.append(Call(self, read_TH, routing, y_TH, error_T, self._dense_routing(x_TH, routing)))
+        dense_routing, prefix = self._dense_routing(x_TH, routing), self.prefix(len(x_TH))
+        self.calls.append(Call(self, read_TH, routing, y_TH, error_T, dense_routing, prefix))
         return y_TH.to(x_BTH.dtype).view_as(x_BTH)
 
     def computed(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """Return the output of the experts that read ``x_TH``, the shared one among them, in its dtype."""
-        layer, spec = self.subject.layer, self.subject.spec
+        layer, spec, prefix = self.subject.layer, self.subject.spec, self.prefix(len(x_TH))
         y_TH: Tensor = self.executor(x_TH, *boundary_inputs(spec.boundary, routing, spec), out_TH=None)
+        if prefix:
+            first = boundary_inputs(spec.boundary, routing.part(0, prefix), spec)
+            y_TH = torch.cat([self.whole(x_TH[:prefix], *first, out_TH=None), y_TH[prefix:]])
         return y_TH if layer.shared is None else layer.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
+
+    def prefix(self, tokens: int) -> int:
+        """Return how many of the first of ``tokens`` have nothing left out."""
+        spec = self.subject.spec.sparsity
+        return 0 if self.whole is None or spec is None else math.ceil(spec.dense_prefix * tokens)
 
     def _dense_routing(self, x_TH: Tensor, routing: Routing) -> Routing:
         layer = self.subject.layer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -67,28 +68,35 @@ class Changed:
         block: type[MoEBlock] = MoEBlock,
     ) -> None:
         self.model = model
-        folded = case.execution.folded
-        stores = {index: subject.layer.store for index, subject in subjects.items()}
+        self.folded = case.execution.folded
         params = case.backend.params if backend == case.backend.name else {}
-        self.session = (
-            registry.get("backend", backend)
-            .create(params)
-            .load(
-                {index: fold_store(store) if folded else store for index, store in stores.items()},
-                {i: subject.spec.folded() if folded else subject.spec for i, subject in subjects.items()},
-            )
-        )
+        maker = registry.get("backend", backend).create(params)
+        self.session = self._loaded(maker, subjects)
+        whole = {index: subject for index, subject in map(_with_nothing_left_out, subjects.items()) if subject}
+        self.sessions = [self.session, *([self._loaded(maker, whole)] if whole else [])]
         self.calls: list[Call] = []
         self.prompt: int | None = None
         self.blocks: dict[int, MoEBlock] = {}
         for index, subject in subjects.items():
-            executor = self.session.layer(index)
-            executor = Folded(executor, stores[index]) if folded else executor
             dense = ffn_of(model.model.layers[index])
             draws = substream(case.seed, "routing", index)
-            self.blocks[index] = block(index, subject, executor, self.calls, draws, dense)
+            made = self._executor(self.session, index, subject)
+            first = self._executor(self.sessions[1], index, whole[index]) if index in whole else None
+            self.blocks[index] = block(index, subject, made, self.calls, draws, dense, first)
         params = registry.params("quantization", case.quantization)
         self.attention = QuantizedAttention(model, params, attention_bits(subjects))
+
+    def _loaded(self, maker: Any, subjects: Mapping[int, Subject]) -> Any:
+        """Return the backend's session of all layers, folded where the case is."""
+        stores = {index: subject.layer.store for index, subject in subjects.items()}
+        return maker.load(
+            {index: fold_store(store) if self.folded else store for index, store in stores.items()},
+            {i: subject.spec.folded() if self.folded else subject.spec for i, subject in subjects.items()},
+        )
+
+    def _executor(self, session: Any, index: int, subject: Subject) -> Any:
+        executor = session.layer(index)
+        return Folded(executor, subject.layer.store) if self.folded else executor
 
     def forward(
         self, dense: DenseStates, part: slice, ids_T: Tensor, forced: Mapping[int, Routing] | None = None
@@ -114,11 +122,22 @@ class Changed:
             yield
 
     def close(self) -> None:
-        """Free the backend's session."""
-        self.session.close()
+        """Free the backend's sessions."""
+        for session in self.sessions:
+            session.close()
 
 
 def attention_bits(subjects: Mapping[int, Subject]) -> dict[int, int]:
     """Return the bits of each layer's attention, of the layers whose plan gives it some."""
     found = {index: subject.layer.bits for index, subject in subjects.items()}
     return {index: bits.attention for index, bits in found.items() if bits is not None and bits.attention is not None}
+
+
+def _with_nothing_left_out(item: tuple[int, Subject]) -> tuple[int, Subject | None]:
+    """Return a layer whose sparsity has a dense prefix as it is in that prefix, None for any other layer."""
+    index, subject = item
+    sparsity, store = subject.spec.sparsity, subject.layer.store
+    if sparsity is None or sparsity.dense_prefix == 0 or store.sparsity is None:
+        return index, None
+    layer = replace(subject.layer, store=replace(store, sparsity=None))
+    return index, replace(subject, layer=layer, spec=replace(subject.spec, sparsity=None))

@@ -14,7 +14,6 @@ from torch import Tensor
 from ...contracts import Case, Check, Facts, Metric, Registry, Series
 from ...moe.metrics import load_series, routing_metrics
 from ...moe.routing import Routing
-from ...moe.sparsity import density
 from ..models import substream
 from ..subject import Subject, gate_metrics
 from .block import Call
@@ -50,7 +49,7 @@ class AccuracyTrial(TextTrial):
             self.routings[index].append(call.routing)
             self.distances[index].append(columns_of(call))
             if index not in self.densities:
-                self.densities[index] = density(call.block.subject.layer.store, call.routing, call.x_TH)
+                self.densities[index] = call.sparsity()
         return list(self.changed.calls)
 
     def verify(self, step: int, output: list[Call]) -> Check:

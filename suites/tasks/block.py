@@ -16,11 +16,13 @@ from ..subject import DTYPES
 class Rows:
     """The sequences of one forward pass: their token ids, and the Routings of the layers before, by sequence.
 
-    ``tokens`` counts what all passes read, padding included.
+    ``tokens`` counts what all passes read, padding included. ``continued``: the tokens of the pass follow others, whose
+    keys and values the model kept, as in generation.
     """
 
     def __init__(self) -> None:
         self.ids: Sequence[Tensor] = ()
+        self.continued = False
         self.routings: list[list[Routing]] = []
         self.tokens = 0
 
@@ -29,6 +31,8 @@ class Rows:
         ids_BT = kwargs.get("input_ids", args[0] if args else None)
         self.ids = list(ids_BT) if ids_BT is not None else []
         self.routings = [[] for _ in self.ids]
+        kept = kwargs.get("past_key_values")
+        self.continued = kept is not None and kept.get_seq_length() > 0
         self.tokens += sum(map(len, self.ids))
 
 
@@ -48,6 +52,10 @@ class TaskBlock(MoEBlock):
         y_BTH = torch.stack([self._sequence(x_TH, row) for row, x_TH in enumerate(x_BTH)])
         return y_BTH.to(x_BTH.dtype)
 
+    def prefix(self, tokens: int) -> int:
+        """Return how many of the first tokens have nothing left out: none in the middle of a sequence."""
+        return 0 if self.rows.continued else super().prefix(tokens)
+
     def _sequence(self, x_TH: Tensor, row: int) -> Tensor:
         before = self.rows.routings[row]
         self.token_ids_T = self.rows.ids[row]
@@ -56,5 +64,5 @@ class TaskBlock(MoEBlock):
         read_TH = self.subject.layer.reads(x_TH)
         y_TH = self.computed(read_TH, routing)
         before.append(routing)
-        self.last = Call(self, read_TH, routing, y_TH, torch.empty(0), routing)
+        self.last = Call(self, read_TH, routing, y_TH, torch.empty(0), routing, self.prefix(len(x_TH)))
         return y_TH

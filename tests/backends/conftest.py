@@ -12,8 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moebench.contracts import LayerSpec, Refusal, Registry, SparsitySpec
+from moebench.kernels.cpu import build
+from moebench.moe.channels import SiteRule, Sparsity
 from moebench.moe.codecs.rtn import round_to_nearest
-from moebench.moe.experts import Constants, ExpertStore, Sparsity
+from moebench.moe.experts import Constants, ExpertStore
 from moebench.moe.fold import Folded, fold_store
 from moebench.moe.oracle import compare, reference
 from moebench.moe.oracle_gradients import Gradients, reference_gradients
@@ -43,6 +45,15 @@ class Operators(TorchDispatchMode):
 def _inductor_cache():
     """Keep compiled code between runs, outside the user's cache."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "moebench-tests-inductor"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels():
+    """Build our kernels once, outside the user's cache, and keep them between runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEBENCH_CACHE", str(Path(tempfile.gettempdir()) / "moebench-tests-cache"))
+        if build.compiler():
+            build.library("column_skip")
 
 
 def kinds(archetype, constants=True):
@@ -110,7 +121,7 @@ def spec(experts_store, dtype="float32", boundary="topk", **changes):
         "activation": experts_store.activation,
         "gated": experts_store.gated,
         "schemes": experts_store.schemes,
-        "sparsity": None if sparsity is None else SparsitySpec(tuple(sparsity.thresholds)),
+        "sparsity": None if sparsity is None else SparsitySpec(tuple(sparsity.sites)),
         "boundary": boundary,
         "max_k": experts_store.num_experts,
     }
@@ -186,8 +197,8 @@ def gradients(name, dtype, archetype, boundary, count=17):
 
 def sparsity(level=0.3, weights=False):
     """Return thresholds at both sites that leave out a part of the activations."""
-    scale = {"hidden": torch.linspace(0.5, 1.5, WIDTH)} if weights else {}
-    return Sparsity({"input": level, "hidden": 0.3 * level}, scale)
+    scale = torch.linspace(0.5, 1.5, WIDTH) if weights else None
+    return Sparsity({"input": SiteRule(level), "hidden": SiteRule(0.3 * level, weight=scale)})
 
 
 @pytest.fixture(scope="session")
@@ -207,4 +218,6 @@ def lab():
         check=check,
         gradients=gradients,
         sparsity=sparsity,
+        compare=compare,
+        reference=reference,
     )

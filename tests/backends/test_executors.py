@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from moebench.backends.batched import BatchedExecutor, pair_bytes
 from moebench.backends.compiled import Compiled
+from moebench.backends.plugins import DESCRIPTORS
 from moebench.contracts import MoebenchError, Scheme, Selection
 from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import ExpertStore
@@ -16,7 +17,10 @@ from moebench.moe.routing import Routing
 
 DENSE = ("reference", "eager", "batched", "grouped")
 needs_compiler = pytest.mark.skipif(not Compiled().availability().available, reason="compiled needs a C++ compiler")
-ALL_DENSE = (*DENSE, pytest.param("compiled", marks=needs_compiler))
+HAS_CC = next(one for one in DESCRIPTORS if one.name == "column_skip").create().availability().available
+SKIPPING = pytest.param("column_skip", marks=pytest.mark.skipif(not HAS_CC, reason="column_skip needs a C compiler"))
+PLAIN = (*DENSE, SKIPPING)
+ALL_DENSE = (*PLAIN, pytest.param("compiled", marks=needs_compiler))
 INT8, INT4 = Scheme("rtn", 8.0), Scheme("rtn", 4.0, 32, symmetric=False)
 ARCHETYPES = ("dynamic_k", "empty", "hot", "signed", "null", "dropped")
 
@@ -32,7 +36,7 @@ cases = given(
 )
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @relaxed
 @cases
@@ -76,7 +80,7 @@ def test_packed_agrees_with_the_oracle(lab, scheme, archetype, count, boundary, 
     lab.check("packed", store, torch.bfloat16, archetype, count, boundary, seed)
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", [INT8, INT4, Scheme("rtn", 2.0, 32, symmetric=False)])
 def test_dense_backends_run_dequantized_weights(lab, name, dtype, scheme):
@@ -89,14 +93,14 @@ def test_dense_backends_run_dequantized_weights(lab, name, dtype, scheme):
     assert session.resident_bytes() > store.nbytes
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize(("activation", "gated"), [("gelu", True), ("relu", False), ("silu", False)])
 def test_other_activations_and_ungated_experts(lab, name, activation, gated):
     store = lab.store(1, activation=activation, gated=gated)
     lab.check(name, store, torch.float32, "signed", 17, "sorted", 5)
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", PLAIN)
 def test_sparsity_with_channel_weights(lab, name):
     store = lab.store(2, sparsity=lab.sparsity(0.6, weights=True))
     lab.check(name, store, torch.float32, "dynamic_k", 17, "topk", 2)
@@ -129,7 +133,7 @@ def test_verify_fails_when_one_expert_is_perturbed(lab, name):
         assert verdict.ok is ok, verdict
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("bias", [False, True])
 def test_boundary_logits_selects_as_the_router_does(lab, name, bias):
     store, x_TH = lab.store(), lab.tokens(9)

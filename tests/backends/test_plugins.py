@@ -9,7 +9,7 @@ from moebench.backends import compiled
 from moebench.backends.plugins import DESCRIPTORS
 from moebench.contracts import Execution, LayerSpec, MoebenchError, Refusal, Scheme, Selection, SparsitySpec
 
-NAMES = ("reference", "eager", "batched", "grouped", "compiled", "packed", "duplex")
+NAMES = ("reference", "eager", "batched", "grouped", "compiled", "packed", "duplex", "column_skip")
 INT8, INT4 = Scheme("rtn", 8.0), Scheme("rtn", 4.0, 128, symmetric=False)
 W8A8 = Scheme("rtn", 8.0, act_bits=8)
 INT2 = Scheme("rtn", 2.0, 64, symmetric=False)
@@ -24,7 +24,7 @@ def supports(name, spec, **params):
     return next(d for d in DESCRIPTORS if d.name == name).create(params).supports(spec)
 
 
-def test_the_seven_are_described_in_order():
+def test_the_eight_are_described_in_order():
     assert tuple(d.name for d in DESCRIPTORS) == NAMES
 
 
@@ -52,11 +52,12 @@ def test_executions_say_what_will_run(name):
             "sorted",
         )
         return
-    boundary = "sorted" if name in ("eager", "grouped", "compiled") else "topk"
+    boundary = "sorted" if name in ("eager", "grouped", "compiled", "column_skip") else "topk"
+    sparse = "skip" if name == "column_skip" else "mask"
     assert supports(name, layer()) == Execution()
     assert supports(name, layer(boundary="sorted")).boundary == boundary
     assert supports(name, layer(scheme=INT4)).weights == "dequantized"
-    assert supports(name, layer(sparsity=SparsitySpec(("input",)))).sparse == "mask"
+    assert supports(name, layer(sparsity=SparsitySpec(("input",)))).sparse == sparse
     selected = layer(boundary="logits", selection=Selection("softmax", 2, renormalize=False))
     assert supports(name, selected).boundary == "topk"
 
@@ -78,7 +79,23 @@ REFUSED = [
     ("eager", layer(activation="swiglu_oai"), "activations silu, gelu, relu, not swiglu_oai"),
     ("eager", layer(boundary="hidden"), "boundaries topk, sorted, logits, not hidden"),
     ("eager", layer(boundary="logits"), "use boundary=topk"),
-    ("eager", layer(sparsity=SparsitySpec(("input",), rule="topk")), "by a threshold, not by 'topk'"),
+    (
+        "compiled",
+        layer(sparsity=SparsitySpec(("input",), rule="topk")),
+        "leave out a number of channels per",
+    ),
+    ("compiled", layer(sparsity=SparsitySpec(("gate",))), "leave out channels by the gate"),
+    ("grouped", layer(sparsity=SparsitySpec(("input",), residual=True)), "channels that a low-rank matrix reads"),
+    ("batched", layer(sparsity=SparsitySpec(("input",), basis=True)), "channels of a rotated input"),
+    ("eager", layer(sparsity=SparsitySpec(("gate",)), gated=False), "no site 'gate'"),
+    ("batched", layer(sparsity=SparsitySpec(("gate",)), kinds=("gather",) * 4), "one shared threshold"),
+    ("eager", layer("bfloat16", INT8, sparsity=SparsitySpec((), masked_weights=True)), "use quantization=none"),
+    ("column_skip", layer(sparsity=SparsitySpec(("input",), basis=True)), "channels of a rotated input; use the eager"),
+    ("column_skip", layer(sparsity=SparsitySpec((), masked_weights=True)), "channels, not single weights"),
+    ("column_skip", layer("float16"), "float32, bfloat16, not float16"),
+    ("column_skip", layer(backward=True), "no backward"),
+    ("column_skip", layer(scheme=W8A8), "tokens as they are, not rounded to 8 bits"),
+    ("column_skip", layer(kinds=("gather",) * 4), "no 'gather' experts; use the reference backend"),
     ("batched", layer(backward=True), "no backward; use eager or grouped"),
     ("compiled", layer(backward=True), "no backward"),
     ("eager", layer(scheme=INT8, backward=True), "use quantization=none"),

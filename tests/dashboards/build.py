@@ -298,3 +298,62 @@ def gate_turns(run: Builder, case_key: str, factor: float, pairs: int = 5, turns
             turn = [number for number in range(len(kept)) for _ in range(3)]
             for clock in ("cpu", "wall"):
                 run.add("turns", case_key=case_key, side=side, pair=pair, clock=clock, ns=ns, turn=turn, switches=0)
+
+
+# level, density of weights, time over the dense case of the same backend
+TEAL = ((0.25, 0.76, 0.90), (0.5, 0.52, 0.64), (0.8, 0.22, 0.31))
+CATS = ((0.25, 0.84, 1.06), (0.5, 0.68, 0.97), (0.8, 0.45, 0.81))
+DENSE = {"column_skip": 100.0, "eager": 130.0, "grouped": 85.0}
+
+
+def together(run: Builder, row: dict[str, Any], us: float) -> None:
+    """Add turns that all cases of a sitting take together, with a small scatter around a time."""
+    step = 3 + int(us) % 7
+    minima = [int(1000 * us * (1 + 0.001 * (step * turn % 11 - 5))) for turn in range(60)]
+    for process in range(2):
+        run.add(
+            "timings", case_key=row["case_key"], process=process, clock="wall", sitting=f"s{process}",
+            mode="interleaved", ns=minima, turn=list(range(60)), n=60, min_ns=min(minima),
+            median_ns=1000.0 * us, median_lo_ns=1000.0 * us, median_hi_ns=1000.0 * us,
+        )  # fmt: skip
+
+
+def decoded(run: Builder, us: float, density: float | None = None, **over: Any) -> dict[str, Any]:
+    """Add a decode of cold weights; one that skips moves and multiplies what its density says."""
+    row = run.case(suite="latency", tokens=1, residency="cold", **over)
+    together(run, row, us)
+    run.metric(row, "bytes", 1e7 * (density if density and over["sparse"] == "skip" else 1.0), "byte")
+    run.metric(row, "flops", 5e6 * (density if density and over["sparse"] == "skip" else 1.0), "flop")
+    if density is not None:
+        run.metric(row, "weight_density", density, "share")
+    return row
+
+
+Levels = tuple[tuple[float, float, float], ...]
+
+
+def skipping(
+    run: Builder,
+    levels: Levels,
+    method: str,
+    backend: str = "column_skip",
+    sparse: str = "skip",
+    times: float = 1.0,
+    **over: Any,
+) -> None:
+    """Add a method at its levels."""
+    for level, density, factor in levels:
+        name = {"sparsity": method, "backend": backend, "sparse": sparse, "case_key": f"{method}{level}{backend}"}
+        us = DENSE[backend] * factor * times
+        row = decoded(run, us, density, **name, **over)
+        row["params"] = f'{{"sparsity": {{"level": {level}}}}}'
+
+
+def saving_run(run: Builder) -> Builder:
+    """Add two methods that skip on one backend, one that masks on another, and the dense cases of three."""
+    for backend, us in DENSE.items():
+        decoded(run, us, backend=backend)
+    skipping(run, TEAL, "teal")
+    skipping(run, CATS, "cats")
+    skipping(run, TEAL, "teal", "eager", "mask", times=2.8)
+    return run

@@ -221,3 +221,17 @@ def test_the_page_of_the_fronts_draws_every_method_offline(visit, build, tmp_pat
     assert tab.locator("#cap-table tbody tr").count() == 144
     assert tab.title() == "moebench: Pareto fronts"
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (420, "dark")])
+def test_what_sparsity_buys_is_drawn_in_two_panels_and_told(visit, build, tmp_path, width, scheme):
+    store = build.saving_run(build.Builder(tmp_path / "store")).write()
+    tab = visit(write_report(store, tmp_path / "saving.html"), width, scheme)
+    place = tab.locator("#plot-saving")
+    place.scroll_into_view_if_needed()
+    until(tab, "() => document.getElementById('plot-saving').dataset.drawn === 'yes'")
+    panels = tab.evaluate("document.getElementById('plot-saving').data.map((one) => one.xaxis)")
+    assert (panels.count("x"), panels.count("x2")) == (6, 3)
+    assert tab.locator("#plot-saving .yerror").count() == 18
+    assert "break-even density 0.52 against dense grouped, the fastest" in tab.text_content("#saving figcaption")
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

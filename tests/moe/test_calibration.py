@@ -15,7 +15,8 @@ from moebench.moe.bits.cosine_predictor import fit_predictor
 from moebench.moe.bits.params import CosinePredictor
 from moebench.moe.bits.scores import block_cosine, expert_outlier_scores, outlier_score, token_cosines
 from moebench.moe.bits.sensitivity import sensitivities
-from moebench.moe.experts import ExpertStore, Sparsity
+from moebench.moe.channels import SiteRule, Sparsity
+from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import PreparedLayer, SharedExpert, ffn_hidden, moe_forward
 from moebench.moe.plugins import Int8
 from moebench.moe.quantization import coded
@@ -42,7 +43,7 @@ def make_router(renormalize=True, k=K):
 # --- calibration -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sparsity", [None, Sparsity({"input": 0.5, "hidden": 0.2})])
+@pytest.mark.parametrize("sparsity", [None, Sparsity({"input": SiteRule(0.5), "hidden": SiteRule(0.2)})])
 def test_calibration_is_the_sum_over_tokens_and_experts(sparsity):
     store, router, x_TH = make_store(sparsity), make_router(), randn(T, H)
     made = calibrate(store, router, x_TH)
@@ -185,7 +186,7 @@ def fake_encode(weight, bits):
     return (weight / step).round() * step
 
 
-@pytest.mark.parametrize("sparsity", [None, Sparsity({"hidden": 0.2})])
+@pytest.mark.parametrize("sparsity", [None, Sparsity({"hidden": SiteRule(0.2)})])
 def test_sensitivities_are_those_of_the_whole_layer_run_again(sparsity):
     store, x_TH = make_store(sparsity), randn(T, H).double()
     router = make_router()

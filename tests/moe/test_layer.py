@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench.contracts import MoebenchError
-from moebench.moe.experts import Constants, ExpertStore, Sparsity
+from moebench.moe.channels import SiteRule, Sparsity
+from moebench.moe.experts import Constants, ExpertStore
 from moebench.moe.layer import LayerWeights, PreparedLayer, SharedExpert, expert_output, moe_forward
 from moebench.moe.routing import Context, Routing
 
@@ -167,7 +168,7 @@ def test_ungated_experts_use_one_matrix():
 
 def test_sparsity_of_the_store_applies():
     x = randn(T, H)
-    everything_out = make_store(sparsity=Sparsity({"hidden": 1e9}))
+    everything_out = make_store(sparsity=Sparsity({"hidden": SiteRule(1e9)}))
     routing = Routing.dense(torch.ones(T, 2))
     assert torch.count_nonzero(moe_forward(layer_of(everything_out), x, routing=routing)) == 0
     assert torch.count_nonzero(moe_forward(layer_of(make_store()), x, routing=routing)) > 0

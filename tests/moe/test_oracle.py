@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench.contracts import MoebenchError, Scheme
+from moebench.moe.channels import SiteRule, Sparsity
 from moebench.moe.codecs.rtn import round_to_nearest
-from moebench.moe.experts import Constants, ExpertStore, Sparsity, expert_forward
+from moebench.moe.experts import Constants, ExpertStore, expert_forward
 from moebench.moe.layer import PreparedLayer, SharedExpert, moe_forward
 from moebench.moe.oracle import BOUNDS, Reference, bound, compare, exact_weights, reference
 from moebench.moe.oracle_gradients import Gradients, compare_gradients, reference_gradients
@@ -134,7 +135,7 @@ def test_a_flip_at_the_hidden_threshold_is_forgiven_and_one_further_off_is_not()
     size = float(hidden_F[channel].abs())
     term_H = -1.5 * hidden_F[channel] * store.down[2][:, channel].double()
     for threshold, forgiven in ((size * (1 + 1e-8), True), (size * (1 - 1e-8), True), (size * 1.01, False)):
-        sparse = dataclasses.replace(store, sparsity=Sparsity({"hidden": threshold}))
+        sparse = dataclasses.replace(store, sparsity=Sparsity({"hidden": SiteRule(threshold)}))
         ref = reference(sparse, routing, x_TH)
         assert ref.near == int(forgiven)
         flipped = ref.y_TH + (term_H if threshold > size else -term_H)
@@ -149,7 +150,7 @@ def test_slack_leaves_the_check_sharp():
     generator = torch.Generator().manual_seed(0)
     gate_up = (torch.randn(4, 1024, 256, generator=generator) / 16).bfloat16()
     down = (torch.randn(4, 256, 512, generator=generator) / 512**0.5).bfloat16()
-    store = ExpertStore(gate_up, down, ("ffn",) * 4, sparsity=Sparsity({"hidden": 0.15}))
+    store = ExpertStore(gate_up, down, ("ffn",) * 4, sparsity=Sparsity({"hidden": SiteRule(0.15)}))
     x_TH = torch.randn(32, 256, generator=generator).bfloat16()
     indices_TK = torch.rand(32, 4, generator=generator).topk(2).indices
     routing = Routing.topk(indices_TK, torch.full((32, 2), 0.5), 4)
@@ -169,7 +170,7 @@ def test_slack_leaves_the_check_sharp():
 def test_the_input_threshold_is_compared_as_a_backend_compares():
     """In bfloat16 the threshold itself is rounded: 1.0 > 0.999 is false there, and the oracle must agree."""
     x_TH = torch.ones(1, H, dtype=torch.bfloat16)
-    store = layer(dtype=torch.bfloat16, sparsity=Sparsity({"input": 0.999}))
+    store = layer(dtype=torch.bfloat16, sparsity=Sparsity({"input": SiteRule(0.999)}))
     kept = bool((store.sparsity.apply("input", x_TH) != 0).any())
     ref = reference(store, Routing(torch.tensor([0]), torch.tensor([0]), torch.ones(1), (1, E)), x_TH)
     assert bool(ref.y_TH.any()) is kept
@@ -271,7 +272,7 @@ def test_reference_gradients_are_slopes():
 def test_gradients_of_what_has_none_are_refused():
     x_TH, routing = traffic()
     with pytest.raises(MoebenchError, match="without sparsity"):
-        reference_gradients(layer(sparsity=Sparsity({"input": 0.1})), routing, x_TH, x_TH)
+        reference_gradients(layer(sparsity=Sparsity({"input": SiteRule(0.1)})), routing, x_TH, x_TH)
     kinds = ("ffn",) * 4 + ("constant",)
     store = ExpertStore(layer().gate_up[:4], layer().down[:4], kinds)
     with pytest.raises(MoebenchError, match="through 'constant' experts"):

@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from moebench.contracts import Case, Choice, Descriptor, Evidence, MoebenchError, Registry, Selection
-from moebench.moe import plugins, quantization, recipe, router_params, sparsity, structure
+from moebench.moe import plugins, quantization, recipe, router_params, structure
 from moebench.moe.artefacts import Artefact, cached, read, sources_sha256, tensors_sha256, write
+from moebench.moe.channel_artefacts import sparsity_artefact, sparsity_of
+from moebench.moe.channels import LowRank, SiteRule, Sparsity, WeightMask
 from moebench.moe.codecs.rtn import round_to_nearest
-from moebench.moe.experts import Sparsity
 from moebench.moe.layer import LayerWeights, SharedExpert, ffn_hidden, moe_forward
-from moebench.moe.plugins import Int4, Split, Teal
+from moebench.moe.plugins import Int4, Split
 from moebench.moe.recipe import Recipe, Stage, prepare_layer
 from moebench.moe.routing import Context
 from moebench.moe.shapes import ModelShape
+from moebench.moe.sparsifiers import params as sparsity_params
+from moebench.moe.sparsifiers import steps
+from moebench.moe.sparsifiers.params import Teal
 
 H, F, T = 16, 32, 80
 
@@ -25,7 +29,7 @@ H, F, T = 16, 32, 80
 @pytest.fixture(scope="module")
 def registry():
     registry = Registry()
-    registry.add(*plugins.DESCRIPTORS, *router_params.DESCRIPTORS)
+    registry.add(*plugins.DESCRIPTORS, *router_params.DESCRIPTORS, *sparsity_params.DESCRIPTORS)
     return registry
 
 
@@ -89,7 +93,7 @@ def test_stages_are_applied_in_order_each_on_the_result_so_far(registry):
         assert torch.equal(ours.dequantize(), theirs.dequantize())
     x = randn(T, H).to(dtype).float()
     bare = replace(layer.store, sparsity=None)
-    assert layer.store.sparsity == sparsity.teal(Teal(0.5))(bare, layer.router(x, Context(layer=1)), x).sparsity
+    assert layer.store.sparsity == steps.channels(Teal(0.5))(bare, layer.router(x, Context(layer=1)), x).sparsity
     assert forward(layer, dtype=dtype).isfinite().all()
 
 
@@ -200,7 +204,7 @@ def forbid(monkeypatch):
 
     monkeypatch.setattr(structure, "split", never)
     monkeypatch.setattr(quantization, "rtn", never)
-    monkeypatch.setattr(sparsity, "teal", never)
+    monkeypatch.setattr(steps, "channels", never)
 
 
 @pytest.mark.parametrize("codec", [("int4", {"group": 8}), ("int8", {}), ("int8", {"group": 4, "symmetric": False})])
@@ -286,7 +290,7 @@ def test_sources_are_this_package_and_the_file_of_the_plug_in(tmp_path):
     assert sources_sha256(target) == before
     sources_sha256.cache_clear()
     assert sources_sha256(target) != before
-    assert sources_sha256("moebench.moe.structure:split") != sources_sha256("moebench.moe.sparsity:teal")
+    assert sources_sha256("moebench.moe.structure:split") != sources_sha256("moebench.moe.sparsifiers.steps:channels")
 
 
 @pytest.mark.parametrize("damage", ["tensors cut", "tensors gone", "meta cut", "meta edited", "a bit flipped", "empty"])
@@ -417,12 +421,26 @@ def test_codes_of_a_plug_in_work_without_being_kept(registry, tmp_path):
     assert stages_of(tmp_path) == ["sparsity", "structure"]
 
 
-def test_sparsity_with_channel_weights_comes_back(tmp_path):
-    made = Sparsity({"input": 0.1}, {"input": randn(H)})
-    write(tmp_path / "a", recipe.sparsity_artefact(made), {})
-    back = recipe.sparsity_of(read(tmp_path / "a"))
-    assert back.thresholds == made.thresholds
-    assert torch.equal(back.weights["input"], made.weights["input"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        Sparsity({"input": SiteRule(0.1, weight=torch.rand(3, H))}),
+        Sparsity({"gate": SiteRule(k=3), "hidden": SiteRule(kept=torch.rand(5) > 0.5)}),
+        Sparsity(
+            {"input": SiteRule(0.5, basis_II=torch.eye(H), residual=LowRank(torch.rand(3, 4, 2), torch.rand(3, 2, H)))}
+        ),
+        Sparsity({}, WeightMask(torch.rand(3, 4, H) > 0.5, torch.rand(3, H, 2) > 0.5)),
+        None,
+    ],
+)
+def test_a_plan_of_sparsity_comes_back(tmp_path, made):
+    write(tmp_path / "a", sparsity_artefact(made), {})
+    back = sparsity_of(read(tmp_path / "a"))
+    assert (back is None) == (made is None)
+    first, second = sparsity_artefact(made), sparsity_artefact(back)
+    assert first.meta == second.meta
+    assert first.tensors.keys() == second.tensors.keys()
+    assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
 
 
 def test_scaled_inputs_are_kept_apart_from_plain_ones_in_the_cache(registry, tmp_path):

@@ -5,12 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebench.moe.experts import ExpertStore, Sparsity
+from moebench.moe.channels import SiteRule, Sparsity
+from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import PreparedLayer, ffn_hidden, moe_forward
-from moebench.moe.plugins import Int8, NoSparsity, Teal
+from moebench.moe.plugins import Int8, NoSparsity
 from moebench.moe.quantization import coded
 from moebench.moe.routing import Routing
-from moebench.moe.sparsity import density, keep, quantile, site_activations, teal
+from moebench.moe.sparsifiers.params import Teal
+from moebench.moe.sparsifiers.steps import channels as teal
+from moebench.moe.sparsity import density, keep, quantile, site_activations
 
 H, F, T = 16, 8, 60
 KINDS = ("ffn", "zero", "ffn", "ffn")
@@ -67,8 +70,8 @@ def test_threshold_leaves_out_the_level_and_no_more_than_bfloat16_makes_it(value
 def test_achieved_density_is_what_was_asked_for(level, sites):
     store, routing, x = make_store(), make_routing(), randn(T, H)
     sparse = teal(Teal(level, sites))(store, routing, x)
-    assert set(sparse.sparsity.thresholds) == set(sites)
-    for site in ("input", "hidden"):
+    assert set(sparse.sparsity.sites) == set(sites)
+    for site in ("input", "gate", "hidden"):
         achieved = densities(sparse, routing, x)[f"density_{site}"]
         if site in sites:
             assert 1 - level - 0.02 <= achieved <= 1 - level + 1 / (T * F)
@@ -79,7 +82,7 @@ def test_achieved_density_is_what_was_asked_for(level, sites):
 def test_density_counts_what_the_experts_really_read():
     store, routing, x = make_store(), make_routing(), randn(T, H)
     sparse = teal(Teal(0.5))(store, routing, x)
-    threshold = sparse.sparsity.thresholds
+    threshold = {site: rule.threshold for site, rule in sparse.sparsity.sites.items()}
     kept = {"input": [], "hidden": []}
     for token, expert in zip(routing.token_N.tolist(), routing.expert_N.tolist(), strict=True):
         if KINDS[expert] == "ffn":
@@ -88,7 +91,10 @@ def test_density_counts_what_the_experts_really_read():
             hidden = ffn_hidden(masked[None], store.gate_up[slot], "silu")[0]
             kept["input"].append((x[token].abs() > threshold["input"]).float())
             kept["hidden"].append((hidden.abs() > threshold["hidden"]).float())
-    for metric in density(sparse, routing, x):
+    metrics = density(sparse, routing, x)
+    assert [metric.name for metric in metrics] == ["density_input", "density_gate", "density_hidden"]
+    assert metrics[1].value == 1.0
+    for metric in (metrics[0], metrics[2]):
         used = torch.stack(kept[metric.name.removeprefix("density_")])
         assert metric.n == used.numel()
         assert metric.value == pytest.approx(used.mean().item(), abs=1e-3)
@@ -98,7 +104,8 @@ def test_input_site_counts_a_token_once_per_ffn_expert():
     store, x = make_store(), randn(T, H)
     routing = Routing.topk(torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2), 4)
     sites = list(site_activations(store, routing, x[:2], "input"))
-    assert torch.equal(torch.cat(sites), x[[0, 1, 1]])
+    assert torch.equal(torch.cat([part for part, _ in sites]), x[[0, 1, 1]])
+    assert [slot for _, slot in sites] == [0, 1, 2]
 
 
 @settings(deadline=None, max_examples=20)
@@ -124,9 +131,9 @@ def test_error_grows_with_the_level_and_random_masks_are_worse():
 
 def test_hidden_is_calibrated_behind_the_sparse_input():
     store, routing, x = make_store(), make_routing(), randn(T, H)
-    both = teal(Teal(0.6))(store, routing, x).sparsity.thresholds
-    alone = teal(Teal(0.6, ("hidden",)))(store, routing, x).sparsity.thresholds
-    assert both["hidden"] < alone["hidden"]
+    both = teal(Teal(0.6))(store, routing, x).sparsity.sites["hidden"].threshold
+    alone = teal(Teal(0.6, ("hidden",)))(store, routing, x).sparsity.sites["hidden"].threshold
+    assert both < alone
 
 
 def test_quantized_experts_are_calibrated_on_their_dequantized_weights():
@@ -142,12 +149,17 @@ def test_without_ffn_assignments_there_is_nothing_to_calibrate_or_count():
     assert teal(Teal(0.5))(store, routing, x) is store
     assert [(m.name, m.value, m.n) for m in density(store, routing, x)] == [
         ("density_input", None, 0),
+        ("density_gate", None, 0),
         ("density_hidden", None, 0),
     ]
 
 
 def test_a_dense_store_uses_everything_even_zeros():
     store, routing = make_store("relu"), make_routing()
-    assert densities(store, routing, torch.zeros(T, H)) == {"density_input": 1.0, "density_hidden": 1.0}
-    none_kept = ExpertStore(store.gate_up, store.down, KINDS, sparsity=Sparsity({"input": 0.0}))
+    assert densities(store, routing, torch.zeros(T, H)) == {
+        "density_input": 1.0,
+        "density_gate": 1.0,
+        "density_hidden": 1.0,
+    }
+    none_kept = ExpertStore(store.gate_up, store.down, KINDS, sparsity=Sparsity({"input": SiteRule(0.0)}))
     assert densities(none_kept, routing, torch.zeros(T, H))["density_input"] == 0.0

@@ -38,7 +38,9 @@ def spoiled(params):
             super().add_sorted(y_TH, x_TH, token_N, offsets_E1, weight_N)
             start, stop = offsets_E1[params.expert], offsets_E1[params.expert + 1]
             mine_N = token_N[start:stop]
-            out_NH = self.ffn(x_TH[mine_N], *self.per_expert()[params.expert]) * weight_N[start:stop, None]
+            out_NH = (
+                self.ffn(x_TH[mine_N], *self.per_expert()[params.expert], params.expert) * weight_N[start:stop, None]
+            )
             y_TH.index_add_(0, mine_N, (cut(out_NH, params.bits) - out_NH).to(y_TH.dtype))
 
     return Spoiled

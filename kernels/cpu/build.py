@@ -1,0 +1,120 @@
+"""Our C sources, built on first use with the system's compiler and kept by the hash of all that they are made from.
+
+Nothing is built when this module is imported. Two processes may build at once: each writes a file of its own aside and
+renames it. The code is for this machine's instructions, which are part of the hash: a cache may be shared.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ...contracts import MoebenchError
+
+ARITHMETIC = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd")
+"""What compilers may do to numbers: fuse a product with a sum, and reorder the sums that the source names."""
+
+FLAGS = ("-std=c11", "-O3", *ARITHMETIC, "-fPIC", "-shared")
+
+NATIVE = (("-march=native",), ("-mcpu=native",), ())
+"""How compilers are told to use all instructions of this machine; the first that is understood is taken."""
+
+BUILD_SECONDS = 120
+"""A compiler that takes longer hangs."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A loaded library and how it was compiled, as an executed path tells it."""
+
+    handle: ctypes.CDLL
+    told: str
+
+
+def cache_root() -> Path:
+    """Return ``$MOEBENCH_CACHE``, or ``~/.cache/moebench``."""
+    return Path(os.environ.get("MOEBENCH_CACHE") or Path.home() / ".cache" / "moebench").expanduser()
+
+
+def compiler() -> str | None:
+    """Return the C compiler: the one in ``CC``, or the first of cc, gcc and clang; None where there is none."""
+    named = os.environ.get("CC")
+    return next(filter(None, map(shutil.which, [named] if named else ["cc", "gcc", "clang"])), None)
+
+
+def missing(who: str) -> str:
+    """Return why ``who`` cannot be built here, or an empty string; nothing is built to find out."""
+    return "" if compiler() else f"{who} needs a C compiler; install gcc or clang, or name one in CC"
+
+
+@cache
+def library(name: str) -> Library:
+    """Return ``kernels/cpu/<name>.c`` as a loaded library, built where the cache does not have it."""
+    source, program = Path(__file__).with_name(f"{name}.c"), compiler()
+    headers = sorted(source.parent.glob("*.h"))
+    if program is None:
+        raise MoebenchError(f"{missing(f'kernel {name}')}.")
+    native, macros = _instructions(program)
+    flags = (*FLAGS, *native)
+    made_from = [*(path.read_bytes() for path in (source, *headers)), shlex.join(flags).encode(), macros]
+    key = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in made_from)).hexdigest()
+    target = cache_root() / "kernels" / f"{name}-{key[:16]}{'.dylib' if sys.platform == 'darwin' else '.so'}"
+    if not target.is_file():
+        _build([program, *flags, str(source), "-lm"], target)
+    try:
+        handle = ctypes.CDLL(str(target))
+    except OSError as error:
+        raise MoebenchError(f"{target} cannot be loaded ({error}); delete it to have it built anew.") from error
+    return Library(handle, f"{Path(program).name} {shlex.join(flags)}")
+
+
+def _instructions(program: str) -> tuple[Sequence[str], bytes]:
+    """Return the flags for this machine's instructions, and what the compiler defines with them (its version too)."""
+    for native in NATIVE:
+        found = _run([program, *native, "-dM", "-E", "-x", "c", os.devnull])
+        if found.returncode == 0:
+            return native, found.stdout
+    raise MoebenchError(f"{program} does not compile C ({_first_line(found.stderr)}); name another compiler in CC.")
+
+
+def _build(command: Sequence[str], target: Path) -> None:
+    """Compile into a file aside, and rename it."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, aside = tempfile.mkstemp(suffix=target.suffix, dir=target.parent)
+    except OSError as error:
+        raise MoebenchError(
+            f"{target.parent} cannot be written ({error.strerror}); set MOEBENCH_CACHE elsewhere."
+        ) from error
+    os.close(descriptor)
+    try:
+        made = _run([*command, "-o", aside])
+        if made.returncode:
+            raise MoebenchError(
+                f"{shlex.join(command)} failed ({_first_line(made.stderr)}); name another compiler in CC."
+            )
+        os.replace(aside, target)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run(command, capture_output=True, timeout=BUILD_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MoebenchError(f"{command[0]} does not run ({error}); name another compiler in CC.") from error
+
+
+def _first_line(output: bytes) -> str:
+    lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else "it said nothing")

@@ -1,0 +1,255 @@
+"""Descriptors and parameters of the methods that leave out channels or weights. Imports no torch.
+
+TEAL, CATS, CHESS, WINA and R-Sparse are one family: ``scores`` names the weight of |a_j| at each site, ``rule`` what is
+done with the scores, and the rest is a matter of configuration. ``level`` is the fraction left out.
+``dense_prefix`` is the share of a sequence's first tokens, rounded up, at which nothing is left out: masking the token
+that attention sinks into ruins a model (1 % in the code of TEAL and WINA; 0 leaves none). Suites that see sequences of
+text do so; where a layer's tokens are no sequence (throughput), there is no prefix. Attention projections stay dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ...contracts import Descriptor, SparsitySpec
+
+Rule = Literal["threshold", "topk"]
+Allocation = Literal["uniform", "greedy"]
+
+PREFIX = 0.01
+
+
+def check_level(level: float) -> None:
+    """Raise ValueError where ``level`` is no fraction that may be left out."""
+    if not 0 <= level < 1:
+        raise ValueError(f"level={level} must lie in [0, 1)")
+
+
+def check_sites(sites: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``sites`` are of those that every expert has."""
+    if not sites or set(sites) - {"input", "hidden"}:
+        raise ValueError("sites must name 'input', 'hidden' or both")
+
+
+class ChannelParams:
+    """What the methods of the family say of themselves, with what holds where one has no parameter for it."""
+
+    level: float
+    dense_prefix: float
+    rule: str = "threshold"
+    rotated: bool = False
+    alpha: float = 1.0
+    search: bool = False
+    alphas: tuple[float, ...] = (1.0,)
+    allocation: str = "uniform"
+    step: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_level(self.level)
+        if not 0 <= self.dense_prefix <= 1:
+            raise ValueError(f"dense_prefix={self.dense_prefix} must lie in [0, 1]")
+        if not self.alphas or not all(0 < alpha <= 1 for alpha in (self.alpha, *self.alphas)):
+            raise ValueError("alpha and alphas must be numbers in (0, 1], at least one of them")
+        if not 0 < self.step <= 1:
+            raise ValueError(f"step={self.step} must lie in (0, 1]")
+
+    @property
+    def scores(self) -> Mapping[str, str]:
+        """The weight of |a_j| at each site: ``one``, ``column_norm`` or ``up_mean``."""
+        raise NotImplementedError
+
+    def spec(self) -> SparsitySpec | None:
+        """Return what a backend must know; None at level 0, which leaves out nothing."""
+        if self.level == 0:
+            return None
+        scores = self.scores
+        weights = sorted(set(scores.values()) - {"one"})
+        return SparsitySpec(
+            tuple(scores),
+            weights[0] if weights else "one",
+            self.rule,  # type: ignore[arg-type]  # of the Literals above
+            self.level,
+            per_expert=bool(weights),
+            basis=self.rotated and "input" in scores,
+            residual=(min(self.alphas) if self.search else self.alpha) < 1,
+            dense_prefix=self.dense_prefix,
+        )
+
+
+@dataclass(frozen=True)
+class Teal(ChannelParams):
+    """TEAL: leave out activations whose magnitude lies below a calibrated threshold (arXiv 2408.14690).
+
+    ``sites``: the input of gate and up, the input of down, or both. With ``allocation=greedy`` each layer divides the
+    level among its sites as the paper does: from 0 on, the site whose next ``step`` (of the smallest matrix; others in
+    proportion) changes the layer's output least gets it, judged on the last quarter of the calibration tokens. The
+    threshold of ``hidden`` is calibrated with ``input`` already sparse; TEAL takes both from the dense model. With
+    ``rotated`` the input is decided about in the basis of WINA's transform; ``rule=topk`` keeps a number per token.
+    """
+
+    level: float = 0.5
+    sites: tuple[str, ...] = ("input", "hidden")
+    rule: Rule = "threshold"
+    allocation: Allocation = "uniform"
+    step: float = 0.05
+    rotated: bool = False
+    dense_prefix: float = PREFIX
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sites(self.sites)
+
+    @property
+    def scores(self) -> Mapping[str, str]:
+        """Magnitudes as they are."""
+        return dict.fromkeys(self.sites, "one")
+
+
+@dataclass(frozen=True)
+class Cats(ChannelParams):
+    """CATS: leave out the channels whose |act(gate x)| lies below a threshold (arXiv 2404.08763).
+
+    Gate is computed whole; up and down only where it is kept. For gated experts.
+    """
+
+    level: float = 0.5
+    dense_prefix: float = PREFIX
+
+    @property
+    def scores(self) -> Mapping[str, str]:
+        """The gate's magnitude as it is."""
+        return {"gate": "one"}
+
+
+@dataclass(frozen=True)
+class Chess(ChannelParams):
+    """CHESS: CATS with a threshold for each channel, t_j = tau / E|up_j| (arXiv 2409.01366).
+
+    E is over the calibration tokens of each expert, tau the quantile of |act(gate x)_j| E|up_j| over all of them.
+    CHESS+, which also leaves out inputs of the query and output projections, is not here: attention stays dense.
+    """
+
+    level: float = 0.5
+    dense_prefix: float = PREFIX
+
+    @property
+    def scores(self) -> Mapping[str, str]:
+        """The gate's magnitude times the mean magnitude of up."""
+        return {"gate": "up_mean"}
+
+
+@dataclass(frozen=True)
+class Wina(ChannelParams):
+    """WINA: score |x_j| by the norm of the weight column that it meets (arXiv 2505.19427), each expert by its own.
+
+    ``preset``: ``paper`` does so at every matrix. ``official``, as the released code, only at gate and up (at gate
+    alone where that is a matrix of its own; here both are one, as in the code's Phi), and takes plain magnitudes at
+    down. ``transform`` is official after its rotation: gate and up of all experts of the layer, stacked, are brought
+    into the basis of their right singular vectors, where their columns are orthogonal, which is the condition of the
+    paper's optimality. The norm's own weights are not folded in first, since a layer does not see them. ``rule``,
+    ``allocation`` and ``step`` are as in TEAL; the default is a number of channels per token, floor(I (1 - level)).
+    """
+
+    level: float = 0.5
+    preset: Literal["paper", "official", "transform"] = "paper"
+    rule: Rule = "topk"
+    allocation: Allocation = "uniform"
+    step: float = 0.05
+    dense_prefix: float = PREFIX
+
+    @property
+    def rotated(self) -> bool:  # type: ignore[override]
+        """Whether the input is decided about in the basis of the singular vectors."""
+        return self.preset == "transform"
+
+    @property
+    def scores(self) -> Mapping[str, str]:
+        """Column norms, at down only in the paper's form."""
+        return {"input": "column_norm", "hidden": "column_norm" if self.preset == "paper" else "one"}
+
+
+@dataclass(frozen=True)
+class RSparse(ChannelParams):
+    """R-Sparse: WINA's mask for a part of the budget, a low-rank matrix on what is left out (arXiv 2504.19449).
+
+    Of the weights that ``level`` leaves, ``alpha`` go to channels, floor(I (1 - level) alpha) on average, and the rest
+    to the first singular triples of the matrix, r = floor((I O (1 - level) - n O) / (I + O)), which read the channels
+    left out. With ``search`` each layer tries every pair of ``alphas`` for (gate and up, down) and keeps the one whose
+    output on the last quarter of the calibration tokens is nearest to the dense one: a small exhaustive search in the
+    place of the paper's evolutionary one over all layers. The released code takes alpha = 1 for plain
+    magnitudes (TEAL); here the scale stays, and alpha = 1 is WINA with thresholds.
+    """
+
+    level: float = 0.5
+    alpha: float = 0.95
+    search: bool = False
+    alphas: tuple[float, ...] = (0.9, 0.95, 1.0)
+    dense_prefix: float = PREFIX
+
+    @property
+    def scores(self) -> Mapping[str, str]:
+        """Column norms everywhere."""
+        return {"input": "column_norm", "hidden": "column_norm"}
+
+
+@dataclass(frozen=True)
+class RandomChannels:
+    """Leave out channels by chance: floor(I (1 - level)) of each site are kept, the same for all tokens.
+
+    The baseline that looks at no activation; each layer draws its own channels, by the case's seed.
+    """
+
+    level: float = 0.5
+    sites: tuple[str, ...] = ("input", "hidden")
+    dense_prefix: float = PREFIX
+
+    def __post_init__(self) -> None:
+        check_level(self.level)
+        check_sites(self.sites)
+
+    def spec(self) -> SparsitySpec | None:
+        """Return what a backend must know; None at level 0."""
+        if self.level == 0:
+            return None
+        return SparsitySpec(self.sites, "one", "fixed", self.level, dense_prefix=self.dense_prefix)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Set the smallest weights of every row to zero: of a row of I weights I - floor(I level) stay."""
+
+    level: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_level(self.level)
+
+    def spec(self) -> SparsitySpec | None:
+        """Return what a backend must know; None at level 0."""
+        return None if self.level == 0 else SparsitySpec((), "one", level=self.level, masked_weights=True)
+
+
+@dataclass(frozen=True)
+class Wanda(Magnitude):
+    """Wanda: set the weights with the smallest |w_ij| * ||x_j|| of every row to zero (arXiv 2306.11695).
+
+    ||x_j|| is over the calibration tokens of each expert, what down reads being that of the dense expert; an expert
+    without tokens is pruned by magnitude.
+    """
+
+
+STEPS = "moebench.moe.sparsifiers.steps"
+
+DESCRIPTORS = [
+    Descriptor("sparsity", "teal", "TEAL magnitude thresholds", f"{STEPS}:channels", Teal, version="2"),
+    Descriptor("sparsity", "cats", "CATS thresholds on the gate", f"{STEPS}:channels", Cats),
+    Descriptor("sparsity", "chess", "CHESS thresholds on the gate by channel", f"{STEPS}:channels", Chess),
+    Descriptor("sparsity", "wina", "WINA magnitudes by column norms", f"{STEPS}:channels", Wina),
+    Descriptor("sparsity", "rsparse", "R-Sparse channels and a low rank", f"{STEPS}:channels", RSparse),
+    Descriptor(
+        "sparsity", "random_channels", "channels left out by chance", f"{STEPS}:random_channels", RandomChannels
+    ),
+    Descriptor("sparsity", "magnitude", "smallest weights set to zero", f"{STEPS}:masked_weights", Magnitude),
+    Descriptor("sparsity", "wanda", "Wanda: smallest |w| ||x|| set to zero", f"{STEPS}:masked_weights", Wanda),
+]
