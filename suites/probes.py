@@ -69,6 +69,8 @@ def _refusal(case: Case) -> str | None:
     probe = case.workload["probe"]
     if probe in OF_EXPERTS and not case.layers:
         return f"probe '{probe}' looks into experts and model.layers=[] names no layer; give model.layers=all."
+    if case.workload.get("kv") == "missing" and case.workload["mode"] != "skip":
+        return "keys are missing only where layers are skipped; use suite.mode=[skip] with suite.kv=missing."
     changed = [axis for axis in CHANGES if not case.layers and getattr(case, axis).name != "none"]
     if changed:
         return f"axes.{changed[0]} changes no layer where model.layers=[] names none; give model.layers=all."

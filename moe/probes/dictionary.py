@@ -85,7 +85,7 @@ def train(x_TD: Tensor, recipe: Recipe, seed: int) -> tuple[Dictionary, list[flo
         model.project_gradient()
         optimizer.step()
         model.unit()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         fired_S |= (f_TS > 0).any(0)
         if (step + 1) % every == 0 and step + 1 <= RESAMPLINGS * every and step + 1 < recipe.steps:
             resample(model, optimizer, ~fired_S, batch_TD, error_T.detach(), rng)

@@ -32,8 +32,6 @@ class Voids:
     def __init__(self, case: Case, registry: Registry) -> None:
         self.scene, self.case, self.given = Scene(case, registry), case, case.workload
         self.input_sha256, self.mode = self.scene.input_sha256, self.given["mode"]
-        if self.given["kv"] == "missing" and self.mode != "skip":
-            raise ValueError("keys are missing only where layers are skipped; use suite.mode=[skip] with kv=missing.")
         self.plain_TH = torch.empty(0)
         self.active: list[Tensor] = []
         self.generated: list[Tensor] = []
