@@ -71,7 +71,10 @@ class AttentionDictionary:
         self.model, self.curve = train(x_TD, recipe, self.seed)
         with torch.no_grad():
             loss = float(self.model.loss(x_TD[:CHECKED], recipe.sparsity))
-        again, norm_S = loss_again(self.model, x_TD[:CHECKED], recipe.sparsity), self.model.decoder_SD.norm(dim=1)
+        again, norm_S = (
+            loss_again(self.model, x_TD[:CHECKED], recipe.sparsity),
+            self.model.decoder_SD.detach().norm(dim=1),
+        )
         sound = abs(loss - again) <= 1e-4 * abs(again)
         return [
             holds(sound, f"the loss {loss:g} is {again:g} when computed entry by entry"),
@@ -145,8 +148,12 @@ class AttentionDictionary:
         return torch.cat(finals)
 
     def facts(self) -> Facts:
-        """Return the loss recovered, (L_zero - L) / (L_zero - L_dense), sparsity, and unexplained variance."""
+        """Return the loss recovered, (L_zero - L) / (L_zero - L_dense), sparsity, and unexplained variance.
+
+        Where the model loses nothing without z there is no loss to recover.
+        """
         zero, dense = self.nats["zero"], self.nats["dense"]
+        gap = zero - dense
         metrics = [
             Metric("l0", self.l0, "1", n=len(self.plain_TH)),
             Metric("density", self.l0 / len(self.model.decoder_SD), "1"),
@@ -156,7 +163,7 @@ class AttentionDictionary:
             Metric("zero_nats", zero, "nat/token"),
         ]
         for name in ("sae", "pca", "random"):
-            metrics.append(Metric(f"{name}_loss_recovered", (zero - self.nats[name]) / (zero - dense), "1"))
+            metrics.append(Metric(f"{name}_loss_recovered", (zero - self.nats[name]) / gap if gap else None, "1"))
             metrics.append(Metric(f"{name}_unexplained", self.errors[name], "1"))
         reason = f"z of layer {self.index}"
         return Facts(tuple(metrics), (Series("training_loss", tuple(self.curve), "1"),), (), None, {"reason": reason})

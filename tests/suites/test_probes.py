@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -29,13 +30,19 @@ def _cache(cache, monkeypatch):
     monkeypatch.setenv("MOEBENCH_CACHE", str(cache))
 
 
+@functools.cache
 def cases(*given):
-    return planned(["suite=probe", *SHORT, *QUICK, *given], Registry.load())[0]
+    return planned(["suite=probe", *SHORT, *QUICK, *given], registry())[0]
+
+
+@functools.cache
+def registry():
+    return Registry.load()
 
 
 def trial_of(*given):
     (case,) = cases(*given).cases
-    return ProbeTrial(case, Registry.load())
+    return ProbeTrial(case, registry())
 
 
 def through(trial):
@@ -135,10 +142,10 @@ def test_super_experts_have_names_that_a_recipe_takes():
     assert names == [f"{layer}:{expert}" for layer, expert in probe.found]
     from moebench.suites.quality.trial import AccuracyTrial
 
-    registry = Registry.load()
     settings = ["suite=accuracy", *SHORT[:3], "model.layers=moe", "axes.routing=dropped"]
-    (case,) = planned([*settings, f"params.routing.dropped.experts=[{','.join(map(repr, names))}]"], registry)[0].cases
-    trial = AccuracyTrial(case, registry)
+    settings.append(f"params.routing.dropped.experts=[{','.join(map(repr, names))}]")
+    (case,) = planned(settings, registry())[0].cases
+    trial = AccuracyTrial(case, registry())
     for step in range(trial.steps):
         assert trial.verify(step, trial.run(step)).ok
     again = {metric.name: metric.value for metric in trial.facts().metrics}
