@@ -308,6 +308,7 @@ BUILTIN_PLUGINS = (
     "moebench.suites.distillation_plugins",
     "moebench.suites.routing_plugins",
     "moebench.suites.claims_plugins",
+    "moebench.suites.probe_plugins",
     "moebench.suites.traffic_params",
 )
 """Our own plug-ins go through the same door as everybody else's."""

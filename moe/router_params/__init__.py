@@ -6,6 +6,7 @@ from .attention import DESCRIPTORS as ATTENTION
 from .capped import DESCRIPTORS as CAPPED
 from .classic import DESCRIPTORS as CLASSIC
 from .dcmoe import DESCRIPTORS as DCMOE
+from .dropping import DESCRIPTORS as DROPPING
 from .environment import DESCRIPTORS as ENVIRONMENT
 from .gather import DESCRIPTORS as GATHER
 from .graph import DESCRIPTORS as GRAPH
@@ -52,4 +53,5 @@ DESCRIPTORS = [
     *ATTENTION,
     *ORACLE,
     *ONLINE_PRUNING,
+    *DROPPING,
 ]

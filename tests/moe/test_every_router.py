@@ -171,6 +171,7 @@ BASIC = [
     ("odp", {"protect": 0.4, "k": 4}, {}),
     ("odp", {"protect": 0.0, "by": "random", "rate": 0.5}, {}),
     ("odp", {"protect": 0.0, "by": "random"}, {}),
+    ("dropped", {"experts": ["0:1", "0:4"]}, {}),
 ]
 """Variants of the routings that have no family of their own."""
 

@@ -1,0 +1,1 @@
+"""The probes of suite ``probe``: what they do with a model. Imported by workers only."""
