@@ -19,12 +19,15 @@ from ..workload_plugins import COLOURS, ColorMAE
 from . import digits, noise, transformer
 from .base import Identity, Report, checked
 from .digits import CLASSES, SIDE, split
-from .noise import ColourMask, lonely_share, spectral_gap
+from .noise import ColourMask, bank, lonely_share, spectral_gap
 from .training import generator, schedule, trained
 from .transformer import Block, balance, full, routings
 
 PATCH, PATCHES = 2, SIDE
 """Pixels of a patch's side, and patches of an image's side: 2 x 8 are the 16 pixels of a doubled digit."""
+
+JUDGED = 256
+"""Patterns whose mean spectrum is judged: with so many, white is even within a few percent at every radius."""
 
 
 def patches(images: Tensor) -> Tensor:
@@ -165,7 +168,8 @@ class ColorMAEWorkload:
             int((task.visible(images, "a") != task.visible(1 - images.flip(0), "a")).sum())
             for task in self.tasks.values()
         )
-        banks = {colour: self._mask(colour).bank_MSS for colour in COLOURS}
+        noise_seed = substream(self.seed, "colormae", "masks")
+        banks = {colour: bank(colour, JUDGED, 4 * PATCHES, noise_seed) for colour in COLOURS}
         return [
             Identity("patches that are visible for one image alone", float(changed)),
             Identity("statements about spectra that do not hold", spectral_gap(banks)),

@@ -25,7 +25,7 @@ def digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise MoebenchError("the digits come with scikit-learn; install moebench[workloads].") from error
+        raise MoebenchError("the digits need scikit-learn; run pip install 'moebench[workloads]'.") from error
     data = load_digits()
     return torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target).long()
 
