@@ -6,7 +6,6 @@ Shape letters: S steps, L layers, B sequences, A heads, T tokens, D head width, 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,7 +57,7 @@ class SparseDWorkload:
         """Train the model."""
         settings = schedule(self.params.steps, 3e-3, self.seed)
         identity = {"name": "sparsed", "params": self.params, "seed": self.seed, "text": text_sha256()}
-        modules = (sys.modules[__name__], masked_diffusion, text_bytes, transformer)
+        modules = (masked_diffusion, text_bytes, transformer)
         return trained(self.task, settings, identity, modules)
 
     def measure(self) -> Report:
