@@ -16,9 +16,9 @@ class Lemo:
 
     The model has ``depth`` layers of ``experts`` experts over single bytes, and sees one sequence of ``tokens`` bytes a
     step, chosen in blocks of ``block`` (64 in the paper) by a predictor of rank ``rank``; its loss is taken in
-    ``segments`` segments. Metrics: ``saved_*`` and ``logits_*`` in bytes, exactly counted; ``predictor_recall``;
-    ``loss_*`` on held-out text after ``finetune_steps`` steps with all, the kept or random tokens; ``step_time_ratio``,
-    kept over dense, taken in turns in one process over ``pairs`` pairs.
+    ``segments`` segments. Metrics: ``saved_*``, ``peak_*`` and ``logits_*`` in bytes, exactly counted;
+    ``predictor_recall``; ``loss_*`` on held-out text after ``finetune_steps`` steps with all, the kept or random
+    tokens; ``step_time_ratio``, kept over dense, taken in turns in one process over ``pairs`` pairs.
     """
 
     kept: float = 0.5

@@ -53,7 +53,7 @@ class MaskedAutoencoder(nn.Module):
 
     def encoded(self, pixels_BLP: Tensor, visible_BV: Tensor) -> Tensor:
         """Return x_BVH of the visible patches."""
-        x_BLH = self.embed(pixels_BLP) + self.place
+        x_BLH: Tensor = self.embed(pixels_BLP) + self.place
         x_BVH = x_BLH.gather(1, visible_BV[..., None].expand(-1, -1, x_BLH.shape[-1]))
         for block in self.encoder:
             x_BVH = block(x_BVH, full)

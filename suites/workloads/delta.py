@@ -141,8 +141,8 @@ class DeltaWorkload:
         for name, task in self.tasks.items():
             logits_BTC, seen = task.model(frames)
             identities += [
-                Identity(f"summed changes of layer {number}{name}", sum_gap(linear.weight, o_BTI), EXACT)
-                for number, (linear, o_BTI) in enumerate(zip(task.model.linears, seen, strict=True))
+                Identity(f"summed changes of layer {number}{name}", sum_gap(weight_OI, o_BTI), EXACT)
+                for number, (weight_OI, o_BTI) in enumerate(zip(task.model.linears.parameters(), seen, strict=True))
             ]
             hits = (logits_BTC.argmax(-1) == class_B[:, None]).double().mean()
             metrics += [*densities(seen, name), Metric(f"accuracy{name}", float(hits), "1", n=len(class_B))]

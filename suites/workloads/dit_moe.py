@@ -97,7 +97,7 @@ class DiTMoEWorkload:
         noise_BD = torch.randn(len(few_B), self.images[0].numel(), generator=generator(self.seed, "dit_moe", "trace"))
 
         def watched(x_BD: Tensor, time_B: Tensor) -> Tensor:
-            noise = self.task.model(x_BD, time_B, few_B)
+            noise: Tensor = self.task.model(x_BD, time_B, few_B)
             for layer, routing in enumerate(routings(self.task.model)):
                 chosen[layer].append(routing.expert_N.view(len(few_B), PATCHES, -1))
             return noise

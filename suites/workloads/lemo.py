@@ -15,16 +15,17 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from ...contracts import Metric
+from ..memory import PeakBytes, saved_bytes
 from ..models import substream
 from ..workload_plugins import Lemo
 from . import byte_model, text_bytes, token_elimination, transformer
 from .base import Identity, Report, checked, mean, median_interval
 from .byte_model import ByteTask
-from .saved import WidestResult, saved_bytes
 from .text_bytes import SYMBOLS, symbols, text_sha256, windows
 from .token_elimination import Choose, Predictor, best_blocks, kept_blocks, oracle_scores, segment_loss
 from .training import generator, schedule, trained
 from .transformer import Block
+from .widest import WidestResult
 
 GRADIENTS = 1e-10
 """Gradients of the segment loss in float64 may be off by so much, relative to their norm."""
@@ -119,7 +120,10 @@ class LemoWorkload:
     # --- memory -------------------------------------------------------------------------------------------------------
 
     def _memory(self, ids_BT: Tensor) -> list[Metric]:
-        """Return what one step saves for backward, and the widest tensor over the vocabulary, in bytes."""
+        """Return what a step saves for backward, the most that lives at once, and its widest tensor over the vocabulary.
+
+        All in bytes and exact; ``peak_kept`` is with segments and ``peak_dense`` without, gradients included in both.
+        """
         owned = [*self.model.parameters(), ids_BT]
         found = {}
         for name, choose in (("dense", None), ("kept", self.predicted)):
@@ -128,6 +132,11 @@ class LemoWorkload:
                     lambda c=choose, s=segments: self.model.loss(ids_BT, self.params.block, c, s),  # type: ignore[misc]
                     owned,
                 )
+        for name, choose, segments in (("dense", None, 0), ("kept", self.predicted, self.params.segments)):
+            with PeakBytes(owned) as peak:
+                torch.autograd.backward(self.model.loss(ids_BT, self.params.block, choose, segments))
+            self.model.zero_grad()
+            found[f"peak_{name}"] = peak.peak
         layers = self.params.depth
         share = ((layers - 1) * self.keep / self.blocks + 1) / layers
         sizes = [Metric(name, float(value), "B") for name, value in found.items()]

@@ -21,7 +21,8 @@ def blurred(white_MSS: Tensor, width: float) -> Tensor:
     frequency = torch.fft.fftfreq(side)
     squared = frequency[:, None] ** 2 + frequency[None] ** 2
     gain = torch.exp(-2 * torch.pi**2 * width**2 * squared)
-    return torch.fft.ifft2(torch.fft.fft2(white_MSS) * gain).real
+    found: Tensor = torch.fft.ifft2(torch.fft.fft2(white_MSS) * gain).real
+    return found
 
 
 def bank(colour: str, patterns: int, side: int, seed: int) -> Tensor:

@@ -131,4 +131,5 @@ class Predictor(nn.Module):
         batch, tokens, hidden = x_BTH.shape
         flat = x_BTH.reshape(batch, tokens // self.block, self.block * hidden)
         scores_BNN = self.query(flat) @ self.key(flat).transpose(-1, -2)
-        return (scores_BNN + scores_BNN.transpose(-1, -2)) / 2
+        symmetric_BNN: Tensor = (scores_BNN + scores_BNN.transpose(-1, -2)) / 2
+        return symmetric_BNN

@@ -50,7 +50,8 @@ class Attention(nn.Module):
     def forward(self, x_BTH: Tensor, core: Core) -> Tensor:
         """Return y_BTH."""
         y_BATD = core(*self.projections(x_BTH))
-        return self.out(y_BATD.transpose(1, 2).flatten(2))
+        y_BTH: Tensor = self.out(y_BATD.transpose(1, 2).flatten(2))
+        return y_BTH
 
 
 class ExpertFFN(nn.Module):

@@ -28,9 +28,9 @@ from moebench.suites.workloads import (
 )
 from moebench.suites.workloads.base import Identity, Report, checked, median_interval
 from moebench.suites.workloads.information import normalised_information
-from moebench.suites.workloads.saved import WidestResult, saved_bytes
 from moebench.suites.workloads.transformer import Block, causal, full
 from moebench.suites.workloads.trial import WorkloadTrial
+from moebench.suites.workloads.widest import WidestResult
 
 REGISTRY = Registry.load()
 TINY = {
@@ -179,18 +179,6 @@ def test_logits_of_segments_take_an_nth_exactly(segments):
     with WidestResult(11) as widest:
         token_elimination.segment_loss(torch.zeros(16, 2), torch.zeros(11, 2), torch.zeros(16).long(), segments)
     assert widest.bytes * segments == 16 * 11 * 4
-
-
-def test_saved_bytes_count_each_storage_once_and_weights_not():
-    weight, x = torch.ones(4, 3, requires_grad=True), torch.ones(5, 3)
-    assert saved_bytes(lambda: (x @ weight.T).sum(), [weight, x]) == 0
-    assert saved_bytes(lambda: ((x * 2) @ weight.T).sum(), [weight, x]) == 5 * 3 * 4
-
-    def doubly():
-        y = x @ weight.T
-        return (y[:2] * y[2:4]).sum()
-
-    assert saved_bytes(doubly, [weight, x]) == 5 * 4 * 4
 
 
 def test_eliminated_tokens_pass_by_and_the_others_see_each_other_alone():
