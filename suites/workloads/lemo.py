@@ -120,7 +120,7 @@ class LemoWorkload:
     # --- memory -------------------------------------------------------------------------------------------------------
 
     def _memory(self, ids_BT: Tensor) -> list[Metric]:
-        """Return what a step saves for backward, the most that lives at once, and its widest tensor over the vocabulary.
+        """Return what a step saves for backward, the most that lives at once, and its widest tensor of logits.
 
         All in bytes and exact; ``peak_kept`` is with segments and ``peak_dense`` without, gradients included in both.
         """
@@ -150,7 +150,8 @@ class LemoWorkload:
         x_TH = torch.zeros(self.params.tokens, self.params.hidden)
         with WidestResult(SYMBOLS) as widest:
             segment_loss(x_TH, self.model.head.weight.detach(), ids_BT[0, 1:], segments)
-        return widest.bytes
+        found: int = widest.bytes
+        return found
 
     # --- quality ------------------------------------------------------------------------------------------------------
 
