@@ -299,6 +299,7 @@ BUILTIN_PLUGINS = (
     "moebench.suites.tiny_plugins",
     "moebench.suites.routing_plugins",
     "moebench.suites.claims_plugins",
+    "moebench.suites.robustness_plugins",
     "moebench.suites.traffic_params",
 )
 """Our own plug-ins go through the same door as everybody else's."""
