@@ -305,6 +305,7 @@ BUILTIN_PLUGINS = (
     "moebench.suites.gguf_plugins",
     "moebench.suites.tiny_plugins",
     "moebench.suites.quantization_plugins",
+    "moebench.suites.sparsity_plugins",
     "moebench.suites.distillation_plugins",
     "moebench.suites.routing_plugins",
     "moebench.suites.claims_plugins",

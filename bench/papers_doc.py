@@ -7,11 +7,12 @@ says of the others, as long as their files are in ``suites/papers``.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..results.database import connect_parts
+from ..suites.paper_specs import Paper
 
 CLAIMS = """
 SELECT c.*, r.finished_at, r.git_sha, r.packages->>'torch' AS torch, h.cpu, h.cores
@@ -26,6 +27,7 @@ empirical claim is supported or not, or the data do not tell. Small machines, sm
 written under *ours*.
 """
 
+VERDICT = re.compile(r"^\| \[([\w-]+)\]\(#[\w-]+\) \| \w+ \| ([^|]*) \| ([^|]*) \|$", re.MULTILINE)
 ROW = re.compile(r"^\| \[([\w-]+)\]\(#\1\) .*$", re.MULTILINE)
 SECTION = re.compile(r"^## ([\w-]+)\n\n(.*?)\s*(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
@@ -63,6 +65,17 @@ def papers_page(entries: Mapping[str, Entry], known: Collection[str]) -> str:
     for key, entry in shown.items():
         lines += ["", f"## {key}", "", entry.section]
     return "\n".join(lines) + "\n"
+
+
+def claims_table(papers: Iterable[Paper], page: str) -> Iterator[str]:
+    """Yield the lines of a table of ``papers`` with the verdicts that ``page``, the text of papers.md, shows."""
+    verdicts = {key: (estimate, verdict) for key, estimate, verdict in VERDICT.findall(page)}
+    yield "| claim | of | estimate | verdict |"
+    yield "|" + "---|" * 4
+    for paper in papers:
+        estimate, verdict = verdicts.get(paper.key, ("-", "not judged yet"))
+        name = f"[{paper.key}](papers.md#{paper.key})" if paper.key in verdicts else f"`{paper.key}`"
+        yield f"| {name} | {paper.title} | {estimate} | {verdict} |"
 
 
 def _row(claim: Mapping[str, Any]) -> str:

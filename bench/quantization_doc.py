@@ -13,6 +13,7 @@ from typing import Any
 from ..backends.packing import unpackable
 from ..contracts import MIXED, Descriptor, LayerSpec
 from ..suites.paper_specs import Paper, load_papers
+from .papers_doc import claims_table
 from .routing_doc import defaults, words
 
 SIZE = 512
@@ -36,7 +37,6 @@ What published systems claim of quantization, of compressed experts and of choic
 CONCERNS = re.compile(
     r"(?:axes|params)\.quantization\b|axes\.structure=.*\b(?:slim|merge|taylor)\b|axes\.routing=odp\b"
 )
-VERDICT = re.compile(r"^\| \[([\w-]+)\]\(#[\w-]+\) \| \w+ \| ([^|]*) \| ([^|]*) \|$", re.MULTILINE)
 
 
 def quantization_page(descriptors: Iterable[Descriptor], papers_page: str) -> str:
@@ -45,8 +45,8 @@ def quantization_page(descriptors: Iterable[Descriptor], papers_page: str) -> st
     lines = ["# Quantization", "", INTRO]
     lines += ["| quantization | paper | rule | defaults | bits per weight | calibrated | runs |", "|" + "---|" * 7]
     lines += [_row(member) for member in members]
-    lines += [*_notes(members), "", "## Claims", "", CLAIMS, "| claim | of | estimate | verdict |", "|" + "---|" * 4]
-    lines += list(_claims(load_papers(), papers_page))
+    lines += [*_notes(members), "", "## Claims", "", CLAIMS]
+    lines += list(claims_table(filter(concerns, load_papers()), papers_page))
     return "\n".join(lines) + "\n"
 
 
@@ -93,9 +93,6 @@ def _notes(members: Sequence[Descriptor]) -> Iterator[str]:
             yield f"\n**{member.name}.** {rest}"
 
 
-def _claims(papers: Iterable[Paper], papers_page: str) -> Iterator[str]:
-    verdicts = {key: (estimate, verdict) for key, estimate, verdict in VERDICT.findall(papers_page)}
-    for paper in papers:
-        if paper.run.suite == "distillation" or any(CONCERNS.search(setting) for setting in paper.run.overrides):
-            estimate, verdict = verdicts.get(paper.key, ("-", "not judged yet"))
-            yield f"| [{paper.key}](papers.md#{paper.key}) | {paper.title} | {estimate} | {verdict} |"
+def concerns(paper: Paper) -> bool:
+    """Return whether a claim is about quantization, compression or pruned choices."""
+    return paper.run.suite == "distillation" or any(CONCERNS.search(setting) for setting in paper.run.overrides)

@@ -22,6 +22,7 @@ from moebench.bench.accuracy_doc import accuracy_page, results_in, results_of
 from moebench.bench.papers_doc import claims_in, claims_of, papers_page
 from moebench.bench.quantization_doc import quantization_page
 from moebench.bench.routing_doc import costs_in, costs_of, routing_page
+from moebench.bench.sparsity_doc import sparsity_page
 from moebench.contracts import BUILTIN_PLUGINS, KINDS, Descriptor, plain
 from moebench.results.schema import KEYS, SCHEMA_VERSION, TABLES
 from moebench.results.views import VIEWS, base_table
@@ -244,6 +245,12 @@ def codecs_page() -> str:
     return NOTICE + quantization_page(builtin(), papers.read_text() if papers.exists() else "")
 
 
+def channels_page() -> str:
+    """Return the page of all sparsities, with the verdicts that papers.md shows."""
+    papers = FOLDER / "papers.md"
+    return NOTICE + sparsity_page(builtin(), papers.read_text() if papers.exists() else "")
+
+
 PAGES = {
     "accuracy.md": tasks_page,
     "papers.md": papers,
@@ -251,6 +258,7 @@ PAGES = {
     "quantization.md": codecs_page,
     "results.md": results_page,
     "routing.md": routings_page,
+    "sparsity.md": channels_page,
 }
 
 
@@ -289,7 +297,8 @@ def main() -> int:
     if options.claims:
         (FOLDER / "papers.md").write_text(papers(options.claims))
         (FOLDER / "quantization.md").write_text(codecs_page())
-        print("docs/papers.md", "docs/quantization.md", sep="\n")
+        (FOLDER / "sparsity.md").write_text(channels_page())
+        print("docs/papers.md", "docs/quantization.md", "docs/sparsity.md", sep="\n")
         return 0
     if options.check:
         old = stale()

@@ -8,9 +8,8 @@ Imported by workers only. Shape letters: T tokens, H hidden.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from ...contracts import Case, Check, Cost, ExecutedPath, Facts, Registry
 from ...moe.experts import ExpertStore
 from ...moe.fold import Folded, fold_store
 from ...moe.oracle import compare, reference
-from ...moe.recipe import Recipe, Stage
+from ...moe.recipe import Recipe
 from ..accuracy import text_refusal
 from ..base import NONE
 from ..digest import sha256_of
@@ -28,28 +27,11 @@ from ..subject import Batch, Subject, build_subject, make_batch, prepare_subject
 from .block import Call, relative_error
 from .layer_figures import Layer, layer_metrics, layer_series, unjudged_metrics, weight_squares
 from .on_disk import mistake, written
+from .timed import TimedStage
 from .trial import AccuracyTrial
 
 HELD_OUT = 1024
 """So many tokens at most are given to a layer alone: the figure of each is one number, and its spread is small."""
-
-
-class TimedStage(Stage):
-    """A quantization whose step tells how long it took: ``elapsed`` seconds on the wall clock, of its last call."""
-
-    elapsed: float = 0.0
-
-    def create(self) -> Any:
-        """Return the step; what it imports when it is called is part of its first time."""
-        step = super().create()
-
-        def timed(store: ExpertStore, seen: Any) -> ExpertStore:
-            started = time.perf_counter()
-            made: ExpertStore = step(store, seen)
-            self.elapsed = time.perf_counter() - started
-            return made
-
-        return timed
 
 
 @dataclass(frozen=True)

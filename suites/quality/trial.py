@@ -5,7 +5,7 @@ Shape letters: T tokens, H hidden, C columns of scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -70,7 +70,7 @@ class AccuracyTrial(TextTrial):
         metrics = [
             *quality_metrics(torch.cat(self.scores), seed),
             *distance_metrics(self.distances, seed),
-            *_means(per_layer),
+            *means(per_layer),
             *stored_metrics(self.changed),
             *gate_metrics([subject.layer for subject in self.subjects.values()]),
         ]
@@ -96,7 +96,7 @@ def _joined(parts: list[Routing]) -> Routing:
     )
 
 
-def _means(per_layer: list[list[Metric]]) -> list[Metric]:
+def means(per_layer: Sequence[Sequence[Metric]]) -> list[Metric]:
     """Return each metric's mean over layers; one that a layer lacks is None."""
     result = []
     for same in zip(*per_layer, strict=True):
