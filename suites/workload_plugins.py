@@ -200,10 +200,15 @@ class DiTMoE:
 
 FACTORY = "moebench.suites.workload:create"
 
+DIGITS = ("scikit-learn",)
+"""Where the digits come from."""
+
 DESCRIPTORS = [
     Descriptor("suite", "lemo", "a training step with fewer tokens in each layer", FACTORY, Lemo),
     Descriptor("suite", "sparsed", "one sparse attention mask for all later steps of a diffusion", FACTORY, SparseD),
-    Descriptor("suite", "delta", "activations passed on as changes between frames", FACTORY, Delta),
-    Descriptor("suite", "colormae", "masks from coloured noise for a masked autoencoder", FACTORY, ColorMAE),
-    Descriptor("suite", "dit_moe", "samplers and experts of a diffusion transformer", FACTORY, DiTMoE),
+    Descriptor("suite", "delta", "activations passed on as changes between frames", FACTORY, Delta, requires=DIGITS),
+    Descriptor(
+        "suite", "colormae", "masks from coloured noise for a masked autoencoder", FACTORY, ColorMAE, requires=DIGITS
+    ),
+    Descriptor("suite", "dit_moe", "samplers and experts of a diffusion transformer", FACTORY, DiTMoE, requires=DIGITS),
 ]
