@@ -20,8 +20,8 @@ from ..digest import sha256_of
 from ..models import ModelSource, substream
 from ..quality.block import Call, MoEBlock
 from ..quality.bootstrap import metric_of
-from ..quality.changed import Changed, language_model
-from ..quality.language_model import exchanged
+from ..quality.changed import Changed
+from ..quality.language_model import exchanged, language_model
 from ..quality.passage import Passage, take_passage
 from ..quality.scores import ROWS
 from ..subject import DTYPES, prepare_subject
@@ -38,8 +38,9 @@ class DroppingBlock(MoEBlock):
         """Return y in the shape and dtype of ``x_BTH``, and remember the call."""
         x_TH = x_BTH.flatten(0, -2).to(DTYPES[self.subject.spec.dtype])
         routing = dropped(self.route(x_TH, [call.routing for call in self.calls]), self.gone)
-        y_TH = self.computed(x_TH, routing)
-        self.calls.append(Call(self, x_TH, routing, y_TH, x_TH.new_empty(0), routing))
+        read_TH = self.subject.layer.reads(x_TH)
+        y_TH = self.computed(read_TH, routing)
+        self.calls.append(Call(self, read_TH, routing, y_TH, x_TH.new_empty(0), routing))
         return y_TH.to(x_BTH.dtype).view_as(x_BTH)
 
 

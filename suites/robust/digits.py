@@ -26,7 +26,7 @@ class Digits(NamedTuple):
 
 def load_digits(seed: int) -> Digits:
     """Return the digits in an order that ``seed`` alone decides."""
-    from sklearn.datasets import load_digits as bundled  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits as bundled
 
     found = bundled()
     image_B1YX = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16

@@ -59,7 +59,7 @@ def train(model: MoeCnn, digits: Digits, method: str, steps: int, epsilon: float
 def _batches(count: int, seed: int) -> Iterator[Tensor]:
     rng = torch.Generator().manual_seed(substream(seed, "batches"))
     while True:
-        yield from torch.randperm(count, generator=rng).split(BATCH)[: count // BATCH]
+        yield from torch.split(torch.randperm(count, generator=rng), BATCH)[: count // BATCH]
 
 
 Turn = tuple[list[nn.Parameter], Callable[[Tensor, Tensor], Tensor]]

@@ -49,8 +49,8 @@ class MoeCnn(nn.Module):
         hidden = image_B1YX
         for layer, (bank, stride) in enumerate(zip(self.banks, STRIDES, strict=True)):
             out = nnf.conv2d(hidden, bank.flatten(0, 1), stride=stride, padding=1)
-            out = out.unflatten(1, (self.experts, -1))
-            hidden = (out * gate_BLE[:, layer, :, None, None, None]).sum(1).relu()
+            out_BECYX = out.view(len(out), self.experts, -1, *out.shape[2:])
+            hidden = (out_BECYX * gate_BLE[:, layer, :, None, None, None]).sum(1).relu()
         return self.head(hidden.mean((2, 3)))  # type: ignore[no-any-return]  # nn.Module's call has no type
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:

@@ -35,7 +35,7 @@ class LazyMlp(nn.Module):
 
     def hidden(self, image_BI: Tensor) -> Tensor:
         """Return what the second layer reads, [B, F]."""
-        hidden_BF = self.up(image_BI).relu()
+        hidden_BF: Tensor = self.up(image_BI).relu()
         if self.kept is None:
             return hidden_BF
         top = hidden_BF.topk(self.kept, dim=-1)
