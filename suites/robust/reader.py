@@ -32,7 +32,8 @@ class SwitchFfn(nn.Module):
     def forward(self, x_NH: Tensor) -> Tensor:
         """Return y_NH, and keep the balance loss E sum_e f_e P_e."""
         if self.experts == 1:
-            return nnf.linear(nnf.linear(x_NH, self.up_EFH[0]).relu(), self.down_EHF[0])
+            dense_NH: Tensor = nnf.linear(nnf.linear(x_NH, self.up_EFH[0]).relu(), self.down_EHF[0])
+            return dense_NH
         probs_NE = self.router(x_NH).softmax(-1)
         top_N, expert_N = probs_NE.max(-1)
         share_E = nnf.one_hot(expert_N, self.experts).to(probs_NE.dtype).mean(0)
