@@ -19,7 +19,8 @@ from moebench.moe.recipe import Recipe, Stage, prepare_layer, quantized_artefact
 from moebench.moe.shapes import ModelShape
 
 REGISTRY = Registry.load()
-NAMES = [name for name in REGISTRY.names("quantization") if name != "none"]
+NAMES = [name for name in REGISTRY.names("quantization") if name not in ("none", "file")]
+"""All that encode; what a file stores has tests of its own."""
 EXPERTS = 3
 FLOAT32, BFLOAT16 = 4, 2
 

@@ -22,6 +22,7 @@ PARAMS = {
     "mixer": {"features": 5},
     "read_me": {"vocabulary": 97},
     "hash": {"vocabulary": 97},
+    "odp": {"beta": 0.5},  # its default is learnt from calibration, which no one gives it here
 }
 """What the defaults of a routing do not fit."""
 
