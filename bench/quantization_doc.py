@@ -7,14 +7,14 @@ All but the verdicts comes from the descriptors and from one matrix that is real
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from ..backends.packing import unpackable
 from ..contracts import MIXED, Descriptor, LayerSpec
 from ..suites.paper_specs import Paper, load_papers
 from .papers_doc import claims_table
-from .routing_doc import defaults, words
+from .routing_doc import defaults, notes, words
 
 SIZE = 512
 """Rows and columns of the matrix whose bytes are counted."""
@@ -45,7 +45,7 @@ def quantization_page(descriptors: Iterable[Descriptor], papers_page: str) -> st
     lines = ["# Quantization", "", INTRO]
     lines += ["| quantization | paper | rule | defaults | bits per weight | calibrated | runs |", "|" + "---|" * 7]
     lines += [_row(member) for member in members]
-    lines += [*_notes(members), "", "## Claims", "", CLAIMS]
+    lines += [*notes(members), "", "## Claims", "", CLAIMS]
     lines += list(claims_table(filter(concerns, load_papers()), papers_page))
     return "\n".join(lines) + "\n"
 
@@ -83,14 +83,6 @@ def runs(params: Any) -> str:
     if unpackable(layer):
         return "dequantized"
     return "`packed` where every expert is int8 or int4" if scheme.codec == MIXED else "`packed`"
-
-
-def _notes(members: Sequence[Descriptor]) -> Iterator[str]:
-    yield from ("", "## What to know")
-    for member in members:
-        rest = words(member).rest
-        if rest:
-            yield f"\n**{member.name}.** {rest}"
 
 
 def concerns(paper: Paper) -> bool:

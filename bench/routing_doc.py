@@ -102,6 +102,15 @@ def words(descriptor: Descriptor) -> Words:
     return Words("" if paper is None else paper.group(1), after if colon else title, rest)
 
 
+def notes(members: Sequence[Descriptor]) -> Iterator[str]:
+    """Yield what parameter classes say beyond the rule, under a heading."""
+    yield from ("", "## What to know")
+    for member in members:
+        rest = words(member).rest
+        if rest:
+            yield f"\n**{member.name}.** {rest}"
+
+
 def defaults(descriptor: Descriptor) -> str:
     """Return the parameters with their defaults, as they would be set."""
     fields = dataclasses.fields(descriptor.params) if descriptor.params else ()

@@ -6,12 +6,12 @@ Everything but the verdicts comes from the descriptors; verdicts are those of ``
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 from ..contracts import Descriptor, LayerSpec, Refusal, Registry, SparsitySpec
 from ..suites.paper_specs import Paper, load_papers
 from .papers_doc import claims_table
-from .routing_doc import defaults, words
+from .routing_doc import defaults, notes, words
 
 INTRO = """\
 Every built-in sparsity of activations and weights. *Skipped* names what backend `column_skip` leaves unread (it is the
@@ -48,7 +48,7 @@ def sparsity_page(descriptors: Iterable[Descriptor], papers_page: str) -> str:
     lines = ["# Sparsity", "", INTRO]
     lines += ["| sparsity | paper | rule | defaults | decides at | skipped |", "|" + "---|" * 6]
     lines += [_row(member) for member in members]
-    lines += [*_notes(members), "", "## Suites", "", SUITES, "| suite | what it is |", "|---|---|"]
+    lines += [*notes(members), "", "## Suites", "", SUITES, "| suite | what it is |", "|---|---|"]
     lines += [f"| `{one.name}` | {one.summary} |" for one in known if one.kind == "suite" and one.name in BESIDE]
     lines += ["", "## Claims", "", CLAIMS, *claims_table(filter(concerns, load_papers()), papers_page)]
     return "\n".join(lines) + "\n"
@@ -67,16 +67,8 @@ def _row(member: Descriptor) -> str:
 
 
 def skipped(sparsity: SparsitySpec) -> str:
-    """Return whether backend ``column_skip`` leaves unread what is left out; its refusal's cause where it does not."""
+    """Return whether backend ``column_skip`` leaves unread what is left out."""
     backend = Registry.load().get("backend", "column_skip").create({})
     layer = LayerSpec(512, 512, ("ffn",), "float32", sparsity=sparsity)
     answer = backend.supports(layer)
     return "no" if isinstance(answer, Refusal) else "yes"
-
-
-def _notes(members: Sequence[Descriptor]) -> Iterator[str]:
-    yield from ("", "## What to know")
-    for member in members:
-        rest = words(member).rest
-        if rest:
-            yield f"\n**{member.name}.** {rest}"

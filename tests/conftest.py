@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
@@ -27,3 +28,14 @@ def _own_store(tmp_path, monkeypatch):
 def cache(tmp_path_factory):
     """A cache of artefacts for tests that must not see the user's."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def smoke(cache, tmp_path_factory):
+    """The settings of model tinymoe in its smallest variant, trained into ``cache`` on a text of its own."""
+    pytest.importorskip("transformers")
+    from moebench.contracts import load_file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEBENCH_CACHE", str(cache))
+        return load_file(Path(__file__).parent / "smoke_model.py").train(tmp_path_factory.mktemp("data"))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from moebench.bench.run import planned
-from moebench.contracts import MoebenchError, Registry, load_file
+from moebench.contracts import MoebenchError, Registry
 from moebench.suites.quality.trial import AccuracyTrial
 
 TEXT = ("model.layers=all", "suite.tokens=256", "suite.window=64")
@@ -19,15 +17,6 @@ ODP = ("axes.routing=odp", "params.routing.odp.protect=0.25")
 @pytest.fixture(autouse=True)
 def _cache(cache, monkeypatch):
     monkeypatch.setenv("MOEBENCH_CACHE", str(cache))
-
-
-@pytest.fixture(scope="module")
-def smoke(cache, tmp_path_factory):
-    """The settings of model tinymoe in its smallest variant, trained on a text of its own."""
-    pytest.importorskip("transformers")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEBENCH_CACHE", str(cache))
-        return load_file(Path(__file__).parent.parent / "smoke_model.py").train(tmp_path_factory.mktemp("data"))
 
 
 def plan_of(*given_settings):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from moebench.bench.run import planned
-from moebench.contracts import Registry, load_file
+from moebench.contracts import Registry
 from moebench.moe.oracle import reference
 from moebench.suites.quality.on_disk import written
 from moebench.suites.quality.quantized import QuantizationTrial
@@ -179,15 +178,6 @@ def test_a_file_gives_the_store_back():
 
 
 # --- a model with text -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smoke(cache, tmp_path_factory):
-    """The settings of model tinymoe in its smallest variant, trained on a text of its own."""
-    pytest.importorskip("transformers")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEBENCH_CACHE", str(cache))
-        return load_file(Path(__file__).parent.parent / "smoke_model.py").train(tmp_path_factory.mktemp("data"))
 
 
 TEXT = ("model.layers=all", "suite.tokens=256", "suite.window=64", *RTN)

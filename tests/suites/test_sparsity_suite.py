@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from moebench.bench.run import planned
-from moebench.contracts import Registry, load_file
+from moebench.contracts import Registry
 from moebench.suites.quality.sparsified import CHUNKS, SparsityTrial
 from moebench.suites.quality.trial import AccuracyTrial
 
@@ -17,15 +15,6 @@ TEXT = ("model.layers=all", "suite.tokens=256", "suite.window=64")
 @pytest.fixture(autouse=True)
 def _cache(cache, monkeypatch):
     monkeypatch.setenv("MOEBENCH_CACHE", str(cache))
-
-
-@pytest.fixture(scope="module")
-def smoke(cache, tmp_path_factory):
-    """The settings of model tinymoe in its smallest variant, trained on a text of its own."""
-    pytest.importorskip("transformers")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEBENCH_CACHE", str(cache))
-        return load_file(Path(__file__).parent.parent / "smoke_model.py").train(tmp_path_factory.mktemp("data"))
 
 
 def cases_of(*settings):
