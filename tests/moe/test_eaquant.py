@@ -150,8 +150,8 @@ def test_other_stages_are_calibrated_on_what_the_experts_read():
     known = calibrate_routed(ExpertStore(made.gate_up, made.down, ("ffn",) * E), [(routing, read_TH)])
     for one, dense, stats in zip(layer.store.gate_up, made.gate_up, known.gate_up, strict=True):
         assert torch.equal(one.codes, gptq.encode(dense, Gptq(group=None), stats).codes)
-    read_NH = read_TH[routing.token_N].abs().flatten()
-    assert float((read_NH <= layer.store.sparsity.sites["input"].threshold).float().mean()) == pytest.approx(0.5, abs=0.01)
+    below_N = read_TH[routing.token_N].abs().flatten() <= layer.store.sparsity.sites["input"].threshold
+    assert float(below_N.float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
 # --- what rounding costs ---------------------------------------------------------------------------------------------
