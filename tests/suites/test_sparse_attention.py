@@ -278,6 +278,23 @@ def test_both_sides_of_backend_kl_leave_out_the_same():
             assert torch.equal(one.last.mask(), other.mask())
 
 
+def test_tasks_are_answered_with_it_and_checked(monkeypatch):
+    pytest.importorskip("lm_eval")
+    from moebench.suites.tasks.trial import TaskTrial
+
+    settings = ["suite=lm_eval", "suite.items=2", "suite.tasks=[moebench_bits_per_byte]", "axes.sparsity=teal"]
+    (case,) = plan_of(*settings, *MODEL, "params.sparsity.teal.attention=true").cases
+    trial = TaskTrial(case, REGISTRY)
+    calls = trial.run(0)
+    assert trial.verify(0, calls).ok
+    assert all(one.prefix == math.ceil(one.x_BTI.shape[1] / 100) for call in calls for one in call.attention.projected)
+    monkeypatch.setattr(Projection, "masked", lambda self, x: x)
+    trial.kept.remove()
+    assert "attention's q_proj" in trial.verify(0, trial.run(0)).reason
+    trial.kept.remove()
+    trial.close()
+
+
 def test_what_runs_no_attention_refuses_it_in_a_sentence():
     attention = ["axes.sparsity=teal", "params.sparsity.teal.attention=true"]
     told = "sparsity 'teal': attention=true leaves out what attention reads, which this suite does not run"
