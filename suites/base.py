@@ -206,7 +206,7 @@ class _Planner:
         coded = bool(spec.schemes) and spec.schemes[0].codec != "none"
         stored = size * min(1.0, spec.schemes[0].bits / (8.0 * ELEMENT_SIZE[case.dtype])) if coded else size
         refusal = attention_refusal(case, spec) or self._traffic_refusal(case, model, spec)
-        refusal = refusal or self._budget_refusal(case, shape)
+        refusal = refusal or self._scope_refusal(case, shape)
         refusal = refusal or self._cold_refusal(case, spec, stored)
         if refusal:
             return Planned(case, refusal)
@@ -250,12 +250,15 @@ class _Planner:
             return f"traffic '{case.traffic}': {error}"
         return None
 
-    def _budget_refusal(self, case: Case, shape: ModelShape) -> str | None:
-        """Ask a quantization whose budget reaches beyond a layer whether it covers what the case runs."""
+    def _scope_refusal(self, case: Case, shape: ModelShape) -> str | None:
+        """Ask a quantization whose budget reaches beyond a layer whether it covers what the case runs, and a sparsity
+        that reaches beyond it whether the suite runs that."""
         params = self.registry.params("quantization", case.quantization)
         asked = getattr(params, "refusal", None)
         why: str | None = None if asked is None else asked(case.layers, shape.moe_layers, not self.kind.per_layer)
-        return None if why is None else f"quantization '{case.quantization}': {why}."
+        if why is not None:
+            return f"quantization '{case.quantization}': {why}."
+        return sparsity_refusal(case, self.registry, not self.kind.per_layer)
 
     def _cold_refusal(self, case: Case, spec: LayerSpec, layer_bytes: float) -> str | None:
         if case.residency == "warm":
@@ -304,6 +307,13 @@ def attention_refusal(case: Case, spec: LayerSpec) -> str | None:
         f"structure '{case.structure}' makes attentions and routing '{case.routing}' wants FFN experts; use "
         f"axes.routing=bam, or another structure."
     )
+
+
+def sparsity_refusal(case: Case, registry: Registry, whole_model: bool) -> str | None:
+    """Return why a suite that runs the ``whole_model``, or layers alone, cannot run a case's sparsity, or None."""
+    asked = getattr(registry.params("sparsity", case.sparsity), "refusal", None)
+    why: str | None = None if asked is None else asked(whole_model)
+    return None if why is None else f"sparsity '{case.sparsity}': {why}."
 
 
 def threads_refusal(threads: int) -> str | None:

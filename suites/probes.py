@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from ..contracts import Case, Planned, Registry, Trial, plain
 from .accuracy import AccuracySuite
-from .base import SuiteConfig, plain_case
+from .base import SuiteConfig, plain_case, sparsity_refusal
 from .estimate import model_seconds
 from .evaluation import CHANGES
 from .probe_plugins import OF_EXPERTS, WITHOUT_MODEL
@@ -41,7 +41,7 @@ class ProbeSuite(AccuracySuite):
                 seconds = model_seconds(
                     registry.params("model", planned.case.model).shape(), one.tokens, PASSES.get(probe, 2.0) + one.draws
                 )
-                yield replace(planned, refusal=planned.refusal or _refusal(planned.case), seconds=seconds)
+                yield replace(planned, refusal=planned.refusal or _refusal(planned.case, registry), seconds=seconds)
 
     def workload(self, params: Any) -> dict[str, Any]:
         """Return the probe and the parameters that it reads."""
@@ -65,7 +65,7 @@ def _single(params: Any) -> Iterator[Any]:
             yield replace(params, probe=(probe,), mode=(mode,))
 
 
-def _refusal(case: Case) -> str | None:
+def _refusal(case: Case, registry: Registry) -> str | None:
     probe = case.workload["probe"]
     if probe in OF_EXPERTS and not case.layers:
         return f"probe '{probe}' looks into experts and model.layers=[] names no layer; give model.layers=all."
@@ -74,7 +74,7 @@ def _refusal(case: Case) -> str | None:
     changed = [axis for axis in CHANGES if not case.layers and getattr(case, axis).name != "none"]
     if changed:
         return f"axes.{changed[0]} changes no layer where model.layers=[] names none; give model.layers=all."
-    return None
+    return sparsity_refusal(case, registry, whole_model=False)
 
 
 def _no_digits() -> str | None:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..contracts import MIXED, Case, Planned, Registry, Trial
-from .accuracy import AccuracySuite
-from .base import SuiteConfig
+from .accuracy import AccuracySuite, text_refusal
+from .base import SuiteConfig, sparsity_refusal
 from .estimate import STARTED
 
 ENCODING = {"gptq": 2e-6, "awq": 3e-6, "hqq": 1e-6, MIXED: 4e-6}
@@ -32,8 +32,9 @@ class QuantizationSuite(AccuracySuite):
             loading = STARTED if planned.refusal is None else loading
 
     def refusal(self, case: Case, registry: Registry) -> str | None:
-        """Return None: what cannot be judged on text has bytes and errors nevertheless."""
-        return None
+        """Return None but where attention is to leave out inputs: what cannot be judged on text has bytes and errors
+        nevertheless."""
+        return sparsity_refusal(case, registry, whole_model=text_refusal(case, registry) is None)
 
     def prepare(self, case: Case, registry: Registry) -> Trial:
         """Return the layers, to be quantized, and the text to judge them on."""

@@ -16,11 +16,13 @@ class Sparsity(Accuracy):
 
     ``target_density`` is what the method was asked to keep, ``density_SITE`` what it kept of the activations at a site;
     ``kept_flops`` and ``kept_bytes`` are the shares of an expert's work for one token that are left in theory, on
-    whatever backend. ``tls_SITE`` is the share of channels that a token leaves out, ``cls_C_SITE`` that which C
+    whatever backend. Where attention leaves out inputs, ``density_attention`` is what these projections kept, and
+    ``kept_bytes_with_attention`` the share of the bytes of routed experts and attention's maps that a token needs.
+    ``tls_SITE`` is the share of channels that a token leaves out, ``cls_C_SITE`` that which C
     neighbours leave out alike (BlockFFN, arXiv 2507.08771), ``union_density_SITE`` what all tokens of the first window
     need: one of them is enough to read a column. ``calibration_elapsed`` is the wall time of one calibration of each
-    layer, whatever the cache keeps: what it took once, never a latency. All are means over the layers, with series by
-    layer and by length of chunk. Then come the figures of suite ``accuracy``.
+    layer's experts, whatever the cache keeps: what it took once, never a latency. All are means over the layers, with
+    series by layer and by length of chunk. Then come the figures of suite ``accuracy``.
     """
 
     AXES: ClassVar[Mapping[str, Any]] = {**Accuracy.AXES, "sparsity": ["none", "teal"]}

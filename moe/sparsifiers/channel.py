@@ -174,11 +174,12 @@ def low_rank_parts(store: ExpertStore, site: str, rank: int) -> LowRank:
     By the eigenvectors of the smaller Gram matrix, in float64: W V V^T with V the first right singular vectors, or
     U U^T W with the left ones.
     """
-    pairs = [_low_rank(weight, rank) for weight in matrices(store, site)]
+    pairs = [best_of_rank(weight, rank) for weight in matrices(store, site)]
     return LowRank(*(torch.stack([pair[side].float() for pair in pairs]) for side in (0, 1)))
 
 
-def _low_rank(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def best_of_rank(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return (left [O, R], right [R, I]) whose product is the best approximation of a float64 matrix."""
     outputs, width = weight_OI.shape
     gram = weight_OI.T @ weight_OI if width <= outputs else weight_OI @ weight_OI.T
     first = torch.linalg.eigh(gram).eigenvectors[:, -rank:]  # eigenvalues rise

@@ -4,7 +4,11 @@ TEAL, CATS, CHESS, WINA and R-Sparse are one family: ``scores`` names the weight
 done with the scores, and the rest is a matter of configuration. ``level`` is the fraction left out.
 ``dense_prefix`` is the share of a sequence's first tokens, rounded up, at which nothing is left out: masking the token
 that attention sinks into ruins a model (1 % in the code of TEAL and WINA; 0 leaves none). Suites that see sequences of
-text do so; where a layer's tokens are no sequence (throughput), there is no prefix. Attention projections stay dense.
+text do so; where a layer's tokens are no sequence (throughput), there is no prefix.
+
+With ``attention`` the projections of attention in the changed layers leave out input channels, too, in suites that run
+the whole model: at ``level``, whatever ``sites`` and ``allocation`` say of the FFN, each projection with a threshold of
+its own where scores differ. Without it attention stays dense.
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ Rule = Literal["threshold", "topk"]
 Allocation = Literal["uniform", "greedy"]
 
 PREFIX = 0.01
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Of attention, as models of the LLaMA kind name them; the first three read the same input."""
 
 
 def check_level(level: float) -> None:
@@ -45,9 +52,12 @@ class ChannelParams:
     alphas: tuple[float, ...] = (1.0,)
     allocation: str = "uniform"
     step: float = 0.05
+    attention: bool = False
 
     def __post_init__(self) -> None:
         check_level(self.level)
+        if self.attention and self.rotated:
+            raise ValueError("attention=true has no rotated basis at the projections; choose rotated=false or a preset")
         if not 0 <= self.dense_prefix <= 1:
             raise ValueError(f"dense_prefix={self.dense_prefix} must lie in [0, 1]")
         if not self.alphas or not all(0 < alpha <= 1 for alpha in (self.alpha, *self.alphas)):
@@ -59,6 +69,17 @@ class ChannelParams:
     def scores(self) -> Mapping[str, str]:
         """The weight of |a_j| at each site: ``one``, ``column_norm`` or ``up_mean``."""
         raise NotImplementedError
+
+    @property
+    def attention_scores(self) -> Mapping[str, str]:
+        """The weight of |x_j| at each projection of attention that leaves out inputs: with ``attention``, ``one``."""
+        return dict.fromkeys(PROJECTIONS, "one") if self.attention else {}
+
+    def refusal(self, whole_model: bool) -> str | None:
+        """Return why a suite cannot run this, or None; ``whole_model``: it runs the attention around the layers."""
+        if not self.attention or whole_model:
+            return None
+        return "attention=true leaves out what attention reads, which this suite does not run; use suite=accuracy"
 
     def spec(self) -> SparsitySpec | None:
         """Return what a backend must know; None at level 0, which leaves out nothing."""
@@ -87,6 +108,7 @@ class Teal(ChannelParams):
     proportion) changes the layer's output least gets it, judged on the last quarter of the calibration tokens. The
     threshold of ``hidden`` is calibrated with ``input`` already sparse; TEAL takes both from the dense model. With
     ``rotated`` the input is decided about in the basis of WINA's transform; ``rule=topk`` keeps a number per token.
+    ``attention``: q, k and v share a threshold on what they read, and o has its own.
     """
 
     level: float = 0.5
@@ -96,6 +118,7 @@ class Teal(ChannelParams):
     step: float = 0.05
     rotated: bool = False
     dense_prefix: float = PREFIX
+    attention: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,16 +151,23 @@ class Chess(ChannelParams):
     """CHESS: CATS with a threshold for each channel, t_j = tau / E|up_j| (arXiv 2409.01366).
 
     E is over the calibration tokens of each expert, tau the quantile of |act(gate x)_j| E|up_j| over all of them.
-    CHESS+, which also leaves out inputs of the query and output projections, is not here: attention stays dense.
+    ``attention`` makes it CHESS+: a scalar threshold on what the query projection reads and one on what the output
+    projection reads; k and v, which fill the cache, stay dense.
     """
 
     level: float = 0.5
     dense_prefix: float = PREFIX
+    attention: bool = False
 
     @property
     def scores(self) -> Mapping[str, str]:
         """The gate's magnitude times the mean magnitude of up."""
         return {"gate": "up_mean"}
+
+    @property
+    def attention_scores(self) -> Mapping[str, str]:
+        """Magnitudes at the query and the output projection alone."""
+        return {"q_proj": "one", "o_proj": "one"} if self.attention else {}
 
 
 @dataclass(frozen=True)
@@ -150,6 +180,8 @@ class Wina(ChannelParams):
     into the basis of their right singular vectors, where their columns are orthogonal, which is the condition of the
     paper's optimality. The norm's own weights are not folded in first, since a layer does not see them. ``rule``,
     ``allocation`` and ``step`` are as in TEAL; the default is a number of channels per token, floor(I (1 - level)).
+    ``attention``: every projection by the norms of its own columns, in the official form k alone (q, v and o by plain
+    magnitudes, as the released code); the transform's basis at attention is not here.
     """
 
     level: float = 0.5
@@ -158,6 +190,7 @@ class Wina(ChannelParams):
     allocation: Allocation = "uniform"
     step: float = 0.05
     dense_prefix: float = PREFIX
+    attention: bool = False
 
     @property
     def rotated(self) -> bool:  # type: ignore[override]
@@ -169,6 +202,12 @@ class Wina(ChannelParams):
         """Column norms, at down only in the paper's form."""
         return {"input": "column_norm", "hidden": "column_norm" if self.preset == "paper" else "one"}
 
+    @property
+    def attention_scores(self) -> Mapping[str, str]:
+        """Column norms, in the official form at k alone."""
+        normed = PROJECTIONS if self.preset == "paper" else ("k_proj",)
+        return {name: "column_norm" if name in normed else one for name, one in super().attention_scores.items()}
+
 
 @dataclass(frozen=True)
 class RSparse(ChannelParams):
@@ -179,7 +218,9 @@ class RSparse(ChannelParams):
     left out. With ``search`` each layer tries every pair of ``alphas`` for (gate and up, down) and keeps the one whose
     output on the last quarter of the calibration tokens is nearest to the dense one: a small exhaustive search in the
     place of the paper's evolutionary one over all layers. The released code takes alpha = 1 for plain
-    magnitudes (TEAL); here the scale stays, and alpha = 1 is WINA with thresholds.
+    magnitudes (TEAL); here the scale stays, and alpha = 1 is WINA with thresholds. ``attention``: each
+    projection with a rank by its own I and O (the code takes k and v for square ones), and ``alpha``, which is not
+    searched there.
     """
 
     level: float = 0.5
@@ -187,11 +228,17 @@ class RSparse(ChannelParams):
     search: bool = False
     alphas: tuple[float, ...] = (0.9, 0.95, 1.0)
     dense_prefix: float = PREFIX
+    attention: bool = False
 
     @property
     def scores(self) -> Mapping[str, str]:
         """Column norms everywhere."""
         return {"input": "column_norm", "hidden": "column_norm"}
+
+    @property
+    def attention_scores(self) -> Mapping[str, str]:
+        """Column norms everywhere."""
+        return dict.fromkeys(super().attention_scores, "column_norm")
 
 
 @dataclass(frozen=True)

@@ -60,14 +60,19 @@ class Recorded:
     def hidden_states(self, index: int, split: Split, tokens: int, seed: int) -> Tensor:
         """Return x_TH float32: what the FFN of a layer read at consecutive tokens of the text of ``split``, mapped."""
         self.check_index(index)
+        part = self.place(split, tokens, seed)
+        if index not in self._recorded:
+            self._recorded[index] = read_checked(self.record() / f"{index:02d}.safetensors")
+        return self._recorded[index][split][part]
+
+    def place(self, split: Split, tokens: int, seed: int) -> slice:
+        """Return which of the recorded tokens of ``split`` a seed decides for; more than there are is an error."""
         available = self.recorded_tokens()[split]
         if not 0 < tokens <= available:
             raise MoebenchError(f"{available} tokens of {split} text are recorded, not {tokens}; ask for fewer.")
-        if index not in self._recorded:
-            self._recorded[index] = read_checked(self.record() / f"{index:02d}.safetensors")
         rng = torch.Generator().manual_seed(substream(seed, "hidden_states", split))
         start = int(torch.randint(available - tokens + 1, (), generator=rng))
-        return self._recorded[index][split][start : start + tokens]
+        return slice(start, start + tokens)
 
     def recorded_tokens(self) -> dict[str, int]:
         """Return how many tokens of each text are recorded."""

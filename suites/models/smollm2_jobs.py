@@ -92,16 +92,17 @@ def token_ids(tokenizer: Any, text: Text, tokens: int) -> Tensor:
 
 @torch.inference_mode()
 def ffn_inputs(model: Any, ids_T: Tensor) -> list[Tensor]:
-    """Return x_TH of every FFN (the normed residual stream that it reads), over windows of ``WINDOW`` tokens.
-
-    Where a model has fewer positions, windows are as long as these.
-    """
-    window_tokens = min(WINDOW, getattr(model.config, "max_position_embeddings", WINDOW))
+    """Return x_TH of every FFN (the normed residual stream that it reads), over windows of ``recording_window``."""
     caught: list[list[Tensor]] = [[] for _ in model.model.layers]
     with catching(model, caught):
-        for window in torch.split(ids_T, window_tokens):
+        for window in torch.split(ids_T, recording_window(model)):
             model.model(window[None], use_cache=False)
     return [torch.cat(parts) for parts in caught]
+
+
+def recording_window(model: Any) -> int:
+    """Return how many tokens see each other in recording: ``WINDOW``, or the positions of a model that has fewer."""
+    return min(WINDOW, getattr(model.config, "max_position_embeddings", WINDOW))
 
 
 def ffn_name(layer: Any) -> str:

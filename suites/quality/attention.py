@@ -21,7 +21,7 @@ def attention_maps(model: Any, index: int) -> dict[str, nn.Linear]:
     attention = getattr(model.model.layers[index], "self_attn", None)
     found = {name: part for name, part in attention.named_modules() if type(part) is nn.Linear} if attention else {}
     if not found:
-        raise MoebenchError(f"layer {index} has no attention of linear maps to quantize; give attention=false.")
+        raise MoebenchError(f"layer {index} has no attention of linear maps to change; give attention=false.")
     return found
 
 
@@ -39,6 +39,11 @@ class QuantizedAttention:
     def nbytes(self) -> int:
         """Bytes of all of them as stored."""
         return sum(packed.nbytes for _, packed in self.packed)
+
+    def nbytes_of(self, linear: nn.Linear) -> int:
+        """Return the bytes of one map's weights: as packed, or as they are where they are not quantized."""
+        packed = [packed.nbytes for own, packed in self.packed if own is linear]
+        return packed[0] if packed else linear.weight.nbytes
 
     @property
     def weights(self) -> int:

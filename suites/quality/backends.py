@@ -1,8 +1,9 @@
 """The trial of suite ``backend_kl``: a backend against ``reference``, by what the whole model says next.
 
 Both run the same layers on the same text with the same Routings, those of the reference, so that no choice between
-near-equal experts hides or makes a difference. The bound on the divergence follows from the dtype; where it is passed,
-the layer and the expert are named whose outputs are off the most. Imported by workers only.
+near-equal experts hides or makes a difference; and attention leaves out the same inputs, where it leaves out any. The
+bound on the divergence follows from the dtype; where it is passed, the layer and the expert are named whose outputs are
+off the most. Imported by workers only.
 
 Why the bound is what it is: rounding perturbs a layer's output by about 1.6 u of its size (``moe.oracle``), u the
 unit roundoff, and what n layers do adds up as squares. A perturbation of relative size d moves logits that spread by s
@@ -72,6 +73,7 @@ class BackendTrial(TextTrial):
         part, ids_T = self.part(step), self.passage.ids[:-1]
         expected_TH = self.reference.forward(self.dense, part, ids_T)
         forced = {call.block.index: call.routing for call in self.reference.calls}
+        self.changed.sparse_attention.follow(self.reference.sparse_attention)
         final_TH = self.changed.forward(self.dense, part, ids_T, forced)
         next_T, bytes_T = self.passage.ids[1:][self.judged(step)], self.passage.bytes_T[self.judged(step)]
         after = slice(self.prompt, None)

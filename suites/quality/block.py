@@ -14,8 +14,9 @@ from ...contracts import Check, Metric
 from ...moe.oracle import Reference, compare, joined, reference
 from ...moe.router import Router
 from ...moe.routing import Context, Routing
-from ...moe.sparsifiers.cost import sparsity_metrics
+from ...moe.sparsifiers.cost import sparsity_metrics, theoretical_cost
 from ..subject import DTYPES, Subject, boundary_inputs
+from .projections import AttentionCall, LayerProjections
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Call:
 
     ``x_TH`` is what its experts read. ``error_T`` float64 is |y - y'| / |y'| of each token, y' what the dense model's
     layer makes of the same input; ``dense_routing`` what the router, its gate not rounded, says of that which the layer
-    reads in the dense model. Of the first ``prefix`` tokens nothing was left out.
+    reads in the dense model. Of the first ``prefix`` tokens nothing was left out. ``attention`` is what the layer's
+    attention did before, where it leaves out inputs.
     """
 
     block: MoEBlock
@@ -34,6 +36,7 @@ class Call:
     error_T: Tensor
     dense_routing: Routing
     prefix: int = 0
+    attention: AttentionCall | None = None
 
     def reference(self) -> Reference:
         """Return the oracle's output from the same inputs and routing: dense in the prefix, sparse behind it."""
@@ -46,13 +49,17 @@ class Call:
         return joined(first, later)
 
     def check(self) -> Check:
-        """Compare the output with the oracle's."""
-        return compare(self.y_TH, self.reference(), self.x_TH.dtype)
+        """Compare the output with the oracle's, and so those of attention's projections that leave out inputs."""
+        own = compare(self.y_TH, self.reference(), self.x_TH.dtype)
+        return own if self.attention is None or not own.ok else self.attention.check(own)
 
     def sparsity(self) -> list[Metric]:
         """Return the densities and what they would save, over the tokens behind the dense prefix."""
         store, later = self.block.subject.layer.store, self.routing.part(self.prefix, len(self.x_TH))
-        return sparsity_metrics(store, later, self.x_TH[self.prefix :])
+        found = sparsity_metrics(store, later, self.x_TH[self.prefix :])
+        if self.attention is None:
+            return found
+        return [*found, *self.attention.metrics(theoretical_cost(store, later, self.x_TH[self.prefix :]), later)]
 
 
 class MoEBlock(nn.Module):
@@ -65,7 +72,8 @@ class MoEBlock(nn.Module):
     ``attn`` is the attention of the window before it in its decoder layer, [1, heads, T, T], where the router reads it,
     and ``prompt`` how many of the tokens are the prompt.
     ``whole`` executes the same experts with nothing left out, for the first tokens of a window where the sparsity has
-    a dense prefix; None where it has none.
+    a dense prefix; None where it has none. ``projections`` are those of the attention in its decoder layer, where
+    these leave out inputs.
     """
 
     def __init__(
@@ -86,6 +94,7 @@ class MoEBlock(nn.Module):
         self.forced: Routing | None = None
         self.attn: Tensor | None = None
         self.prompt: int | None = None
+        self.projections: LayerProjections | None = None
 
     @torch.no_grad()
     def forward(self, x_BTH: Tensor) -> Tensor:
@@ -97,7 +106,7 @@ class MoEBlock(nn.Module):
         y_TH = self.computed(read_TH, routing)
         error_T = relative_error(y_TH, self.dense(x_BTH).flatten(0, -2))
         dense_routing, prefix = self._dense_routing(x_TH, routing), self.prefix(len(x_TH))
-        self.calls.append(Call(self, read_TH, routing, y_TH, error_T, dense_routing, prefix))
+        self.calls.append(Call(self, read_TH, routing, y_TH, error_T, dense_routing, prefix, self.attended()))
         return y_TH.to(x_BTH.dtype).view_as(x_BTH)
 
     def computed(self, x_TH: Tensor, routing: Routing) -> Tensor:
@@ -110,9 +119,17 @@ class MoEBlock(nn.Module):
         return y_TH if layer.shared is None else layer.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
 
     def prefix(self, tokens: int) -> int:
-        """Return how many of the first of ``tokens`` have nothing left out."""
+        """Return how many of the first of ``tokens`` have nothing left out by the experts."""
+        return 0 if self.whole is None else self.first_tokens(tokens)
+
+    def first_tokens(self, tokens: int) -> int:
+        """Return how many of the first of ``tokens`` the dense prefix of the sparsity covers."""
         spec = self.subject.spec.sparsity
-        return 0 if self.whole is None or spec is None else math.ceil(spec.dense_prefix * tokens)
+        return 0 if spec is None else math.ceil(spec.dense_prefix * tokens)
+
+    def attended(self) -> AttentionCall | None:
+        """Return what the attention before this layer did last, where it leaves out inputs."""
+        return None if self.projections is None else self.projections.call()
 
     def _dense_routing(self, x_TH: Tensor, routing: Routing) -> Routing:
         layer = self.subject.layer

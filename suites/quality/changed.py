@@ -21,6 +21,7 @@ from ..subject import Subject
 from .attention import QuantizedAttention
 from .block import Call, MoEBlock
 from .language_model import DenseStates, exchanged, forward_from
+from .sparse_attention import SparseAttention
 
 
 @contextlib.contextmanager
@@ -54,7 +55,8 @@ def attention_seen(model: Any, blocks: Sequence[MoEBlock]) -> Iterator[None]:
 class Changed:
     """The changed layers of a case, loaded into ``backend``, and the model around them. ``calls`` are of one window.
 
-    ``attention`` holds what of the attention in these layers a plan gives bits, which is quantized, too.
+    ``attention`` holds what of the attention in these layers a plan gives bits, which is quantized, too;
+    ``sparse_attention`` what of it leaves out inputs.
     ``prompt`` is how many tokens of each window are its prompt, None where nobody asks.
     """
 
@@ -85,6 +87,7 @@ class Changed:
             self.blocks[index] = block(index, subject, made, self.calls, draws, dense, first)
         params = registry.params("quantization", case.quantization)
         self.attention = QuantizedAttention(model, params, attention_bits(subjects))
+        self.sparse_attention = SparseAttention(case, registry, model, self.blocks, self.attention)
 
     def _loaded(self, maker: Any, subjects: Mapping[int, Subject]) -> Any:
         """Return the backend's session of all layers, folded where the case is."""
@@ -117,8 +120,8 @@ class Changed:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Change the model until the block ends: its FFNs, and the attention that is quantized."""
-        with exchanged(self.model, self.blocks), self.attention.applied():
+        """Change the model until the block ends: its FFNs, and the attention that is quantized or leaves out inputs."""
+        with exchanged(self.model, self.blocks), self.attention.applied(), self.sparse_attention.applied():
             yield
 
     def close(self) -> None:

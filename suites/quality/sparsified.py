@@ -19,7 +19,10 @@ from .trial import AccuracyTrial, means
 CHUNKS = (1, 2, 4, 8, 16, 32)
 """Lengths of chunks whose common sparsity is told: a token, and what a batch or speculative decoding reads at once."""
 
-FIGURES = ("density_input", "density_gate", "density_hidden", "kept_flops", "kept_bytes")
+FIGURES = (
+    *("density_input", "density_gate", "density_hidden", "density_attention"),
+    *("kept_flops", "kept_bytes", "kept_bytes_with_attention"),
+)
 """What is told of each layer alone."""
 
 

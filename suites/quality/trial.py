@@ -30,8 +30,9 @@ class AccuracyTrial(TextTrial):
     def __init__(self, case: Case, registry: Registry, subjects: Mapping[int, Subject] | None = None) -> None:
         super().__init__(case, registry, subjects)
         first, *later = sorted(self.subjects)
-        # the first changed layer reads what it reads in the dense model, unless its own attention is quantized
-        later = [first, *later] if self.changed.attention.packed else later
+        # the first changed layer reads what it reads in the dense model, unless its own attention is changed
+        changes = self.changed.attention.packed or self.changed.sparse_attention.layers
+        later = [first, *later] if changes else later
         ids, weights = self.passage.ids, case.weights_sha256
         self.dense = dense_states(self.model, weights, ids[:-1], self.window, first, later)
         self.routings: dict[int, list[Routing]] = {index: [] for index in self.subjects}

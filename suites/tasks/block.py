@@ -52,9 +52,9 @@ class TaskBlock(MoEBlock):
         y_BTH = torch.stack([self._sequence(x_TH, row) for row, x_TH in enumerate(x_BTH)])
         return y_BTH.to(x_BTH.dtype)
 
-    def prefix(self, tokens: int) -> int:
-        """Return how many of the first tokens have nothing left out: none in the middle of a sequence."""
-        return 0 if self.rows.continued else super().prefix(tokens)
+    def first_tokens(self, tokens: int) -> int:
+        """Return how many of the first tokens the dense prefix covers: none in the middle of a sequence."""
+        return 0 if self.rows.continued else super().first_tokens(tokens)
 
     def _sequence(self, x_TH: Tensor, row: int) -> Tensor:
         before = self.rows.routings[row]
@@ -64,5 +64,6 @@ class TaskBlock(MoEBlock):
         read_TH = self.subject.layer.reads(x_TH)
         y_TH = self.computed(read_TH, routing)
         before.append(routing)
-        self.last = Call(self, read_TH, routing, y_TH, torch.empty(0), routing, self.prefix(len(x_TH)))
+        prefix, attended = self.prefix(len(x_TH)), self.attended()
+        self.last = Call(self, read_TH, routing, y_TH, torch.empty(0), routing, prefix, attended)
         return y_TH

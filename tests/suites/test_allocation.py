@@ -133,6 +133,6 @@ def test_a_model_without_linear_attention_is_told():
     model = torch.nn.Module()
     model.model = torch.nn.Module()
     model.model.layers = [Bare()]
-    with pytest.raises(MoebenchError, match=r"layer 0 has no attention of linear maps to quantize"):
+    with pytest.raises(MoebenchError, match=r"layer 0 has no attention of linear maps to change"):
         attention_maps(model, 0)
     assert QuantizedAttention(model, None, {}).nbytes == 0
