@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from moebench.bench.run import planned
-from moebench.contracts import Registry
+from moebench.contracts import Metric, Registry
 from moebench.suites.quality.sparsified import CHUNKS, SparsityTrial
-from moebench.suites.quality.trial import AccuracyTrial
+from moebench.suites.quality.trial import AccuracyTrial, means
 
 TEXT = ("model.layers=all", "suite.tokens=256", "suite.window=64")
 
@@ -57,6 +57,20 @@ def test_figures_are_those_of_accuracy_and_densities_lie_at_their_targets(smoke)
         assert sum(by_layer) / 2 == pytest.approx(found[f"density_{site}"].value)
     assert 0.4 < found["kept_flops"].value < 0.6
     assert found["calibration_elapsed"].value > 0
+
+
+def test_metrics_of_layers_are_matched_by_name_and_one_that_a_layer_lacks_is_none():
+    first = [Metric("a", 1.0, "1", n=2), Metric("b", 3.0, "1")]
+    found = means([first, [Metric("b", 5.0, "1"), Metric("c", 7.0, "1")], [Metric("b", None, "1")]])
+    assert [(metric.name, metric.value) for metric in found] == [("a", None), ("b", None), ("c", None)]
+    (b,) = [metric for metric in means([first, first[::-1]]) if metric.name == "b"]
+    assert b.value == 3.0
+
+
+def test_levels_that_differ_by_layer_and_site_have_figures(smoke):
+    greedy = ("axes.sparsity=teal", "params.sparsity.teal.allocation=greedy", "params.sparsity.teal.level=0.5")
+    found, _, _ = judged(*smoke, *TEXT, *greedy)
+    assert 0.3 < found["kept_flops"].value < 0.7
 
 
 def test_what_neighbours_leave_out_together_is_less_the_more_they_are(smoke):
