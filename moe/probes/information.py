@@ -74,7 +74,7 @@ def parts_moved(window: int, parts: int) -> Shuffle:
     def moved(label_T: Tensor, rng: torch.Generator) -> Tensor:
         found = []
         for part_T in torch.split(label_T, window):
-            own = part_T.unique()  # a last window may have fewer
+            own = torch.unique(part_T)  # a last window may have fewer
             place = torch.full((parts,), -1)
             place[own] = own[torch.randperm(len(own), generator=rng)]
             found.append(place[part_T])

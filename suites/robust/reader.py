@@ -43,7 +43,8 @@ class SwitchFfn(nn.Module):
             chosen_N = (expert_N == expert).nonzero()[:, 0]
             own = (x_NH[chosen_N] @ self.up_EFH[expert].T).relu() @ self.down_EHF[expert].T
             y_NH = y_NH.index_add(0, chosen_N, own)
-        return y_NH * top_N[:, None]
+        scaled_NH: Tensor = y_NH * top_N[:, None]
+        return scaled_NH
 
 
 class Reader(nn.Module):

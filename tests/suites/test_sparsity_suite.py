@@ -6,6 +6,7 @@ import pytest
 
 from moebench.bench.run import planned
 from moebench.contracts import Metric, Registry
+from moebench.moe.sparsifiers import steps
 from moebench.suites.quality.sparsified import CHUNKS, SparsityTrial
 from moebench.suites.quality.trial import AccuracyTrial, means
 
@@ -67,10 +68,13 @@ def test_metrics_of_layers_are_matched_by_name_and_one_that_a_layer_lacks_is_non
     assert b.value == 3.0
 
 
-def test_levels_that_differ_by_layer_and_site_have_figures(smoke):
-    greedy = ("axes.sparsity=teal", "params.sparsity.teal.allocation=greedy", "params.sparsity.teal.level=0.5")
+def test_a_site_that_one_layer_leaves_alone_has_figures(smoke, monkeypatch):
+    greedy = ("axes.sparsity=teal", "params.sparsity.teal.allocation=greedy", "params.sparsity.teal.level=0.02")
+    sites = iter(["input", "hidden"] * 4)
+    monkeypatch.setattr(steps, "greedy_levels", lambda *args: {"input": 0.0, "hidden": 0.0, next(sites): 0.3})
     found, _, _ = judged(*smoke, *TEXT, *greedy)
-    assert 0.3 < found["kept_flops"].value < 0.7
+    assert found["density_input"].value == pytest.approx(0.85, abs=0.05)
+    assert found["density_hidden"].value == pytest.approx(0.85, abs=0.05)
 
 
 def test_what_neighbours_leave_out_together_is_less_the_more_they_are(smoke):
