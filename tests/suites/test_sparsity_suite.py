@@ -75,6 +75,7 @@ def test_a_site_that_one_layer_leaves_alone_has_figures(smoke, monkeypatch):
     found, _, _ = judged(*smoke, *TEXT, *greedy)
     assert found["density_input"].value == pytest.approx(0.85, abs=0.05)
     assert found["density_hidden"].value == pytest.approx(0.85, abs=0.05)
+    assert found["tls_input"].value is found["tls_hidden"].value is None  # of one layer of two
 
 
 def test_what_neighbours_leave_out_together_is_less_the_more_they_are(smoke):
