@@ -209,13 +209,18 @@ class ColumnSkip:
         refused = rules.refusal(spec, "column_skip", DTYPES, leaves_out=LEAVES_OUT)
         if refused is None and spec.sparsity is not None and not spec.sparsity.sites:
             refused = Refusal("column_skip leaves out channels, not single weights; use the eager backend")
+        asked = spec.sparsity
+        if refused is None and asked is not None and "gate" in asked.sites and "residual" in asked.features:
+            refused = Refusal("column_skip has no low-rank part where the gate decides; use the eager backend")
         sparse = "none" if spec.sparsity is None else "skip"
         return refused or replace(rules.execution(spec, ("topk", "sorted")), sparse=sparse)  # type: ignore[arg-type]
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:
         """Load layers: build the kernel where the cache does not have it, and copy the weights into its layout."""
+        from torch import get_num_threads
+
         chunk = self.params.chunk
-        notes = f"chunks of at most {chunk} tokens"
+        notes = f"chunks of at most {chunk} tokens{', one thread' if get_num_threads() > 1 else ''}"
         return open_session(
             lambda store, spec: ColumnSkipExecutor(store, spec, chunk), layers, specs, notes, sparse="skip"
         )

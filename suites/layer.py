@@ -24,7 +24,7 @@ from ..moe.metrics import load_series, routing_metrics
 from ..moe.oracle import Reference, compare, reference
 from ..moe.routing_metrics.cost import weights_per_token
 from ..moe.sparsifiers.cost import sparsity_metrics
-from .base import cold_copies, copies_key, touched_share
+from .cold import cold_copies, copies_key, touched_share
 from .digest import sha256_of
 from .leaving_out import leaving_out
 from .subject import DTYPES, Batch, Subject, gate_metrics, make_batch, prepare_subject
@@ -138,8 +138,10 @@ class LayerTrial:
         used_E = torch.stack([other.routing.counts_E for other in self.batches]).sum(0) > 0
         used = int(used_E[list(self.subject.layer.store.ffn_ids)].sum())
         footprint = self._copies * used * expert_bytes(self.subject, self.case)
-        skipped = self.case.execution.sparse == "skip"
-        return replace(cost, footprint=self._copies * cost.bytes if skipped else footprint)
+        if self.case.execution.sparse == "skip":
+            once = shared_parameters(self.subject) * batch.x_TH.element_size() + 2 * batch.x_TH.nbytes
+            footprint = self._copies * (cost.bytes - once)  # what is always on is not copied, nor are activations
+        return replace(cost, footprint=footprint)
 
     def facts(self) -> Facts:
         """Return routing metrics, the load per expert, densities, what really ran and what a replay did."""

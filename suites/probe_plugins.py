@@ -47,15 +47,16 @@ class Probe:
 
     ``lazy_neurons`` (arXiv 2210.06313): the share of hidden activations that are no exact zeros, and of those above
     ``epsilon`` times the token's largest. ``specialisation`` (arXiv 2407.11633): what kinds and positions of tokens
-    tell of their experts, against ``permutations``. ``activation_flow`` (arXiv 2412.05644): residual dimensions that
-    hold ``share`` of |h|.
+    tell of their experts: mutual information over the arithmetic mean of both entropies, against ``permutations`` that
+    keep neighbours together (whole parts moved, kinds rotated, within each window). ``activation_flow`` (arXiv
+    2412.05644): residual dimensions that hold ``share`` of |h|.
 
     ``sae`` (arXiv 2406.17759): a dictionary ``dictionary`` times as wide as the attention output before W_O of
     ``layer`` (None: at a third of the depth), trained for ``steps`` of ``batch`` tokens at rate ``lr`` with penalty
     ``sparsity``, beside PCA and a random dictionary.
 
     ``lazy_training`` (arXiv 2210.06313): ReLU models of digits of each of ``widths`` and ``depths``, plain and with the
-    ``active`` largest activations alone, trained for ``epochs``.
+    ``active`` largest activations alone, trained for ``epochs``; ``*_ece`` has bins of equal mass.
     """
 
     probe: tuple[str, ...] = ("super_experts", "voids", "lazy_neurons", "specialisation", "activation_flow")

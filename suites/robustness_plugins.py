@@ -25,8 +25,8 @@ class Robustness:
 
     ``images``: a CNN with expert filter banks on scikit-learn's digits (AdvMoE, arXiv 2308.10110), trained plainly,
     adversarially (TRADES), or router and banks in turns (``advmoe``); accuracy clean, under PGD within ``epsilon`` (of
-    pixels in 0..1) and on corrupted images, calibration error, and how often an attack moves the router. ``neurons``: a
-    ReLU MLP, dense or with only the largest hidden activations (Lazy Neuron, arXiv 2210.06313), where a part
+    pixels in 0..1) and on corrupted images, calibration error (15 bins of equal width), and how often an attack moves
+    the router. ``neurons``: a ReLU MLP, dense or with only its largest activations (arXiv 2210.06313), where a part
     ``label_noise`` of the training labels is wrong. ``answers``: extractive questions made from templates, dense or
     switch-MoE encoder, with or without augmentation (EDA), as in Robust QA with MoE (arXiv 2204.09598); exact match and
     F1 on known and on unseen templates and names. ``task`` and ``method`` name one or ``all``; ``steps`` of training,

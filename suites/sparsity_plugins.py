@@ -20,9 +20,10 @@ class Sparsity(Accuracy):
     ``kept_bytes_with_attention`` the share of the bytes of routed experts and attention's maps that a token needs.
     ``tls_SITE`` is the share of channels that a token leaves out, ``cls_C_SITE`` that which C
     neighbours leave out alike (BlockFFN, arXiv 2507.08771), ``union_density_SITE`` what all tokens of the first window
-    need: one of them is enough to read a column. ``calibration_elapsed`` is the wall time of one calibration of each
-    layer's experts, whatever the cache keeps: what it took once, never a latency. All are means over the layers, with
-    series by layer and by length of chunk. Then come the figures of suite ``accuracy``.
+    need: one of them is enough to read a column. In a layer of several experts, channels of an expert that a token is
+    not sent to count as left out by it. ``calibration_elapsed`` is the wall time of one calibration of each layer's
+    experts, whatever the cache keeps: what it took once, never a latency. All are means over the layers, with series by
+    layer and by length of chunk. Then come the figures of suite ``accuracy``.
     """
 
     AXES: ClassVar[Mapping[str, Any]] = {**Accuracy.AXES, "sparsity": ["none", "teal"]}

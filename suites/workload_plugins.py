@@ -10,6 +10,17 @@ from ..contracts import Descriptor, unknown
 from .plugins import LayerSuite
 
 
+def _positive(params: Any, *names: str) -> None:
+    """Raise ValueError where a parameter that counts something is not at least 1."""
+    for name in names:
+        if getattr(params, name) < 1:
+            raise ValueError(f"{name}={getattr(params, name)} must be at least 1")
+
+
+MODEL = ("depth", "hidden", "heads", "width", "experts", "k", "steps")
+"""What every model with experts has some of."""
+
+
 @dataclass(frozen=True)
 class Lemo:
     """A training step that computes a share ``kept`` of its tokens in every layer but the last (LeMo / Jenga, 2025).
@@ -42,6 +53,8 @@ class Lemo:
     SECONDS: ClassVar[float] = 60.0
 
     def __post_init__(self) -> None:
+        counted = ("tokens", "block", "segments", "rank", "predictor_steps", "finetune_steps", "pairs")
+        _positive(self, *MODEL, *counted)
         if not 0 < self.kept <= 1:
             raise ValueError(f"kept={self.kept} must lie in (0, 1]")
         if self.tokens % self.block or self.tokens % self.segments:
@@ -81,6 +94,7 @@ class SparseD:
     SECONDS: ClassVar[float] = 60.0
 
     def __post_init__(self) -> None:
+        _positive(self, *MODEL, "block", "tokens", "prompts")
         if self.tokens % self.block or self.prompt % self.block or not 0 <= self.prompt < self.tokens:
             raise ValueError(
                 f"block={self.block} must divide tokens={self.tokens} and the shorter prompt={self.prompt}"
@@ -115,6 +129,9 @@ class Delta:
     SECONDS: ClassVar[float] = 20.0
 
     def __post_init__(self) -> None:
+        _positive(self, "steps")
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths={list(self.widths)} must name at least one layer, each of at least 1")
         if self.frames < 2 or self.canvas <= 8:
             raise ValueError(f"frames={self.frames} must be at least 2, and canvas={self.canvas} wider than 8 pixels")
         if self.rate < 0 or self.speed < 0:
@@ -149,6 +166,7 @@ class ColorMAE:
     SECONDS: ClassVar[float] = 90.0
 
     def __post_init__(self) -> None:
+        _positive(self, *MODEL, "patterns")
         for colour in self.colours:
             if colour not in COLOURS:
                 raise ValueError(unknown("colour", colour, COLOURS))
@@ -166,7 +184,8 @@ class DiTMoE:
     shifted within ``window`` above ``cutoff``; ``data_variance`` corrects the shift for data whose variance is not 1,
     which the paper's code does not. Metrics: ``fd_pixel`` (a Fréchet distance of raw pixels, no network involved),
     ``fd_pixel_shifted``, ``fd_pixel_floor`` (half of the real images against the other half), and ``nmi_*``: what an
-    expert says of patch, step and class over the first ``traced`` samples, beside shuffled labels.
+    expert says of patch, step and class over the first ``traced`` samples, beside shuffled labels: mutual information
+    over the geometric mean of both entropies (probe ``specialisation`` takes the arithmetic mean).
     """
 
     sampler: Literal["ddim", "pndm"] = "ddim"
@@ -190,6 +209,7 @@ class DiTMoE:
     SECONDS: ClassVar[float] = 120.0
 
     def __post_init__(self) -> None:
+        _positive(self, *MODEL, "batch")
         if not 0 <= self.window < 1000 or self.cutoff < 0:
             raise ValueError(f"window={self.window} must lie in [0, 1000), and cutoff={self.cutoff} not be negative")
         if not 2 <= self.sampler_steps <= 1000 or self.samples < 100 or not 10 <= self.traced <= self.samples:

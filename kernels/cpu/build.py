@@ -11,6 +11,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -71,11 +72,24 @@ def library(name: str) -> Library:
     target = cache_root() / "kernels" / f"{name}-{key[:16]}{'.dylib' if sys.platform == 'darwin' else '.so'}"
     if not target.is_file():
         _build([program, *flags, str(source), "-lm"], target)
+    _refuse_foreign(target)
     try:
         handle = ctypes.CDLL(str(target))
     except OSError as error:
         raise MoebenchError(f"{target} cannot be loaded ({error}); delete it to have it built anew.") from error
     return Library(handle, f"{Path(program).name} {shlex.join(flags)}")
+
+
+def _refuse_foreign(target: Path) -> None:
+    """Raise MoebenchError where somebody else may have written the library: loading it runs whatever is in it."""
+    found = target.stat()
+    if hasattr(os, "getuid") and found.st_uid not in (os.getuid(), 0):
+        why = f"belongs to user {found.st_uid}"
+    elif found.st_mode & stat.S_IWOTH:
+        why = "can be written by everybody"
+    else:
+        return
+    raise MoebenchError(f"{target} {why} and is not loaded; delete it, or set MOEBENCH_CACHE to a folder of your own.")
 
 
 def _instructions(program: str) -> tuple[Sequence[str], bytes]:

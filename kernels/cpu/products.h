@@ -102,7 +102,7 @@ static void activate(float *x, int64_t n, int32_t activation)
     else if (activation == GELU)
         for (int64_t i = 0; i < n; i++) x[i] *= 0.5f * (1.0f + erff(x[i] * 0.70710678f));
     else
-        for (int64_t i = 0; i < n; i++) x[i] = x[i] > 0 ? x[i] : 0;
+        for (int64_t i = 0; i < n; i++) x[i] = x[i] < 0 ? 0 : x[i]; /* NaN stays */
 }
 
 #endif

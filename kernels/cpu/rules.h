@@ -25,10 +25,12 @@ struct rule {
 
 static inline float score_of(const struct rule *rule, float value, int64_t channel)
 {
-    return rule->weight ? fabsf(value) * rule->weight[channel] : fabsf(value);
+    if (!rule->weight) return fabsf(value);
+    return rule->weight[channel] == 0 ? 0 : fabsf(value) * rule->weight[channel]; /* 0 times infinity is NaN */
 }
 
-/* Whether token t keeps a channel; asked once for each, in order. NaN is kept, so that it cannot vanish in silence. */
+/* Whether token t keeps a channel; asked once for each, in order. NaN is kept, so that it cannot vanish in silence,
+ * but not in a channel of weight 0, which is left out whatever it holds. */
 static inline int keeps(struct rule *rule, int64_t t, float value, int64_t channel)
 {
     float score = score_of(rule, value, channel);

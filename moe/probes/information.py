@@ -5,10 +5,14 @@ Shape letters: T tokens, K slots, C labels, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Shuffle = Callable[[Tensor, torch.Generator], Tensor]
+"""Labels [T] to others that are as likely where the experts know nothing of them."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,10 @@ def counts(label_T: Tensor, expert_TK: Tensor, labels: int, experts: int) -> Ten
 
 
 def normalised(joint_CE: Tensor) -> float:
-    """Return the normalised mutual information of rows and columns of a table of counts; 0 where neither varies."""
+    """Return the normalised mutual information of rows and columns of a table of counts; 0 where neither varies.
+
+    Normalised by the arithmetic mean of both entropies; suite ``dit_moe`` takes their geometric mean.
+    """
     p_CE = joint_CE / joint_CE.sum().clamp(min=1)
     independent_CE = p_CE.sum(1, keepdim=True) * p_CE.sum(0, keepdim=True)
     seen_CE = p_CE > 0
@@ -47,14 +54,40 @@ def entropy(p: Tensor) -> float:
 
 
 def against_chance(
-    label_T: Tensor, expert_TK: Tensor, labels: int, experts: int, permutations: int, seed: int
+    label_T: Tensor, expert_TK: Tensor, labels: int, experts: int, permutations: int, seed: int, shuffle: Shuffle
 ) -> Shared:
-    """Return the information beside that of ``permutations`` shuffles of the labels."""
+    """Return the information beside that of ``permutations`` shuffles of the labels.
+
+    Neighbours in a text resemble each other, and so do their experts: a ``shuffle`` must keep what neighbouring labels
+    have in common (``parts_moved``, ``rotated``), or chance is taken for too small.
+    """
     rng = torch.Generator().manual_seed(seed)
     own = normalised(counts(label_T, expert_TK, labels, experts))
-    shuffled = [
-        normalised(counts(label_T[torch.randperm(len(label_T), generator=rng)], expert_TK, labels, experts))
-        for _ in range(permutations)
-    ]
+    shuffled = [normalised(counts(shuffle(label_T, rng), expert_TK, labels, experts)) for _ in range(permutations)]
     as_much = sum(one >= own for one in shuffled)
     return Shared(own, sum(shuffled) / max(1, permutations), (1 + as_much) / (1 + permutations))
+
+
+def parts_moved(window: int, parts: int) -> Shuffle:
+    """Return what moves whole parts: in each ``window`` tokens the ``parts`` labels change places with each other."""
+
+    def moved(label_T: Tensor, rng: torch.Generator) -> Tensor:
+        found = []
+        for part_T in torch.split(label_T, window):
+            own = torch.unique(part_T)  # a last window may have fewer
+            place = torch.full((parts,), -1)
+            place[own] = own[torch.randperm(len(own), generator=rng)]
+            found.append(place[part_T])
+        return torch.cat(found)
+
+    return moved
+
+
+def rotated(window: int) -> Shuffle:
+    """Return what rotates the labels of each ``window`` tokens by any number of places."""
+
+    def turned(label_T: Tensor, rng: torch.Generator) -> Tensor:
+        windows = torch.split(label_T, window)
+        return torch.cat([one.roll(int(torch.randint(len(one), (), generator=rng))) for one in windows])
+
+    return turned

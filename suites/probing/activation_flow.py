@@ -50,8 +50,9 @@ class ActivationFlow:
         """Find the dimensions that carry each token of a window, and compare tokens with their neighbours."""
         rng = torch.Generator().manual_seed(substream(self.case.seed, "pairs", index))
         order_T = torch.randperm(len(ids_T), generator=rng)
-        checks = []
-        for layer, state_TH in enumerate(self.scene.residuals(ids_T)):
+        states = self.scene.residuals(ids_T)
+        checks = self.scene.call_checks()
+        for layer, state_TH in enumerate(states):
             kept_TH = carrying(state_TH, self.share)
             self.carried[layer].append(float(kept_TH.double().mean()))
             self.adjacent[layer].append(overlap(kept_TH[1:], kept_TH[:-1]))

@@ -54,9 +54,10 @@ class AttentionDictionary:
         self.z = [z_TD for _, z_TD in pairs]
         self.scale = (self.training_TD.shape[1] / float(self.training_TD.square().sum(1).mean())) ** 0.5
         self.plain_TH = self.scene.finals()
+        checks = self.scene.call_checks()
         itself_TH = self._with(self.z)
         self.nats["dense"] = self._nats(self.plain_TH)
-        return [same_bits(itself_TH, self.plain_TH, "putting z back")]
+        return [*checks, same_bits(itself_TH, self.plain_TH, "putting z back")]
 
     def train(self) -> list[Check]:
         """Train the dictionary on z of unit mean square; its loss must be what a second way says."""
@@ -130,19 +131,28 @@ class AttentionDictionary:
             layer.self_attn.o_proj.register_forward_pre_hook(lambda m, inputs: caught.update(z=inputs[0][0].clone())),
         ]
         whole = decoder.layers
-        try:
-            decoder.layers = whole[: self.index + 1]
-            self.scene.forward(ids_T)
-        finally:
-            decoder.layers = whole
-            for hook in hooks:
-                hook.remove()
+        self._begin(ids_T)
+        with self.scene.exchanged():  # before layers are cut off, since it reaches for all that are changed
+            try:
+                decoder.layers = whole[: self.index + 1]
+                decoder(ids_T[None], use_cache=False)
+            finally:
+                decoder.layers = whole
+                for hook in hooks:
+                    hook.remove()
         return caught["state"], caught["z"]
+
+    def _begin(self, ids_T: Tensor) -> None:
+        """Tell the changed layers which window comes."""
+        self.scene.calls.clear()
+        for block in self.scene.blocks.values():
+            block.token_ids_T = ids_T
 
     def _with(self, parts: Sequence[Tensor]) -> Tensor:
         """Return what the head reads of the passage with z replaced, window by window, [T, H]."""
         finals = []
-        for entering_TH, z_TD in zip(self.entering, parts, strict=True):
+        for ids_T, entering_TH, z_TD in zip(self.scene.windows(), self.entering, parts, strict=True):
+            self._begin(ids_T)
             with self.scene.exchanged(), replaced(self.scene.layers[self.index].self_attn.o_proj, z_TD):
                 finals.append(forward_from(self.scene.model, self.index, entering_TH))
         return torch.cat(finals)

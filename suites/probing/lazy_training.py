@@ -18,6 +18,7 @@ from torch import Tensor
 from ...contracts import Case, Check, Facts, Metric, Registry, Series
 from ...moe.probes.lazy import nonzero_share
 from ..digest import sha256_of
+from ..digits import digits
 from ..models import substream
 from ..quality.calibration import bin_gaps
 from .base import Stage, close, holds
@@ -30,7 +31,10 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Trained:
-    """One model: shares of activations that are not zero on held-out digits, before and after, by FFN, and quality."""
+    """One model: shares of activations that are not zero on held-out digits, before and after, by FFN, and quality.
+
+    ``ece`` is the calibration error over bins of equal mass (suite ``robustness`` has bins of equal width).
+    """
 
     before: tuple[float, ...]
     after: tuple[float, ...]
@@ -43,7 +47,7 @@ class LazyTraining:
 
     def __init__(self, case: Case, registry: Registry) -> None:
         self.case, self.given = case, case.workload
-        self.data = digits(substream(case.seed, "held out"))
+        self.data = dealt(substream(case.seed, "held out"))
         self.input_sha256 = sha256_of(self.data[0])
         self.found: dict[tuple[int, int, bool], Trained] = {}
 
@@ -89,12 +93,10 @@ class LazyTraining:
         """Nothing to free."""
 
 
-def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dealt(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return scikit-learn's digits, pixels in [-1, 1], as (images, labels, held-out images, held-out labels)."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    images_BX, labels_B = torch.tensor(images).float() / 8 - 1, torch.tensor(labels).long()
+    images_BYX, labels_B = digits()
+    images_BX = 2 * images_BYX.flatten(1) - 1
     order_B = torch.randperm(len(labels_B), generator=torch.Generator().manual_seed(seed))
     held, rest = order_B[: round(HELD_OUT * len(order_B))], order_B[round(HELD_OUT * len(order_B)) :]
     return images_BX[rest], labels_B[rest], images_BX[held], labels_B[held]

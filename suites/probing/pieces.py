@@ -6,13 +6,16 @@ Shape letters: T tokens, H hidden, F expert width, N tokens of one expert.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...contracts import Check
-from ...moe.layer import assignments, ffn_hidden
+from ...moe.channels import DENSE
+from ...moe.experts import ExpertStore, expert_product, hidden_from
+from ...moe.layer import assignments
+from ...moe.token_codes import rounded_tokens
 from ..quality.block import Call
 from .base import close
 
@@ -29,14 +32,29 @@ class Piece:
 
 
 def pieces(call: Call) -> Iterator[Piece]:
-    """Yield a piece of every FFN expert that has tokens, computed from the stored weights and not by the backend."""
+    """Yield a piece of every FFN expert that has tokens, computed from the stored weights and not by the backend.
+
+    Of the call's first tokens nothing is left out where its sparsity has a dense prefix.
+    """
     store = call.block.subject.layer.store
     for expert, token_N, weight_N in assignments(call.routing):
         if store.kinds[expert] != "ffn":
             continue
-        gate_up, down = store.weights(store.slots[expert], call.x_TH.dtype)
-        hidden_NF = ffn_hidden(call.x_TH[token_N], gate_up, store.activation, store.gated)
-        yield Piece(expert, token_N, weight_N, hidden_NF, torch.nn.functional.linear(hidden_NF, down))
+        x_NH = call.x_TH[token_N]
+        hidden_NF, out_NH = forward(x_NH, store, store.slots[expert])
+        if call.prefix:
+            early_N1 = (token_N < call.prefix)[:, None]
+            dense_NF, dense_NH = forward(x_NH, replace(store, sparsity=None), store.slots[expert])
+            hidden_NF, out_NH = torch.where(early_N1, dense_NF, hidden_NF), torch.where(early_N1, dense_NH, out_NH)
+        yield Piece(expert, token_N, weight_N, hidden_NF, out_NH)
+
+
+def forward(x_NH: Tensor, store: ExpertStore, slot: int) -> tuple[Tensor, Tensor]:
+    """Return what ``down`` of one expert reads [N, F], its channels left out and rounded, and its output [N, H]."""
+    gate_up, down = store.weights(slot, x_NH.dtype)
+    sparsity, hidden_NF = store.sparsity or DENSE, hidden_from(expert_product(x_NH, gate_up, store, slot), store, slot)
+    read_NF = rounded_tokens(sparsity.apply("hidden", hidden_NF, slot), store.act_bits)
+    return read_NF, sparsity.added("hidden", torch.nn.functional.linear(read_NF, down), hidden_NF, slot)
 
 
 def recomposes(call: Call, parts: list[Piece]) -> Check:

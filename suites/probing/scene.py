@@ -40,7 +40,7 @@ class DroppingBlock(MoEBlock):
         routing = dropped(self.route(x_TH, [call.routing for call in self.calls]), self.gone)
         read_TH = self.subject.layer.reads(x_TH)
         y_TH = self.computed(read_TH, routing)
-        self.calls.append(Call(self, read_TH, routing, y_TH, x_TH.new_empty(0), routing))
+        self.calls.append(Call(self, read_TH, routing, y_TH, x_TH.new_empty(0), routing, self.prefix(len(x_TH))))
         return y_TH.to(x_BTH.dtype).view_as(x_BTH)
 
 
@@ -132,25 +132,31 @@ class Scene:
         """
         calls: list[Call] = []
         plain = {
-            index: MoEBlock(index, block.subject, block.executor, calls, block.seed, block.dense)
+            index: MoEBlock(index, block.subject, block.executor, calls, block.seed, block.dense, block.whole)
             for index, block in self.blocks.items()
         }
         for index in {layer for layer, _ in zeroed}:
-            plain[index].executor = self._without_weights(index, [e for layer, e in zeroed if layer == index])
+            gone = [e for layer, e in zeroed if layer == index]
+            plain[index].executor = self._without_weights(index, gone)
+            if plain[index].whole is not None:
+                plain[index].whole = self._without_weights(index, gone, whole=True)
         for block in plain.values():
             block.token_ids_T = ids_T
         with exchanged(self.model, plain):
             final_TH: Tensor = self.model.model(ids_T[None], use_cache=False).last_hidden_state[0]
         return final_TH
 
-    def _without_weights(self, index: int, experts: Sequence[int]) -> Any:
-        """Return the executor of one layer in which ``experts`` have a ``down`` of zeros."""
+    def _without_weights(self, index: int, experts: Sequence[int], whole: bool = False) -> Any:
+        """Return the executor of one layer in which ``experts`` have a ``down`` of zeros; ``whole``: dense else."""
         subject = self.blocks[index].subject
         store = subject.layer.store
         down_NHF = store.dense(DTYPES[subject.spec.dtype])[1].clone()
         down_NHF[[store.slots[expert] for expert in experts]] = 0.0
         backend = self.registry.get("backend", self.case.backend.name).create(self.case.backend.params)
-        return backend.load({index: replace(store, down=down_NHF)}, {index: subject.spec}).layer(index)
+        store, spec = replace(store, down=down_NHF), subject.spec
+        if whole:
+            store, spec = replace(store, sparsity=None), replace(spec, sparsity=None)
+        return backend.load({index: store}, {index: spec}).layer(index)
 
     @property
     def quantized(self) -> bool:

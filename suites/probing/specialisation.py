@@ -1,7 +1,8 @@
 """Probe ``specialisation``: what the kind and the place of a token tell of its experts (after DiT-MoE, 2407.11633).
 
 A text has neither classes nor steps of diffusion: labels are the kinds of tokens that tinymoe is judged by, and
-POSITIONS equal parts of a window. Shape letters: T tokens, K slots, C labels, E experts.
+POSITIONS equal parts of a window. Neighbours resemble each other, so chance is that of whole parts moved within each
+window, and of kinds rotated within it. Shape letters: T tokens, K slots, C labels, E experts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ...contracts import Case, Check, Facts, Metric, Registry, Series
-from ...moe.probes.information import Shared, against_chance, counts, entropy, normalised
+from ...moe.probes.information import (
+    Shared,
+    against_chance,
+    counts,
+    entropy,
+    normalised,
+    parts_moved,
+    rotated,
+)
 from ..models import substream
 from ..training.specialisation import CLASSES, classes_of
 from .base import Stage, holds
@@ -56,10 +65,12 @@ class Specialisation:
         """Judge a layer's Routing by both labels; the information must be what entropies say."""
         expert_TK = torch.cat(self.chosen[index])
         experts, checks = self.scene.shape.experts, []
+        shuffles = {"kind": rotated(self.scene.window), "position": parts_moved(self.scene.window, POSITIONS)}
         for label, (label_T, values) in self.labels().items():
             seed = substream(self.case.seed, "shuffles", label, index)
             args = (label_T, expert_TK, values, experts)
-            self.found[label, index] = found = against_chance(*args, self.case.workload["permutations"], seed)
+            permutations = self.case.workload["permutations"]
+            self.found[label, index] = found = against_chance(*args, permutations, seed, shuffles[label])
             joint_CE = counts(*args)
             checks.append(holds(abs(found.nmi - by_entropies(joint_CE)) < 1e-9, "information is not that of entropies"))
             inside = int(((expert_TK >= 0) & (expert_TK < experts)).sum())

@@ -48,10 +48,10 @@ class Voids:
         return Skipping(self.mode, self.given["alpha"], self.given["kv"], forced)
 
     def whole(self) -> list[Check]:
-        """Judge the model as it is."""
+        """Judge the model as it is, its changed layers in the last window by the oracle."""
         self.plain_TH = self.scene.finals()
         self.losses["dense"] = self.scene.losses(self.plain_TH)
-        return []
+        return self.scene.call_checks()
 
     def adaptive(self) -> list[Check]:
         """Run LAC on every window; of the first see that it is what the definition says."""

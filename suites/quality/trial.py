@@ -98,10 +98,13 @@ def _joined(parts: list[Routing]) -> Routing:
 
 
 def means(per_layer: Sequence[Sequence[Metric]]) -> list[Metric]:
-    """Return each metric's mean over layers; one that a layer lacks is None."""
+    """Return each metric's mean over layers, by its name; one that a layer lacks, or has as None, is None."""
+    by_name: dict[str, list[Metric]] = {}
+    for metric in (metric for metrics in per_layer for metric in metrics):
+        by_name.setdefault(metric.name, []).append(metric)
     result = []
-    for same in zip(*per_layer, strict=True):
+    for same in by_name.values():
         values = [metric.value for metric in same if metric.value is not None]
-        mean = sum(values) / len(same) if len(values) == len(same) else None
+        mean = sum(values) / len(values) if len(values) == len(per_layer) else None
         result.append(replace(same[0], value=mean, n=sum(metric.n or 0 for metric in same)))
     return result

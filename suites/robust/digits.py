@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from ..digits import digits
 from ..models import substream
 
 TEST = 597
@@ -26,11 +27,8 @@ class Digits(NamedTuple):
 
 def load_digits(seed: int) -> Digits:
     """Return the digits in an order that ``seed`` alone decides."""
-    from sklearn.datasets import load_digits as bundled
-
-    found = bundled()
-    image_B1YX = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
-    label_B = torch.tensor(found.target, dtype=torch.long)
+    image_BYX, label_B = digits()
+    image_B1YX = image_BYX[:, None]
     order = torch.randperm(len(label_B), generator=torch.Generator().manual_seed(substream(seed, "digits")))
     train, test = order[TEST:], order[:TEST]
     return Digits(image_B1YX[train], label_B[train], image_B1YX[test], label_B[test])

@@ -146,6 +146,7 @@ def check(model: MoeCnn, image_B1YX: Tensor, worse_B1YX: Tensor, epsilon: float)
     error = float((model(worse_B1YX) - wanted_BK).abs().max() / wanted_BK.abs().max())
     if not error <= BOUND:
         return Check(False, error, BOUND, "the network is not the one of its chosen banks")
-    if float((worse_B1YX - image_B1YX).abs().max()) > epsilon + 1e-6 or not float(worse_B1YX.min()) >= 0:
+    near = float((worse_B1YX - image_B1YX).abs().max()) <= epsilon + 1e-6
+    if not near or not 0 <= float(worse_B1YX.min()) <= float(worse_B1YX.max()) <= 1:
         return Check(False, error, BOUND, "attacked images lie outside their box")
     return Check(True, error, BOUND)

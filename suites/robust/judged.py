@@ -48,7 +48,10 @@ def items_of(task: str, judged: Mapping[str, Sequence[float]]) -> list[Item]:
 
 
 def calibration_error(probs_BC: Tensor, label_B: Tensor) -> float:
-    """Return the mean gap between confidence and accuracy over ``BINS`` bins of confidence, weighted by examples."""
+    """Return the mean gap between confidence and accuracy over ``BINS`` bins, weighted by examples.
+
+    Bins have equal width, as in the paper; ``quality.calibration`` has bins of equal mass, whose figures are others.
+    """
     confidence_B, predicted_B = probs_BC.double().max(dim=1)
     right_B = (predicted_B == label_B).double()
     bin_B = (confidence_B * BINS).long().clamp(max=BINS - 1)

@@ -23,6 +23,8 @@ WIDTH, KEPT = 512, 16
 STEPS, BATCH, RATE = 800, 64, 0.002
 CLASSES = 10
 BOUND = 1e-5
+TIE = 1e-5
+"""Two activations so near to each other, of the largest, may change places in float32."""
 
 
 class LazyMlp(nn.Module):
@@ -47,11 +49,17 @@ class LazyMlp(nn.Module):
 
     @torch.no_grad()
     def oracle(self, image_BI: Tensor) -> Tensor:
-        """Return the logits in float64, by the sum over the channels whose value passes, [B, K]."""
+        """Return the logits in float64, by the sum over the channels that float64 says are the largest, [B, K].
+
+        Of images whose last channel and the next are within TIE of each other the network's own choice is taken.
+        """
         up, down = self.up.weight.double(), self.down.weight.double()
         hidden_BF = (image_BI.double() @ up.T + self.up.bias.double()).relu()
         if self.kept is not None:
-            hidden_BF = hidden_BF * (self.hidden(image_BI) > 0)
+            first = hidden_BF.topk(self.kept + 1, dim=-1)
+            largest_BF = torch.zeros_like(hidden_BF).scatter(-1, first.indices[:, : self.kept], 1.0)
+            tied_B1 = first.values[:, -2:-1] - first.values[:, -1:] <= TIE * first.values[:, :1]
+            hidden_BF = hidden_BF * torch.where(tied_B1, (self.hidden(image_BI) > 0).double(), largest_BF)
         return hidden_BF @ down.T + self.down.bias.double()
 
 

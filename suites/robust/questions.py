@@ -37,13 +37,14 @@ QUESTIONS: Mapping[str, str] = {
 }
 
 SYNONYMS: Sequence[frozenset[str]] = (
-    frozenset({"lives", "dwells", "stays"}),
-    frozenset({"works", "employed", "serves"}),
-    frozenset({"likes", "enjoys", "prefers"}),
+    frozenset({"lives", "resides", "stays"}),
+    frozenset({"works", "toils", "serves"}),
+    frozenset({"likes", "loves", "prefers"}),
     frozenset({"buys", "gets"}),
     frozenset({"house", "home"}),
     frozenset({"much", "plenty"}),
 )
+"""Words that augmentation takes for each other; none that only unseen sentences have, or it would teach these."""
 
 NAMES = tuple(f"name{number}" for number in range(60))
 NEW_NAMES = tuple(f"new{number}" for number in range(20))

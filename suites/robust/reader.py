@@ -43,8 +43,8 @@ class SwitchFfn(nn.Module):
             chosen_N = (expert_N == expert).nonzero()[:, 0]
             own = (x_NH[chosen_N] @ self.up_EFH[expert].T).relu() @ self.down_EHF[expert].T
             y_NH = y_NH.index_add(0, chosen_N, own)
-        weighted_NH: Tensor = y_NH * top_N[:, None]
-        return weighted_NH
+        scaled_NH: Tensor = y_NH * top_N[:, None]
+        return scaled_NH
 
 
 class Reader(nn.Module):

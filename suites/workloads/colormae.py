@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...contracts import Metric, Series
 from ...moe.metrics import load_metrics
+from ..digits import digits_sha256
 from ..models import substream
 from ..workload_plugins import COLOURS, ColorMAE
 from . import digits, noise, transformer
@@ -112,6 +113,7 @@ class ColorMAEWorkload:
         losses = []
         for colour, task in self.tasks.items():
             identity = {"name": "colormae", "params": self.params, "colour": colour, "seed": self.seed}
+            identity["digits"] = digits_sha256()
             losses.append(trained(task, settings, identity, modules))
         return max(losses)
 

@@ -20,6 +20,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ...contracts import Metric
+from ..digits import digits_sha256
 from ..models import substream
 from ..workload_plugins import Delta
 from . import digits
@@ -128,9 +129,9 @@ class DeltaWorkload:
         """Train both."""
         settings = schedule(self.params.steps, 2e-3, self.seed, weight_decay=0.0)
         modules = (sys.modules[__name__], digits)
+        identity = {"name": "delta", "seed": self.seed, "digits": digits_sha256()}
         return max(
-            trained(task, settings, {"name": "delta", "params": task.params, "seed": self.seed}, modules)
-            for task in self.tasks.values()
+            trained(task, settings, {**identity, "params": task.params}, modules) for task in self.tasks.values()
         )
 
     @torch.no_grad()

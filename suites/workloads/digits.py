@@ -1,33 +1,20 @@
-"""The digits of scikit-learn: 1797 images of 8x8 pixels, and how far one set of images is from another.
+"""The digits split by a seed, and how far one set of images is from another.
 
 Shape letters: B images, C classes, D pixels of an image.
 """
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from ...contracts import MoebenchError
+from ..digits import digits
 from ..models import substream
 
 SIDE = 8
 CLASSES = 10
 HELD_OUT = 4
 """One in so many images is held out."""
-
-
-@cache
-def digits() -> tuple[Tensor, Tensor]:
-    """Return all images, float32 [B, 8, 8] in [0, 1], and their classes, int64 [B]."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MoebenchError("the digits need scikit-learn; run pip install 'moebench[workloads]'.") from error
-    data = load_digits()
-    return torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target).long()
 
 
 def split(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

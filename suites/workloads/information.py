@@ -21,7 +21,8 @@ PERMUTATIONS = 20
 def normalised_information(expert_N: Tensor, label_N: Tensor, experts: int) -> float:
     """Return the mutual information of two labellings over the root of the product of their entropies, in [0, 1].
 
-    Zero where one of them is constant.
+    Zero where one of them is constant. The geometric mean of the entropies: probe ``specialisation`` takes the
+    arithmetic one, which is at least as large, and so has figures that are at most these.
     """
     values = int(label_N.max()) + 1
     joint_VE = torch.bincount(label_N * experts + expert_N, minlength=values * experts).view(values, experts).double()

@@ -1,7 +1,7 @@
 """Noise of five colours and the masks that ColorMAE (ECCV 2024) cuts from it: patterns that know nothing of an image.
 
 Red noise is white noise blurred, blue what the blur takes away, green the difference of two blurs, purple what that
-takes away. The paper's widths are not in the seed material; 1 and 2 patches here. Patches with the highest noise are
+takes away. The paper's widths are not known to us; 1 and 2 patches here. Patches with the highest noise are
 visible. Shape letters: M patterns of the bank, S their side, B images, L patches, V visible patches.
 """
 

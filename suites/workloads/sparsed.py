@@ -75,6 +75,7 @@ class SparseDWorkload:
         }
         agreement = {name: self._agreement(prompts, reference, since, blocks) for name, (since, blocks) in ways.items()}
         figures = {**overlaps(recorder.found, first), **self._costs(recorder.found[0], first)}
+        figures["overlap_chance"] = chance(ways["random_after_skip"][1], ways["random_from_start"][1])
         metrics = [
             *(Metric(f"agreement_{name}", value, "1", n=reference.numel()) for name, value in agreement.items()),
             *(Metric(name, value, "1") for name, value in figures.items()),
@@ -124,7 +125,7 @@ class SparseDWorkload:
 
 def overlaps(found: Sequence[Sequence[Tensor]], first: int) -> dict[str, float]:
     """Return mean Jaccard overlaps of masks: of a head in the mask's own step ``first`` and each later one, and of two
-    heads of a layer in one step; and what masks of as many random blocks have."""
+    heads of a layer in one step."""
     masks = torch.stack(
         [torch.stack([as_mask(layer) for layer in step]) for step in found[first:]]
     )  # [S, L, B, A, N, N]
@@ -133,11 +134,15 @@ def overlaps(found: Sequence[Sequence[Tensor]], first: int) -> dict[str, float]:
     heads = masks.shape[3]
     pairs = [(a, b) for a in range(heads) for b in range(a + 1, heads)]
     across = [float(jaccard(masks[:, :, :, a], masks[:, :, :, b]).mean()) for a, b in pairs]
-    density = float(masks.double().mean())
     return {
         "overlap_steps": float(steps.mean()),
         "overlap_last_step": float(steps[-1].mean()),
         "overlap_next_step": float(next_steps.mean()),
         "overlap_heads": mean(across),
-        "overlap_chance": density / (2 - density),
     }
+
+
+def chance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Return the mean overlap of two random choices of blocks, layer by layer, made as the masks are: of the prompt
+    and of the rest each so many, which is more than two choices among all blocks would have."""
+    return mean(float(jaccard(as_mask(a), as_mask(b)).mean()) for a, b in zip(first, second, strict=True))

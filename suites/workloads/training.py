@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from ...contracts import make_key, plain
-from ...moe import artefacts
+from ...moe import artefacts, routing
 from ...moe.artefacts import Artefact
+from ...moe.balance import registry
 from ..models import cache_dir, substream
 from ..models.cache import locked
+from ..training import experts
 from ..training import trainer as trainer_module
 from ..training.settings import Settings
 from ..training.task import Task
@@ -26,9 +28,9 @@ from ..training.trainer import Trainer
 
 
 def sources(modules: Sequence[ModuleType]) -> str:
-    """Return one sha256 over the source files of ``modules`` and of the trainer."""
+    """Return one sha256 over the source files of ``modules``, of the trainer, and of what all models are made of."""
     digest = hashlib.sha256()
-    for module in (*modules, trainer_module):
+    for module in (*modules, trainer_module, experts, registry, routing):
         digest.update(Path(str(module.__file__)).read_bytes() + b"\0")
     return digest.hexdigest()
 

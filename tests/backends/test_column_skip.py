@@ -159,6 +159,33 @@ def test_rules_that_keep_everything_are_the_dense_kernel_bit_for_bit(lab, site):
 
 
 @needs_cc
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_nan_does_not_vanish_in_an_activation(lab, activation, gated):
+    store, x_TH, routing = lab.store(3, activation=activation, gated=gated), lab.tokens(4), lab.routing("hot", 4, 0)
+    x_TH[:] = torch.nan
+    y_TH = executor(lab, store)(x_TH, *lab.inputs(routing, "topk"))
+    assert y_TH[routing.token_N.unique()].isnan().all()
+
+
+@needs_cc
+@pytest.mark.parametrize("what", [torch.nan, torch.inf])
+def test_fixed_channels_are_left_out_whatever_they_hold(lab, what):
+    kept_I = rand(H) > 0.5
+    store = lab.store(3, sparsity=Sparsity({"input": SiteRule(kept=kept_I)}))
+    x_TH, routing = lab.tokens(7), lab.routing("dynamic_k", 7, 1)
+    expected = reference(store, routing, x_TH)
+    x_TH[:, ~kept_I] = what
+    assert compare(executor(lab, store, rule="fixed")(x_TH, *lab.inputs(routing, "topk")), expected, torch.float32).ok
+
+
+def test_a_low_rank_part_where_the_gate_decides_is_refused(lab):
+    asked = SparsitySpec(("input", "gate"), per_expert=True, residual=True)
+    answer = lab.backend("column_skip").supports(dataclasses.replace(lab.spec(lab.store(3)), sparsity=asked))
+    assert answer.reason == "column_skip has no low-rank part where the gate decides; use the eager backend"
+
+
+@needs_cc
 def test_of_equal_scores_the_first_are_kept(lab):
     store = lab.store(3, torch.bfloat16, sparsity=Sparsity({"input": SiteRule(k=5)}))
     x_TH, routing = torch.ones(4, H, dtype=torch.bfloat16), lab.routing("hot", 4, 0)
@@ -251,6 +278,23 @@ def test_it_is_built_once_and_anew_where_a_flag_differs(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
     fresh("column_skip")
     assert len(built(tmp_path)) == 2
+
+
+@needs_cc
+def test_a_library_that_others_may_have_written_is_not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOEBENCH_CACHE", str(tmp_path))
+    fresh = build.library.__wrapped__
+    fresh("column_skip")
+    (name,) = built(tmp_path)
+    library = tmp_path / "kernels" / name
+    library.chmod(0o777)
+    with pytest.raises(MoebenchError, match="can be written by everybody and is not loaded; delete it"):
+        fresh("column_skip")
+    library.chmod(0o755)
+    monkeypatch.setattr(os, "getuid", lambda: library.stat().st_uid + 1)
+    if library.stat().st_uid:
+        with pytest.raises(MoebenchError, match="belongs to user"):
+            fresh("column_skip")
 
 
 @needs_cc

@@ -13,7 +13,8 @@ from moebench.bench import config
 from moebench.bench.config import EngineConfig
 from moebench.bench.plan import Plan, _split, make_plan, plan_hash, plan_lines, shard
 from moebench.contracts import Case, Choice, Execution, MoebenchError, Planned, Registry
-from moebench.suites.base import cold_copies, covering_pairs, residency_of, sweep
+from moebench.suites.base import covering_pairs, residency_of, sweep
+from moebench.suites.cold import cold_copies
 from moebench.suites.estimate import model_seconds
 
 REGISTRY = Registry.load()

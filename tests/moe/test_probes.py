@@ -18,7 +18,7 @@ from moebench.moe.probes.dictionary import (
     train,
 )
 from moebench.moe.probes.flow import carrying, overlap
-from moebench.moe.probes.information import against_chance, counts, normalised
+from moebench.moe.probes.information import against_chance, counts, normalised, parts_moved, rotated
 from moebench.moe.probes.lazy import active_share, largest, nonzero_share
 from moebench.moe.probes.super_experts import Criterion, forming_layers, random_set, super_experts, told
 from moebench.moe.probes.voids import Adaptive, decided, jensen_shannon, matched, uniform
@@ -173,13 +173,41 @@ def test_overlap_is_jaccard():
     assert overlap(first, second) == pytest.approx((1 / 3 + 1) / 2)
 
 
+def dealt_anew(label_T, generator):
+    return label_T[torch.randperm(len(label_T), generator=generator)]
+
+
+def test_experts_that_follow_the_topics_of_a_text_do_not_pass_for_experts_of_places():
+    label_T = torch.arange(8).repeat_interleave(32).repeat(4)  # 4 windows of 8 parts of 32 tokens
+    chances = []
+    for seed in range(20):
+        topic_T = torch.randint(8, (32,), generator=rng(seed)).repeat_interleave(32)
+        args = (label_T, topic_T[:, None], 8, 8, 20, seed)
+        assert against_chance(*args, dealt_anew).p == pytest.approx(1 / 21)  # what an invalid null says
+        chances.append(against_chance(*args, parts_moved(256, 8)).p)
+    assert sum(p < 0.1 for p in chances) <= 6
+    assert sum(chances) / 20 > 0.3
+
+
+@given(seeds, st.integers(1, 40))
+@settings(max_examples=30, deadline=None)
+def test_shuffles_keep_how_often_each_window_has_a_label(seed, tokens):
+    label_T = torch.arange(tokens) % 16 * 4 // 16
+    moved_T, turned_T = parts_moved(16, 4)(label_T, rng(seed)), rotated(16)(label_T, rng(seed))
+    for own_T, part_T, round_T in zip(*(torch.split(x, 16) for x in (label_T, moved_T, turned_T)), strict=True):
+        assert torch.equal(round_T.sort().values, own_T)
+        assert set(part_T.tolist()) == set(own_T.tolist())
+        assert torch.equal(part_T[1:] == part_T[:-1], own_T[1:] == own_T[:-1])
+        assert any(torch.equal(round_T, own_T.roll(by)) for by in range(len(own_T)))
+
+
 def test_information_of_dependent_and_independent_labels():
     label_T = torch.arange(4).repeat(50)
-    whole = against_chance(label_T, label_T[:, None], 4, 4, 50, 0)
+    whole = against_chance(label_T, label_T[:, None], 4, 4, 50, 0, dealt_anew)
     assert whole.nmi == pytest.approx(1)
     assert whole.p == pytest.approx(1 / 51)
     free_T = torch.randint(4, (200,), generator=rng(3))
-    chance = against_chance(label_T, free_T[:, None], 4, 4, 50, 0)
+    chance = against_chance(label_T, free_T[:, None], 4, 4, 50, 0, dealt_anew)
     assert chance.nmi < 0.1
     assert abs(chance.nmi - chance.null) < 0.05
     assert chance.p > 0.02

@@ -15,7 +15,7 @@ from moebench.suites.probe_plugins import FIELDS, OF_EXPERTS
 from moebench.suites.probing import pieces as taken_apart
 from moebench.suites.probing import scene as scenes
 from moebench.suites.probing.dictionary import loss_again
-from moebench.suites.probing.lazy_training import digits
+from moebench.suites.probing.lazy_training import dealt
 from moebench.suites.probing.skipping import Skipping, skipping, visible
 from moebench.suites.probing.trial import ProbeTrial
 
@@ -87,6 +87,24 @@ def test_every_probe_passes_its_checks_and_leaves_the_model_alone(given):
         assert probe.scene.model.config._attn_implementation != "eager"
 
 
+@pytest.mark.parametrize("name", [*OF_EXPERTS, "voids", "activation_flow", "sae"])
+def test_every_probe_takes_sparse_layers_and_a_dense_prefix(name):
+    prefix = 0.0 if name == "voids" else 0.3
+    sparse = ("axes.sparsity=teal", f"params.sparsity.teal.dense_prefix={prefix}", "model.layers=all")
+    facts, probe = probed(f"suite.probe=[{name}]", "suite.mode=[trace]", "suite.quantile=0.9", *sparse)
+    assert facts.metrics
+    assert {call.prefix for call in probe.scene.calls} == {math.ceil(prefix * 32)}
+
+
+@pytest.mark.parametrize("name", ["voids", "activation_flow", "sae"])
+def test_what_a_backend_gets_wrong_is_seen_by_the_oracle(name, monkeypatch):
+    true = scenes.DroppingBlock.computed
+    monkeypatch.setattr(scenes.DroppingBlock, "computed", lambda self, x_TH, routing: 1.1 * true(self, x_TH, routing))
+    failed = through(trial_of(f"suite.probe=[{name}]", "suite.mode=[trace]", "model.layers=all"))
+    assert failed is not None
+    assert failed.error > failed.bound > 0
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +129,7 @@ def test_layers_are_those_that_a_probe_looks_into():
         (["suite.probe=[super_experts]", "model.layers=[]"], "names no layer"),
         (["suite.probe=[voids]", "suite.mode=[trace]", "suite.kv=missing"], "where layers are skipped"),
         (["suite.probe=[sae]", "axes.quantization=int8"], "changes no layer"),
+        (["suite.probe=[voids]", "suite.mode=[trace]", "axes.sparsity=teal", "model.layers=all"], "no known length"),
     ],
 )
 def test_what_makes_no_sense_is_refused(given, sentence):
@@ -164,8 +183,8 @@ def test_dropping_other_experts_than_those_is_wrong(monkeypatch):
 
 
 def test_peaks_of_other_outputs_are_wrong(monkeypatch):
-    true = taken_apart.ffn_hidden
-    monkeypatch.setattr(taken_apart, "ffn_hidden", lambda *args: 1.01 * true(*args))
+    true = taken_apart.hidden_from
+    monkeypatch.setattr(taken_apart, "hidden_from", lambda *args: 1.01 * true(*args))
     for probe in ("super_experts", "lazy_neurons"):
         assert "put together" in through(trial_of(f"suite.probe=[{probe}]")).reason
 
@@ -288,7 +307,7 @@ def test_all_activations_kept_is_the_plain_training():
 
 def test_digits_are_dealt_once():
     pytest.importorskip("sklearn")
-    images, labels, held, held_labels = digits(0)
+    images, labels, held, held_labels = dealt(0)
     assert len(images) == len(labels)
     assert len(held) == len(held_labels) == round(0.25 * 1797)
     assert len(images) + len(held) == 1797

@@ -19,7 +19,16 @@ from moebench.suites.robust.attack import attacked, divergence
 from moebench.suites.robust.digits import CORRUPTIONS, TEST, load_digits
 from moebench.suites.robust.judged import calibration_error, exact_match, f1
 from moebench.suites.robust.moe_cnn import MoeCnn
-from moebench.suites.robust.questions import KNOWN, NAMES, NEW_NAMES, UNSEEN, augmented, example, vocabulary
+from moebench.suites.robust.questions import (
+    KNOWN,
+    NAMES,
+    NEW_NAMES,
+    SYNONYMS,
+    UNSEEN,
+    augmented,
+    example,
+    vocabulary,
+)
 from moebench.suites.robust.reader import Reader, SwitchFfn
 from moebench.suites.robust.trial import RobustTrial
 
@@ -95,6 +104,7 @@ def test_the_network_is_that_of_its_chosen_banks_and_another_is_seen():
     assert "not the one of its chosen banks" in images.check(model, image, image, 0.1).reason
     model.chosen_alone = broken
     assert "outside their box" in images.check(model, image, (image + 0.3).clamp(0, 1), 0.1).reason
+    assert "outside their box" in images.check(model, image, image + 0.05, 0.1).reason  # brighter than 1
 
 
 def test_advmoe_takes_turns_that_share_no_parameter():
@@ -133,6 +143,15 @@ def test_only_the_largest_activations_pass_and_the_oracle_agrees(kept):
     torch.testing.assert_close(model(image_BI).double(), model.oracle(image_BI), rtol=1e-5, atol=1e-5)
 
 
+def test_a_network_that_passes_others_than_the_largest_is_caught(monkeypatch):
+    torch.manual_seed(0)
+    digits, model = load_digits(0), neurons.LazyMlp(16)
+    assert neurons.judged(model, digits, 0).check.ok
+    true = neurons.LazyMlp.hidden
+    monkeypatch.setattr(neurons.LazyMlp, "hidden", lambda self, image: true(self, image) * (torch.arange(512) % 2))
+    assert not neurons.judged(model, digits, 0).check.ok
+
+
 def test_so_many_labels_are_wrong_as_was_asked():
     label_B = load_digits(0).train_label_B
     moved = neurons.wrong_labels(label_B, 0.3, 0)
@@ -155,6 +174,13 @@ def test_a_question_has_its_answer_in_the_sentence_of_the_person_it_asks_for(tem
         (sentence,) = [part for part in context.split(" .") if answer in part]
         assert who in sentence.split()
         assert set(one.words) <= words.keys()
+
+
+def test_augmentation_teaches_no_word_of_unseen_sentences():
+    known, unseen = (
+        {word for texts in told.values() for text in texts for word in text.split()} for told in (KNOWN, UNSEEN)
+    )
+    assert not {word for group in SYNONYMS for word in group} & (unseen - known)
 
 
 def test_augmentation_keeps_question_and_answer_and_changes_the_context():
@@ -198,6 +224,19 @@ def test_a_reader_that_sees_what_fills_a_batch_up_is_caught():
         right = model(answers.numbered(batch, words))
         assert answers.check(model, batch, words, right).ok
         assert not answers.check(model, batch, words, right + 0.1 * torch.randn_like(right)).ok
+        assert not answers.check(model, batch, words, right * float("nan")).ok
+
+
+def test_a_switch_layer_without_its_probability_is_caught(monkeypatch):
+    torch.manual_seed(0)
+    words = vocabulary()
+    model = Reader(len(words) + 1, 4, words["?"]).eval()
+    batch = [example(random.Random(seed), KNOWN, NAMES) for seed in range(4)]
+    true = SwitchFfn.forward
+    monkeypatch.setattr(SwitchFfn, "forward", lambda self, x_NH: 2 * true(self, x_NH))
+    with torch.no_grad():
+        found = answers.check(model, batch, words, model(answers.numbered(batch, words)))
+    assert "not the chosen expert times its probability" in found.reason
 
 
 # --- the suite -------------------------------------------------------------------------------------------------------

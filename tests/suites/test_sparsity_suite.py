@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from moebench.bench.run import planned
-from moebench.contracts import Registry
+from moebench.contracts import Metric, Registry
+from moebench.moe.sparsifiers import steps
 from moebench.suites.quality.sparsified import CHUNKS, SparsityTrial
-from moebench.suites.quality.trial import AccuracyTrial
+from moebench.suites.quality.trial import AccuracyTrial, means
 
 TEXT = ("model.layers=all", "suite.tokens=256", "suite.window=64")
 
@@ -57,6 +58,24 @@ def test_figures_are_those_of_accuracy_and_densities_lie_at_their_targets(smoke)
         assert sum(by_layer) / 2 == pytest.approx(found[f"density_{site}"].value)
     assert 0.4 < found["kept_flops"].value < 0.6
     assert found["calibration_elapsed"].value > 0
+
+
+def test_metrics_of_layers_are_matched_by_name_and_one_that_a_layer_lacks_is_none():
+    first = [Metric("a", 1.0, "1", n=2), Metric("b", 3.0, "1")]
+    found = means([first, [Metric("b", 5.0, "1"), Metric("c", 7.0, "1")], [Metric("b", None, "1")]])
+    assert [(metric.name, metric.value) for metric in found] == [("a", None), ("b", None), ("c", None)]
+    (b,) = [metric for metric in means([first, first[::-1]]) if metric.name == "b"]
+    assert b.value == 3.0
+
+
+def test_a_site_that_one_layer_leaves_alone_has_figures(smoke, monkeypatch):
+    greedy = ("axes.sparsity=teal", "params.sparsity.teal.allocation=greedy", "params.sparsity.teal.level=0.02")
+    sites = iter(["input", "hidden"] * 4)
+    monkeypatch.setattr(steps, "greedy_levels", lambda *args: {"input": 0.0, "hidden": 0.0, next(sites): 0.3})
+    found, _, _ = judged(*smoke, *TEXT, *greedy)
+    assert found["density_input"].value == pytest.approx(0.85, abs=0.05)
+    assert found["density_hidden"].value == pytest.approx(0.85, abs=0.05)
+    assert found["tls_input"].value is found["tls_hidden"].value is None  # of one layer of two
 
 
 def test_what_neighbours_leave_out_together_is_less_the_more_they_are(smoke):

@@ -118,6 +118,13 @@ def test_a_diverged_training_and_a_figure_that_is_no_number_are_refused(cache):
     [
         ("suite=lemo suite.kept=0", "kept=0"),
         ("suite=lemo suite.block=48", "must divide tokens"),
+        ("suite=lemo suite.segments=0", "segments=0 must be at least 1"),
+        ("suite=lemo suite.pairs=0", "pairs=0"),
+        ("suite=sparsed suite.depth=0", "depth=0"),
+        ("suite=delta suite.steps=0", "steps=0"),
+        ("suite=delta suite.widths=[]", "at least one layer"),
+        ("suite=colormae suite.patterns=-1", "patterns=-1"),
+        ("suite=dit_moe suite.batch=0", "batch=0"),
         ("suite=sparsed suite.prompt=30", "must divide tokens"),
         ("suite=sparsed suite.skip=1", "skip=1"),
         ("suite=delta suite.canvas=8", "wider than 8"),
@@ -142,6 +149,14 @@ def test_weights_are_trained_once_for_each_seed(cache, monkeypatch):
     weights = [trial.workload.task.model.out.weight for trial in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_weights_are_of_the_sources_that_all_models_are_made_of(monkeypatch):
+    before = training.sources([noise])
+    for part in ("experts", "registry", "routing"):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, part, noise)
+            assert training.sources([noise]) != before
 
 
 # --- base ------------------------------------------------------------------------------------------------------------
@@ -234,6 +249,19 @@ def test_jaccard_of_known_masks():
     a, b = torch.tensor([[True, True], [False, False]]), torch.tensor([[True, False], [True, False]])
     assert float(block_attention.jaccard(a, b)) == pytest.approx(1 / 3)
     assert float(block_attention.jaccard(a, a)) == 1
+
+
+def test_overlap_by_chance_is_that_of_choices_within_prompt_and_rest():
+    rng = torch.Generator().manual_seed(0)
+    draws = [
+        [block_attention.select(torch.rand(64, 4, 16, 16, generator=rng), 1, 0.3) for _ in range(2)] for _ in range(2)
+    ]
+    mask = [[block_attention.as_mask(layer) for layer in draw] for draw in draws]
+    both = sum(int((a & b).sum()) for a, b in zip(*mask, strict=True))
+    either = sum(int((a | b).sum()) for a, b in zip(*mask, strict=True))
+    density = float(torch.stack(mask[0]).double().mean())
+    assert sparsed.chance(*draws) == pytest.approx(both / either, abs=5e-3)
+    assert sparsed.chance(*draws) > density / (2 - density) + 0.03  # the one block of the prompt is always shared
 
 
 # --- delta -----------------------------------------------------------------------------------------------------------
