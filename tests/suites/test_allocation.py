@@ -7,6 +7,7 @@ import torch
 
 from moebench.bench.run import planned
 from moebench.contracts import MoebenchError, Registry
+from moebench.suites.probing.scene import Scene
 from moebench.suites.quality.attention import QuantizedAttention, attention_maps
 from moebench.suites.quality.backends import BackendTrial
 from moebench.suites.quality.stored import stored_metrics
@@ -97,6 +98,18 @@ def test_both_sides_of_backend_kl_have_the_attention_quantized():
     window = trial.run(0)
     assert float(window.scores_TC[:, 2].abs().max()) == 0
     assert trial.verify(0, window).ok
+
+
+def test_probes_read_what_quantized_attention_says():
+    (case,) = cases(*ACCURACY, *ATTENTION)
+    scene = Scene(case, REGISTRY)
+    (ids_T,) = scene.windows()
+    found = scene.forward(ids_T), scene.undropped(ids_T)
+    torch.testing.assert_close(*found)
+    scene.changed.attention.packed = []
+    for made_TH, spared_TH in zip(found, (scene.forward(ids_T), scene.undropped(ids_T)), strict=True):
+        assert not torch.allclose(made_TH, spared_TH)
+    scene.close()
 
 
 def test_what_a_suite_cannot_do_is_refused_in_a_sentence():
