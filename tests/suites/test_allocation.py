@@ -66,6 +66,7 @@ def test_the_stored_bits_of_a_model_count_experts_and_attention_and_keep_the_bud
     metrics = {metric.name: metric.value for metric in stored_metrics(trial.changed)}
     assert metrics["stored_bits_per_weight"] == pytest.approx(plan.cost, rel=1e-12)
     assert metrics["stored_bits_per_weight"] <= 4.7
+    assert metrics["planned_bits_per_weight"] == plan.cost
     assert [bits.attention for bits in plan.layers.values()] == [4, 4, 4]
     experts = sum(subject.layer.store.nbytes for subject in trial.subjects.values())
     assert metrics["expert_bytes"] == experts
