@@ -118,7 +118,7 @@ def layer_series(layers: Mapping[int, Layer]) -> tuple[Series, ...]:
         layer = layers[index]
         bits = [8.0 * b / w for b, w in zip(layer.bytes_E, layer.weights_E, strict=True)]
         found.append(Series("bits_per_weight_by_expert", tuple(bits), "bit", index))
-        rows = [] if layer.weight_squares_E2 is None else layer.weight_squares_E2.split(1)
+        rows = [] if layer.weight_squares_E2 is None else [pair_2[None] for pair_2 in layer.weight_squares_E2]
         errors = [error for row_12 in rows if (error := _relative([row_12])) is not None]
         if rows and len(errors) == len(rows):
             found.append(Series("weight_error_by_expert", tuple(errors), "1", index))

@@ -176,8 +176,9 @@ def active_parameters(student: Any) -> float:
 
 def used_parameters(student: Any) -> int:
     """Return how many parameters a student has, without routers and experts of FFNs that are never on."""
-    off = [p for ffn in student.modules() if isinstance(ffn, SplitFFN) and not ffn.on for p in ffn.routed_parameters()]
-    return sum(p.numel() for p in student.parameters()) - sum(p.numel() for p in off)
+    off = [ffn for ffn in student.modules() if isinstance(ffn, SplitFFN) and not ffn.on]
+    unused = {id(parameter) for ffn in off for parameter in ffn.routed_parameters()}
+    return sum(int(parameter.numel()) for parameter in student.parameters() if id(parameter) not in unused)
 
 
 class BlockTask(LanguageModelTask):
