@@ -151,7 +151,8 @@ def test_other_stages_are_calibrated_on_what_the_experts_read():
     for one, dense, stats in zip(layer.store.gate_up, made.gate_up, known.gate_up, strict=True):
         assert torch.equal(one.codes, gptq.encode(dense, Gptq(group=None), stats).codes)
     read_NH = read_TH[routing.token_N].abs().flatten()
-    assert float((read_NH <= layer.store.sparsity.thresholds["input"]).float().mean()) == pytest.approx(0.5, abs=0.01)
+    threshold = layer.store.sparsity.sites["input"].threshold
+    assert float((read_NH <= threshold).float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
 # --- what rounding costs ---------------------------------------------------------------------------------------------
