@@ -16,18 +16,23 @@ class Split:
     """Where experts are divided: hot from ``tokens`` on, once those that are have ``beyond`` more than that in sum.
 
     The hot kernel has a price for its call as well as for each token; ``beyond`` are the tokens that pay it.
+    ``few_to`` is how many tokens were tried where few experts in a call were hot at none, so that the price is unknown.
     """
 
     tokens: int
     beyond: int = 0
+    few_to: int | None = None
 
 
-def split(few: int, at_few: int, many: int, at_many: int) -> Split:
+def split(few: int, at_few: int, many: int, at_many: int, limit: int) -> Split:
     """Return the Split of two crossovers: ``at_few`` tokens each for ``few`` experts in a call, and so for ``many``.
 
     Where the hot kernel gains s for each token beyond n and pays f for a call, e experts break even at n + f / (e s)
     tokens each: two numbers of experts give n and f / s. Where ``at_few`` is not above ``at_many``, f is nothing.
+    Beyond ``limit`` ``at_few`` says no more than that, and f stays unknown: then ``at_many`` alone divides.
     """
+    if many > few and at_few > limit >= at_many:
+        return Split(at_many, few_to=limit)
     if many <= few or at_few <= at_many:
         return Split(at_many)
     tokens = max(1, round((many * at_many - few * at_few) / (many - few)))

@@ -101,7 +101,7 @@ class DuplexExecutor(SortedExecutor):
             few, many = (min(number, len(experts)) for number in (FEW, MANY))
             at_many = crossover(partial(is_hot, many), limit)
             at_few = crossover(partial(is_hot, few), limit) if few < many and at_many <= limit else at_many
-        return split(few, at_few, many, at_many)
+        return split(few, at_few, many, at_many, limit)
 
     def _told(self, how: str) -> str:
         """Return the crossovers and the bytes of both forms, in words."""
@@ -138,6 +138,8 @@ def _name(kind: Kind) -> str:
 
 
 def _price(one: Split) -> str:
+    if one.few_to is not None:
+        return f", few experts: not up to {one.few_to}"
     return f", if {one.beyond} beyond that in all" if one.beyond else ""
 
 

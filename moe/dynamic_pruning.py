@@ -9,6 +9,7 @@ it receives. Shape letters: T tokens, H hidden, N assignments, B sequences, S po
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -41,8 +42,12 @@ class PruningRule:
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.beta or 0.0) < 0 or not 0 <= self.protect <= 1:
-            raise ValueError(f"beta={self.beta} must not be negative, and protect={self.protect} lie in [0, 1].")
+        if self.beta is not None and not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta={self.beta} must be a finite number, and not negative.")
+        if not 0 <= self.protect <= 1:
+            raise ValueError(f"protect={self.protect} must lie in [0, 1].")
+        if self.rate is not None and (self.by != "random" or not 0 <= self.rate <= 1):
+            raise ValueError(f"rate={self.rate} must lie in [0, 1], and goes with by=random alone, not by={self.by}.")
 
     @property
     def reads_beta(self) -> bool:
@@ -156,8 +161,8 @@ class OnlinePruning(Router):
     """A router whose Routing is pruned token by token; everything else is the router's own.
 
     Protection ranks the tokens of one call, so that with it, or with as many random choices, later tokens matter to
-    earlier ones. Importance by attention reads ``attn`` of the Context, and is the norm alone where that is not there.
-    Where the Context names a ``prompt``, its tokens alone are ranked, by attention among themselves, and protected.
+    earlier ones. Importance by attention reads ``attn`` of the Context. Where the Context names a ``prompt``, its
+    tokens alone are ranked, by attention among themselves, and protected.
     """
 
     def __init__(self, router: Router, rule: PruningRule) -> None:
@@ -180,10 +185,11 @@ class OnlinePruning(Router):
             if ctx.rng is None:
                 raise ValueError("protection by 'random' needs rng in the Context; give a torch.Generator.")
             return torch.rand(prompt, generator=ctx.rng, device=ctx.rng.device).to(x_TH.device)
-        attn = ctx.attn if "attn" in self.needs else None
-        if attn is not None and ctx.prompt is not None:
-            attn = attn[..., :prompt, :prompt]
-        return importance(x_TH[:prompt], attn)
+        if self.rule.protect == 0 or self.rule.importance == "norm":
+            return importance(x_TH[:prompt])
+        if ctx.attn is None:
+            raise ValueError("protection by 'attention' needs attn in the Context; give it, or importance='norm'.")
+        return importance(x_TH[:prompt], ctx.attn[..., :prompt, :prompt] if ctx.prompt is not None else ctx.attn)
 
     def update(self, routing: Routing, signal: Any = None) -> None:
         """Hand everything on to the router."""

@@ -11,24 +11,23 @@ import torch
 from torch import Tensor
 
 from ..contracts import Case, Descriptor, Registry, load_attribute, make_key
-from .artefacts import Artefact, cached, sources_sha256, tensors_sha256
+from .artefacts import sources_sha256, tensors_sha256
 from .bits.params import LayerBits
-from .bits.shared import shared_of, store_of
-from .bits.step import shared_step
-from .channel_artefacts import sparsified, sparsity_artefact, sparsity_of
-from .channels import Sparsity
+from .bits.shared import shared_of
 from .experts import Constants, ExpertStore
-from .fold_stage import FoldedLayer, FoldStep, Unscaled, check_rescaled, check_rounded, gate_of, with_gate
+from .fold_stage import FoldedLayer, Unscaled, check_rescaled, check_rounded
 from .layer import LayerWeights, PreparedLayer, RoundedGate, scaled_input
 from .quantization import Seen
-from .router import Router, RouterBundle
-from .routing import Context
+from .router import RouterBundle
 from .shapes import ModelShape
-from .stage_artefacts import (
-    quantized_artefact,
-    quantized_of,
-    weights_artefact,
-    weights_of,
+from .stage_artefacts import weights_artefact
+from .stages import (
+    apply_fold,
+    apply_quantization,
+    apply_sparsity,
+    apply_structure,
+    calibrate_router,
+    quantize_shared,
 )
 from .stand_ins import StandIns, alone
 from .stored import stored_after
@@ -57,11 +56,12 @@ class Stage(NamedTuple):
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this step from another: name, version, parameters, and the sources behind it."""
+        behind = [self.descriptor.factory, *filter(None, [getattr(self.params, "fold", None)])]
         return {
             "name": self.descriptor.name,
             "version": self.descriptor.version,
             "params": self.params,
-            "sources": sources_sha256(self.descriptor.factory),
+            "sources": [sources_sha256(place) for place in behind],
         }
 
 
@@ -130,11 +130,11 @@ def finish_layer(recipe: Recipe, begun: Begun, bits: LayerBits | None = None) ->
     """
     seen, cache = replace(begun.seen, bits=bits), begun.cache
     with torch.no_grad():
-        store, parent = _quantized(recipe, begun.layer.store, seen, begun.origin, cache)
+        store, parent = apply_quantization(recipe, begun.layer.store, seen, begun.origin, cache)
         store = replace(store, stored=None)
-        shared_store = _quantized_shared(recipe, seen, begun.origin, cache)
+        shared_store = quantize_shared(recipe, seen, begun.origin, cache)
         seen = replace(seen, ctx=alone(begun.fields, seen.router, seen.layer, store))
-        store = _sparsified(recipe, store, seen, parent, cache)
+        store = apply_sparsity(recipe, store, seen, parent, cache)
     shared = seen.shared
     if shared is not None and shared_store is not None:
         shared = shared_of(shared, shared_store)
@@ -164,7 +164,7 @@ def begin_layer(
     with torch.no_grad():
         stored = stored_after(recipe.structure.params, weights.stored)
         parent = "" if cache is None else root_key(weights, shape, calibration_TH, seed, identity)
-        weights, parent = _structured(recipe.structure, weights, calibration_TH, seed, parent, cache)
+        weights, parent = apply_structure(recipe.structure, weights, calibration_TH, seed, parent, cache)
         weights = rounded(weights, dtype)
         layer = int(identity.get("layer", 0))
         make_router, own_seed = recipe.routing.create(), router_seed(seed, layer)
@@ -173,16 +173,16 @@ def begin_layer(
         fields = StandIns(len(x_TH), len(bundle.kinds), recipe.routing.params, seed)
         told = {"dtype": str(dtype), "parent": parent}
         ctx = alone(fields, bundle.router, layer, _store(weights, bundle, dtype))
-        _calibrated(recipe.routing, bundle.router, x_TH, ctx, told, cache)
+        calibrate_router(recipe.routing, bundle.router, x_TH, ctx, told, cache)
         made, gate = FoldedLayer(weights), None
         if hasattr(recipe.quantization.params, "fold"):
-            made, parent = _folded(recipe, weights, bundle, x_TH, ctx, shape, own_seed, parent, cache)
+            made, parent = apply_fold(recipe, weights, bundle, x_TH, ctx, shape, own_seed, parent, cache)
             weights = made.weights
         if made.gate is not None and weights.router_EH is not None:
             gate = RoundedGate(made.gate, bundle.router)
             bundle = make_router(weights, shape, own_seed)
             check_rounded(bundle, weights.router_EH, recipe.routing.descriptor.name)
-            _calibrated(recipe.routing, bundle.router, x_TH, ctx, {**told, "parent": parent}, cache)
+            calibrate_router(recipe.routing, bundle.router, x_TH, ctx, {**told, "parent": parent}, cache)
         store, router = _store(weights, bundle, dtype), bundle.router
         store = replace(store, stored=stored if bundle.input_scale == 1.0 else None)
         if weights.input_scale_H is not None:
@@ -237,117 +237,3 @@ def rounded(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
 
 def _constants(constants: Constants, dtype: torch.dtype) -> Constants:
     return Constants(constants.gate_C2H.to(dtype), constants.value_CH.to(dtype))
-
-
-# --- stages: a step that changes nothing has no artefact -------------------------------------------------------------
-
-
-def _kept(stage: Stage, cache: Path | None) -> Path | None:
-    return cache if stage.makes else None
-
-
-def _structured(
-    stage: Stage, weights: LayerWeights, calibration_TH: Tensor, seed: int, parent: str, cache: Path | None
-) -> tuple[LayerWeights, str]:
-    inputs = {"stage": "structure", **stage.identity(), "parent": parent}
-    made = cached(
-        _kept(stage, cache),
-        inputs,
-        lambda: stage.create()(weights, calibration_TH, seed),
-        weights_artefact,
-        weights_of,
-    )
-    return made, make_key(inputs)
-
-
-def _folded(
-    recipe: Recipe,
-    weights: LayerWeights,
-    bundle: RouterBundle,
-    x_TH: Tensor,
-    ctx: Context,
-    shape: ModelShape,
-    seed: int,
-    parent: str,
-    cache: Path | None,
-) -> tuple[FoldedLayer, str]:
-    stage, routing = recipe.quantization, recipe.routing
-    check_rescaled(weights, bundle, routing.descriptor.name)
-    told = {"dtype": str(weights.gate_up.dtype), "routing": routing.identity(), "parent": parent}
-    inputs = {"stage": "fold", **stage.identity(), **told}
-    step: FoldStep = load_attribute(stage.params.fold)
-
-    def restored(artefact: Artefact) -> FoldedLayer:
-        kept, gate = gate_of(artefact)
-        return FoldedLayer(weights_of(kept), gate, artefact.meta["short"])
-
-    made = cached(
-        cache,
-        inputs,
-        lambda: step(stage.params, weights, bundle.router(x_TH, ctx), x_TH, routing.params.max_k(shape), seed),
-        lambda folded: with_gate(weights_artefact(folded.weights), folded),
-        restored,
-    )
-    return made, make_key(inputs)
-
-
-def _calibrated(
-    stage: Stage, router: Router, x_TH: Tensor, ctx: Context, origin: Mapping[str, Any], cache: Path | None
-) -> None:
-    """Tell ``router`` what calibration says, where its parameters ask for it.
-
-    The router reads what the dense model's layer reads, so nothing that is done to the experts changes the outcome: it
-    is known before they are quantized, and codecs that look at traffic see that which the layer will have.
-    """
-    if not stage.calibrated:
-        return
-    inputs = {"stage": "routing", **stage.identity(), **origin}
-    kept = cached(cache, inputs, lambda: Artefact(router.calibration(x_TH, ctx), {}), lambda own: own, lambda own: own)
-    router.adopt(kept.tensors)
-
-
-def _quantized(
-    recipe: Recipe, store: ExpertStore, seen: Seen, origin: Mapping[str, Any], cache: Path | None
-) -> tuple[ExpertStore, str]:
-    stage = recipe.quantization
-    inputs = {"stage": "quantization", **stage.identity(), **origin}
-    if stage.calibrated:
-        inputs["routing"] = recipe.routing.identity()
-    if seen.bits is not None:
-        inputs["bits"] = seen.bits.experts
-    made = cached(
-        _kept(stage, cache),
-        inputs,
-        lambda: stage.create()(store, seen if stage.calibrated else None),
-        quantized_artefact,
-        lambda artefact: quantized_of(store, artefact),
-    )
-    return made, make_key(inputs)
-
-
-def _quantized_shared(recipe: Recipe, seen: Seen, origin: Mapping[str, Any], cache: Path | None) -> ExpertStore | None:
-    """Return the shared expert's bytes where a plan gives it bits, otherwise None."""
-    bits = None if seen.bits is None else seen.bits.shared
-    if bits is None or seen.shared is None:
-        return None
-    stage, dense = recipe.quantization, store_of(seen.shared)
-    return cached(
-        cache,
-        {"stage": "shared", **stage.identity(), **origin, "routing": recipe.routing.identity(), "bits": bits},
-        lambda: shared_step(stage.params, seen, bits),
-        quantized_artefact,
-        lambda artefact: quantized_of(dense, artefact),
-    )
-
-
-def _sparsified(recipe: Recipe, store: ExpertStore, seen: Seen, parent: str, cache: Path | None) -> ExpertStore:
-    if recipe.sparsity.descriptor.name == "none":
-        return store
-    stage = recipe.sparsity
-    inputs = {"stage": "sparsity", **stage.identity(), "routing": recipe.routing.identity(), "parent": parent}
-
-    def build() -> Sparsity | None:
-        made: ExpertStore = stage.create()(store, seen.router(seen.x_TH, seen.ctx), seen.x_TH, seed=seen.seed)
-        return made.sparsity
-
-    return sparsified(store, cached(cache, inputs, build, sparsity_artefact, sparsity_of))

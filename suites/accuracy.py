@@ -97,7 +97,10 @@ def text_refusal(case: Case, registry: Registry) -> str | None:
     params = registry.params("routing", case.routing)
     prompted = bool(case.workload.get("prompt")) and getattr(params, "causal_after_prompt", False)
     if not getattr(params, "causal", True) and not prompted:
-        return f"routing '{case.routing}' looks at later tokens, which a language model must not; use suite=routing."
+        remedy = "give suite.prompt=N, or use" if getattr(params, "causal_after_prompt", False) else "use"
+        return (
+            f"routing '{case.routing}' looks at later tokens, which a language model must not; {remedy} suite=routing."
+        )
     absent = getattr(params, "beyond_text", None)
     if absent is not None and not (prompted and absent == "attn"):
         return (

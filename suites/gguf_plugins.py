@@ -27,12 +27,13 @@ class GgufModel:
 
     @property
     def recorded(self) -> bool:
-        """Whether the file has a tokenizer and transformers is here, so that text can be given to the whole model."""
-        from .models.gguf_config import TOKENIZER
+        """Whether text can be given to the whole model: all of it can be carried over, and a tokenizer is there."""
+        from .models.gguf_config import TOKENIZER, check_whole
 
         if importlib.util.find_spec("transformers") is None:
             return False
         try:
+            check_whole(self._file())
             return TOKENIZER in self._file().metadata
         except MoebenchError:
             return False

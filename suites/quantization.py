@@ -28,8 +28,11 @@ class QuantizationSuite(AccuracySuite):
         """Yield one case per method and dtype; the first that runs has the seconds that the model takes to load."""
         loading = 0.0
         for planned in super().cases(config, registry):
+            if planned.refusal is not None:
+                yield planned
+                continue
             yield replace(planned, seconds=planned.seconds - loading + _encoding_seconds(planned.case, registry))
-            loading = STARTED if planned.refusal is None else loading
+            loading = STARTED
 
     def refusal(self, case: Case, registry: Registry) -> str | None:
         """Return None but where attention is to leave out inputs: what cannot be judged on text has bytes and errors
@@ -44,14 +47,12 @@ class QuantizationSuite(AccuracySuite):
 
 
 def _encoding_seconds(case: Case, registry: Registry) -> float:
-    model = registry.params("model", case.model).shape()
-    try:
-        shape = registry.params("structure", case.structure).reshape(model)
-    except ValueError:  # refused already, with this reason
+    params = registry.params("quantization", case.quantization)
+    if getattr(params, "as_stored", False):  # nothing is encoded: the bytes are the file's
         return 0.0
+    shape = registry.params("structure", case.structure).reshape(registry.params("model", case.model).shape())
     weights = shape.experts * shape.matrices * shape.hidden * shape.width
-    codec = registry.params("quantization", case.quantization).scheme().codec
-    return float(len(case.layers) * weights * ENCODING.get(codec, OTHER))
+    return float(len(case.layers) * weights * ENCODING.get(params.scheme().codec, OTHER))
 
 
 def create(params: object) -> QuantizationSuite:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 from .allocators import (
@@ -109,8 +110,8 @@ def _protected(params: Allocation, features: Features, seed: int) -> Rule:
 
 
 def _most(params: Allocation, order: list[int]) -> Rule:
-    """Return the rule that promotes at most ``params.share`` of the units."""
-    return promote(order[: math.ceil(params.share * len(order))])
+    """Return the rule that promotes at most ``params.share`` of the units, exactly as it is written."""
+    return promote(order[: math.floor(Fraction(repr(params.share)) * len(order))])
 
 
 def _pmq(params: Allocation, features: Features, seed: int) -> Rule:

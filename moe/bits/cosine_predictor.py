@@ -38,10 +38,11 @@ class Predictor(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A trained predictor and how it does on tokens that it was not trained on.
+    """A trained predictor and how it does on tokens whose gradients it never saw, but which chose its epoch.
 
-    ``held_out_error`` is its mean squared error and ``held_out_variance`` the variance of their cosines: an error not
-    below the variance says that it learned nothing. ``epochs`` were run; the predictor is that of the best of them.
+    ``held_out_error`` is its mean squared error, the least of all epochs, so that it flatters the predictor, and
+    ``held_out_variance`` the variance of their cosines: an error not below the variance says that it learned nothing.
+    ``epochs`` were run; the predictor is that of the best of them.
     """
 
     predictor: Predictor

@@ -26,13 +26,14 @@ class Mixed:
 
     ``by`` is the rule: PMQ's integer program (MC-MoE, arXiv 2410.06270); the error per bit (``greedy``); those of
     QuantMoE-Bench (arXiv 2406.08155): the busiest experts or those with outliers first, the ``first`` or ``last``
-    ``layers``, layers by the predicted ``cosine`` of what they read and what they say (without the residual stream),
-    the ``shared`` expert or ``attention`` first; ``random``, ``random_layers`` or ``uniform``, which these are held
-    against. ``share`` is the largest part of the units that ``random``, ``frequency``, ``outlier`` and ``cosine``
-    raise. ``alpha``, ``beta`` and ``gamma`` are PMQ's exponents of frequency, routing weight and error (the released
-    code never uses its gamma: that is 1); ``one_of_each`` wants it to use the two widest choices at least once. Errors
-    are those of rounding to nearest; the weights are then in ``codec``, ``group`` input channels to a scale. One bit is
-    a sign (in ``hqq``, which only seeks offsets, that of rounding to nearest).
+    ``layers``, layers by the predicted ``cosine`` of what they read and what they say (without the residual stream; the
+    predictor's error is the least over epochs, of the tokens that also stop its training), the ``shared`` expert or
+    ``attention`` first; ``random``, ``random_layers`` or ``uniform``, which these are held against. ``share`` is the
+    largest part of the units that ``random``, ``frequency``, ``outlier`` and ``cosine`` raise. ``alpha``, ``beta`` and
+    ``gamma`` are PMQ's exponents of frequency, routing weight and error (the released code never uses its gamma: that
+    is 1); ``one_of_each`` wants it to use the two widest choices at least once. Errors are those of rounding to
+    nearest; the weights are then in ``codec``, ``group`` input channels to a scale. One bit is a sign (in ``hqq``,
+    which only seeks offsets, that of rounding to nearest).
 
     The budget is spent in each layer (``scope: layer``), or once over the layers ``over`` of the model (``scope:
     model``; none named: all that hold experts), whichever of them are then run. There the layers' shared experts
@@ -107,11 +108,18 @@ class Mixed:
 
     def refusal(self, layers: Sequence[int], available: Sequence[int], whole_model: bool) -> str | None:
         """Return why ``layers`` cannot be quantized so, or None; ``whole_model``: their attention is run, too."""
+        empty = sorted(set(self.over) - set(available))
+        if empty:
+            return f"layer {empty[0]} of over holds no experts; name layers of {sorted(available)}"
+        span = available if self.scope == "layer" else self.span(available)
+        unprotected = sorted({layer for layer, _ in self.protected} - set(span))
+        if unprotected:
+            return f"protected layer {unprotected[0]} has no experts in the budget; name layers of {sorted(span)}"
         if self.scope == "layer":
             return None
-        absent = sorted(set(self.span(available)) - set(available)) or sorted(set(layers) - set(self.span(available)))
+        absent = sorted(set(layers) - set(span))
         if absent:
-            return f"layer {absent[0]} has no part in a budget over layers {list(self.span(available))}; change over"
+            return f"layer {absent[0]} has no part in a budget over layers {list(span)}; change over"
         if self.attention and not whole_model:
             return (
                 "attention=true quantizes what is around the layers, which this suite does not run; use suite=accuracy"

@@ -75,17 +75,6 @@ class LayerBits:
 
 
 @dataclass(frozen=True)
-class Balance:
-    """Balanced calibration (EAQuant, arXiv 2506.13329): ``ratio`` of its expected tokens for every expert, 0 = off."""
-
-    ratio: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.ratio < 0:
-            raise ValueError(f"ratio={self.ratio} must not be negative")
-
-
-@dataclass(frozen=True)
 class CosinePredictor:
     """The predictor of a block's importance (QuantMoE-Bench, arXiv 2406.08155): an MLP with one layer of ``width``.
 

@@ -103,7 +103,7 @@ def read_matrices(path: Path, names: Collection[str]) -> dict[str, tuple[GgufTen
 def _matrices(file: GgufFile, place: Place) -> tuple[GgufTensor, ...]:
     """Return the matrices of one tensor, whose dimensions begin with the innermost."""
     if len(place.dims) not in (2, 3):
-        raise MoebenchError(f"'{place.name}' is no matrix; name a tensor of two or three dimensions.")
+        raise MoebenchError(f"{place.name!r} is no matrix; name a tensor of two or three dimensions.")
     name, _, _ = type_of(file, place)
     blocks = _mapped(file, place).view(place.size // place.dims[0] // place.dims[1], place.dims[1], -1)
     return tuple(from_blocks(matrix, name) for matrix in blocks)
@@ -121,7 +121,8 @@ def read_dense(path: Path, name: str) -> Tensor:
     """Return one tensor of any rank, outermost dimension first, as ``gguf`` decodes it, in float32; raises as above."""
     file = open_file(path)
     place = file.place(name)
-    kind = library().GGMLQuantizationType(place.type)
+    name_of_type, _, _ = type_of(file, place)  # refuses types that the library does not know
+    kind = library().GGMLQuantizationType[name_of_type]
     rows = _mapped(file, place).view(place.size // place.dims[0], -1)
     decoded = torch.from_numpy(library().quants.dequantize(rows.numpy(), kind))
     return decoded.reshape(place.dims[::-1]).float()

@@ -65,7 +65,7 @@ class GgufFile:
     def place(self, name: str) -> Place:
         """Return where a tensor lies; MoebenchError where there is none."""
         if name not in self.tensors:
-            raise MoebenchError(f"{self.path} has no tensor '{name}'; convert or fetch the model again.")
+            raise MoebenchError(f"{self.path} has no tensor {name!r}; convert or fetch the model again.")
         return self.tensors[name]
 
 
@@ -97,7 +97,10 @@ def _read_header(path: Path, size: int, mtime_ns: int) -> GgufFile:
                 f"read; convert the model again."
             )
         tensors, entries = cursor.scalar("<Q"), cursor.scalar("<Q")
-        metadata = dict(cursor.entry() for _ in range(cursor.count(entries, 13)))
+        pairs = [cursor.entry() for _ in range(cursor.count(entries, 13))]
+        metadata = dict(pairs)
+        if len(metadata) < len(pairs):
+            raise cursor.damaged("two metadata of one name")
         places = [cursor.tensor() for _ in range(cursor.count(tensors, 24))]
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
@@ -180,6 +183,6 @@ class _Cursor:
         """Return one tensor; its ``start`` counts from where the tensors' bytes begin."""
         name, rank = self.text(), self.scalar("<I")
         if not 0 < rank <= MAX_DIMENSIONS:
-            raise self.damaged(f"'{name}' has {rank} dimensions")
+            raise self.damaged(f"{name!r} has {rank} dimensions")
         dims = struct.unpack(f"<{rank}Q", self.take(8 * rank))
         return Place(name, dims, self.scalar("<I"), self.scalar("<Q"))

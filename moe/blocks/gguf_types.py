@@ -52,11 +52,11 @@ def type_of(file: GgufFile, place: Place) -> Type:
     name, block, size = _types().get(place.type, (f"type {place.type}", 1, 1))
     if name not in decodable():
         raise MoebenchError(
-            f"'{place.name}' is stored as {name}, which the installed gguf does not decode; convert {file.path} to "
+            f"{place.name!r} is stored as {name}, which the installed gguf does not decode; convert {file.path} to "
             f"another type."
         )
     if place.size == 0 or place.dims[0] % block:
-        raise MoebenchError(f"'{place.name}' is {place.dims}, which {name} cannot store; fetch {file.path} again.")
+        raise MoebenchError(f"{place.name!r} is {place.dims}, which {name} cannot store; fetch {file.path} again.")
     return name, block, size
 
 
@@ -76,5 +76,5 @@ def open_file(path: Path) -> GgufFile:
     for place in file.tensors.values():
         _, block, size = types.get(place.type, ("", 1, 0))
         if place.start + place.size // block * size > file.size:
-            raise MoebenchError(f"{path} is truncated: '{place.name}' lies beyond its end; fetch it again.")
+            raise MoebenchError(f"{path} is truncated: {place.name!r} lies beyond its end; fetch it again.")
     return file

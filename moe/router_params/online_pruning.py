@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -34,8 +35,12 @@ class OnlinePruned(AnyNumber):
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.beta or 0.0) < 0 or not 0 <= self.protect <= 1:
-            raise ValueError(f"beta={self.beta} must not be negative, and protect={self.protect} lie in [0, 1]")
+        if self.beta is not None and not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta={self.beta} must be a finite number, and not negative")
+        if not 0 <= self.protect <= 1:
+            raise ValueError(f"protect={self.protect} must lie in [0, 1]")
+        if self.rate is not None and (self.by != "random" or not 0 <= self.rate <= 1):
+            raise ValueError(f"rate={self.rate} must lie in [0, 1], and goes with by=random alone, not by={self.by}")
 
     @property
     def calibrated(self) -> bool:

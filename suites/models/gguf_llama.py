@@ -17,6 +17,9 @@ from ...moe.blocks.gguf_file import GgufFile
 from ...moe.blocks.gguf_types import open_file
 from .gguf_config import architecture_of, read_config
 
+CONVERTER = 2
+"""Raised whenever the same file gives other weights or another configuration than before: folders are known by it."""
+
 NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -68,7 +71,7 @@ def _block_tensor(file: GgufFile, name: str, heads: dict[str, int]) -> tuple[str
     """
     parts = name.split(".")
     if len(parts) != 4 or parts[0] != "blk" or parts[2] not in NAMES or parts[3] not in ("weight", "bias"):
-        raise MoebenchError(f"{file.path} has a tensor '{name}' that is not carried over; use the model's folder.")
+        raise MoebenchError(f"{file.path} has a tensor {name!r} that is not carried over; use the model's folder.")
     _, index, part, kind = parts
     tensor, own = read_dense(file.path, name), f"model.layers.{index}.{NAMES[part]}"
     if part in heads:

@@ -6,12 +6,14 @@ Shape letters: E experts, F expert width, S width of the shared expert, H hidden
 from __future__ import annotations
 
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...contracts import MoebenchError
+from ...contracts import MoebenchError, make_key
 from ...moe.blocks.gguf import GgufTensor, read_dense, read_matrices, stacked
 from ...moe.blocks.gguf_types import open_file
 from ...moe.experts import Stored
@@ -20,6 +22,7 @@ from ...moe.shapes import ModelShape
 from ..gguf_plugins import GgufModel
 from .fetch import Progress
 from .gguf_config import ffn_names
+from .gguf_llama import CONVERTER
 from .recorded import Recorded, to_stderr
 
 
@@ -36,8 +39,8 @@ class GgufSource(Recorded):
         return self.params.shape()
 
     def identity(self) -> str:
-        """Return the sha256 of the file."""
-        return self.params.weights_sha256()
+        """Return the hash of the file and of what decodes it."""
+        return make_key([self.params.weights_sha256(), *converted_by()])
 
     def home(self) -> Path:
         """Return where the cache keeps what is made of the model."""
@@ -47,7 +50,7 @@ class GgufSource(Recorded):
         """Return the transformers folder of the whole model, made of the file where it is not there."""
         if not self.params.recorded:
             raise MoebenchError(f"{self.params.path} has no tokenizer to give text to; use axes.traffic=gaussian.")
-        folder = self.home() / "language_model"
+        folder = self.home() / f"language_model-{make_key(converted_by())[:8]}"
         if not folder.is_dir():
             self.run_job("convert", self.params.file(), folder)
         return folder
@@ -90,6 +93,11 @@ def _stored(gates: tuple[GgufTensor, ...], ups: tuple[GgufTensor, ...], downs: t
     joined = [stacked(pair) for pair in zip(gates, ups, strict=True)]
     whole = tuple(matrix for matrix in joined if matrix is not None)
     return Stored(whole, downs) if len(whole) == len(joined) else None
+
+
+def converted_by() -> list[Any]:
+    """Return what a whole model owes its float32 weights to, beside its file."""
+    return [CONVERTER, version("gguf")]
 
 
 def build(params: GgufModel) -> GgufSource:

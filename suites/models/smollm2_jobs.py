@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,19 @@ CHARACTERS_PER_TOKEN = 8
 def load(folder: Path) -> tuple[Any, Any]:
     """Return the transformers model in float32 and its tokenizer; float32 weights are mapped, not read.
 
-    Only safetensors are read, and no code that lies beside them is run.
+    Only safetensors are read, and no code that lies beside them is run. MoebenchError where a tensor of the model is
+    missing, which transformers would draw at random.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
+    if told["missing_keys"]:
+        name = min(told["missing_keys"])
+        raise MoebenchError(f"{folder} has no tensor {name!r} of its model; remove the folder and fetch it again.")
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -60,11 +64,30 @@ def convert(gguf_file: Path, folder: Path) -> None:
     config = transformers_config(
         gguf_file, {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     )
+    state = as_transformers(gguf_file)
+    check_complete(gguf_file, state, config)
     config.architectures = [CLASSES[config.model_type]]
     folder.mkdir()
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file(as_transformers(gguf_file), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def check_complete(file: Path, state: Mapping[str, Tensor], config: Any) -> None:
+    """Raise MoebenchError unless ``state`` has just the tensors of the model of ``config``, each in its shape.
+
+    What is missing transformers would draw at random, and what is left over it would leave out, without an error.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        wanted = {name: part.shape for name, part in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    odd = sorted(name for name in {*wanted, *state} if name not in state or state[name].shape != wanted.get(name))
+    if odd:
+        what = "has no" if odd[0] not in state else "has an unexpected"
+        raise MoebenchError(f"{file} {what} tensor {odd[0]!r} for {config.model_type}; convert the model again.")
 
 
 def record(model_folder: Path, folder: Path, calibration_tokens: int) -> None:

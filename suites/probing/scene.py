@@ -104,8 +104,8 @@ class Scene:
         return final_TH
 
     def exchanged(self) -> contextlib.AbstractContextManager[None]:
-        """Put the changed layers in their places until the block ends."""
-        return exchanged(self.model, self.blocks)
+        """Put the changed layers, and the attention that is quantized with them, in place until the block ends."""
+        return self.changed.applied() if self.changed else contextlib.nullcontext()
 
     def finals(self) -> Tensor:
         """Return what the head reads of the whole passage, [T, H]."""
@@ -142,7 +142,8 @@ class Scene:
                 plain[index].whole = self._without_weights(index, gone, whole=True)
         for block in plain.values():
             block.token_ids_T = ids_T
-        with exchanged(self.model, plain):
+        attention = self.changed.attention.applied() if self.changed else contextlib.nullcontext()
+        with exchanged(self.model, plain), attention:
             final_TH: Tensor = self.model.model(ids_T[None], use_cache=False).last_hidden_state[0]
         return final_TH
 

@@ -23,8 +23,6 @@ from .scores import STATISTICS
 UNITS = {**{name: unit for name, (unit, _) in STATISTICS.items()}, "ece": "1", **dict.fromkeys(FIGURES, "1")}
 """The figures of a text, which a model without one does not have."""
 
-TINY = torch.finfo(torch.float64).tiny
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -120,9 +118,10 @@ def layer_series(layers: Mapping[int, Layer]) -> tuple[Series, ...]:
         layer = layers[index]
         bits = [8.0 * b / w for b, w in zip(layer.bytes_E, layer.weights_E, strict=True)]
         found.append(Series("bits_per_weight_by_expert", tuple(bits), "bit", index))
-        if layer.weight_squares_E2 is not None:
-            errors_E = (layer.weight_squares_E2[:, 0] / layer.weight_squares_E2[:, 1].clamp(min=TINY)).sqrt()
-            found.append(Series("weight_error_by_expert", tuple(errors_E.tolist()), "1", index))
+        rows = [] if layer.weight_squares_E2 is None else [pair_2[None] for pair_2 in layer.weight_squares_E2]
+        errors = [error for row_12 in rows if (error := _relative([row_12])) is not None]
+        if rows and len(errors) == len(rows):
+            found.append(Series("weight_error_by_expert", tuple(errors), "1", index))
     return tuple(found)
 
 
@@ -137,9 +136,11 @@ def _sum(values: list[float | None]) -> float | None:
 
 
 def _relative(squares: Sequence[Tensor | None]) -> float | None:
-    """Return |W - W'| / |W| over all experts of some layers; None where one of them has none."""
+    """Return |W - W'| / |W| over all experts of some layers; None where one of them has none, or W alone is zero."""
     known = [squares_E2 for squares_E2 in squares if squares_E2 is not None]
     if len(known) < len(squares):
         return None
     off, whole = torch.cat(known).sum(0).tolist()
-    return math.sqrt(off / whole) if whole else 0.0
+    if whole:
+        return math.sqrt(off / whole)
+    return 0.0 if off == 0 else None

@@ -6,11 +6,12 @@ Imported by workers only.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,19 +113,35 @@ def _decoded(weight: Tensor | QTensor) -> Tensor:
 
 
 def held_bytes(weight: Any) -> int:
-    """Return the bytes of the tensors that a matrix holds, those of what it is made of included, each once."""
+    """Return the bytes of the tensors, arrays and byte strings that a matrix holds, each once, however deep in it."""
     seen: dict[int, Any] = {}
     _collect(weight, seen)
-    return sum(part.nbytes for part in seen.values() if isinstance(part, Tensor))
+    return sum(len(part) if isinstance(part, bytes | bytearray) else part.nbytes for part in _buffers(seen.values()))
+
+
+BUFFERS = (Tensor, np.ndarray, memoryview, bytes, bytearray)
+
+
+def _buffers(values: Iterable[Any]) -> Iterator[Any]:
+    return (value for value in values if isinstance(value, BUFFERS))
 
 
 def _collect(value: Any, seen: dict[int, Any]) -> None:
     if id(value) in seen or isinstance(value, type):
         return
     seen[id(value)] = value
-    if isinstance(value, Mapping | list | tuple):
+    if isinstance(value, BUFFERS):
+        return
+    if isinstance(value, Mapping | list | tuple | set | frozenset):
         for part in value.values() if isinstance(value, Mapping) else value:
             _collect(part, seen)
-    elif not isinstance(value, Tensor) and hasattr(value, "__dict__"):
-        for part in vars(value).values():
-            _collect(part, seen)
+    for part in _attributes(value):
+        _collect(part, seen)
+
+
+def _attributes(value: Any) -> list[Any]:
+    """Return what an object keeps under names, in a dict of its own and in slots."""
+    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    names = [name for own in slots for name in ((own,) if isinstance(own, str) else own)]
+    own = dict(getattr(value, "__dict__", {}))
+    return [*own.values(), *(getattr(value, name) for name in names if name not in own and hasattr(value, name))]

@@ -51,13 +51,6 @@ class Quantized:
         return compare(self.y_TH, wanted, self.batch.x_TH.dtype)
 
 
-def same_scale(one_H: Tensor | None, other_H: Tensor | None) -> bool:
-    """Return whether two layers' experts read the layer's input alike."""
-    if one_H is None or other_H is None:
-        return one_H is other_H
-    return torch.equal(one_H, other_H)
-
-
 class QuantizationTrial:
     """The layers of a case, and after them its text where the method can be judged on one."""
 
@@ -110,12 +103,12 @@ class QuantizationTrial:
         x_TH = make_batch(held_out, self.registry, plain, 0).x_TH  # as it was before any smoothing
         exact = reference(dense, batch.routing, x_TH, plain.layer.shared).y_TH
         found = reference(store, batch.routing, batch.x_TH, subject.layer.shared).y_TH
-        smoothed = not same_scale(subject.layer.input_scale_H, plain.layer.input_scale_H)
+        folded = hasattr(recipe.quantization.params, "fold")  # hidden channels may be smoothed where the input is not
         figures = Layer(
             store=store,
             disk=disk,
             elapsed=None if case.quantization.name == "none" else stage.elapsed,
-            weight_squares_E2=None if smoothed else weight_squares(store, dense),
+            weight_squares_E2=None if folded else weight_squares(store, dense),
             error_T=relative_error(found, exact),
         )
         read = store if disk is None else disk.store

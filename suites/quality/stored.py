@@ -10,7 +10,8 @@ from .changed import Changed
 def stored_metrics(changed: Changed) -> list[Metric]:
     """Return the bytes of the routed experts; where these are quantized, the stored bits per weight of all that is.
 
-    Shared experts and attention count where they are quantized. The facts of a plan come with it.
+    Shared experts and attention count where they are quantized. Of a plan come its facts, and the stored
+    bits per weight over all its layers, which may be more than those that are changed.
     """
     subjects = [block.subject for block in changed.blocks.values()]
     stores = [subject.layer.store for subject in subjects]
@@ -22,7 +23,10 @@ def stored_metrics(changed: Changed) -> list[Metric]:
         weights = sum(_weights(store) for store in quantized) + changed.attention.weights
         metrics.append(Metric("stored_bits_per_weight", 8 * stored / weights, "bit"))
     plan = subjects[0].plan if subjects else None
-    return metrics if plan is None else metrics + [Metric(name, value, "1") for name, value in plan.facts.items()]
+    if plan is None:
+        return metrics
+    planned = Metric("planned_bits_per_weight", plan.cost, "bit")
+    return [*metrics, planned, *(Metric(name, value, "1") for name, value in plan.facts.items())]
 
 
 def _weights(store: ExpertStore) -> int:

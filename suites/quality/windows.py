@@ -60,7 +60,7 @@ class TextTrial:
 
     def items(self, names: Mapping[str, str]) -> list[Item]:
         """Return the mean scores of each BLOCK of tokens, so that two methods can be compared block by block."""
-        return block_items(self.scores, f"text-{self.input_sha256[:12]}", names)
+        return block_items(self.scores, f"text-{self.input_sha256[:12]}", names, self.prompt)
 
     def close(self) -> None:
         """Free the backend's session."""
@@ -72,10 +72,14 @@ def subjects_of(case: Case, registry: Registry) -> dict[int, Subject]:
     return {index: prepare_subject(replace(case, layers=(index,)), registry) for index in sorted(case.layers)}
 
 
-def block_items(windows: Sequence[Tensor], task: str, names: Mapping[str, str]) -> list[Item]:
-    """Return items named by their first token: the means of columns over BLOCK tokens of one window, or its rest."""
+def block_items(windows: Sequence[Tensor], task: str, names: Mapping[str, str], prompt: int = 0) -> list[Item]:
+    """Return items named by their first token: the means of columns over BLOCK tokens of one window, or its rest.
+
+    Each window begins with ``prompt`` tokens that are not judged, and counted nevertheless.
+    """
     found, start = [], 0
     for scores_TC in windows:
+        start += prompt
         for part_TC in torch.split(scores_TC, BLOCK):
             means = {name: float(part_TC[:, COLUMNS.index(column)].mean()) for column, name in names.items()}
             found += [Item(task, str(start), name, value) for name, value in means.items()]

@@ -66,6 +66,10 @@ class SplitFFN(nn.Module):
         self.num_experts, self.k, self.on = len(weights.down), k, False
         self.routed: Routing | None = None
 
+    def routed_parameters(self) -> tuple[nn.Parameter, ...]:
+        """Return what only a token of routed experts meets."""
+        return self.gate_up_proj, self.down_proj, self.router_EH
+
     def forward(self, x_BTH: Tensor) -> Tensor:
         """Return y_BTH."""
         x_NH = x_BTH.flatten(0, -2)
@@ -168,6 +172,13 @@ def active_parameters(student: Any) -> float:
             own += ffn.k * (ffn.gate_up_proj[0].numel() + ffn.down_proj[0].numel())
         met += own / (GROUP if isinstance(layer, GatedBlock) else 1)
     return met
+
+
+def used_parameters(student: Any) -> int:
+    """Return how many parameters a student has, without routers and experts of FFNs that are never on."""
+    off = [ffn for ffn in student.modules() if isinstance(ffn, SplitFFN) and not ffn.on]
+    unused = {id(parameter) for ffn in off for parameter in ffn.routed_parameters()}
+    return sum(int(parameter.numel()) for parameter in student.parameters() if id(parameter) not in unused)
 
 
 class BlockTask(LanguageModelTask):

@@ -89,38 +89,6 @@ def held_out_divergence(student: Any, teacher: Any, held_out: Windows, device: s
     return sum(parts) / len(parts)
 
 
-@dataclass(frozen=True)
-class Distilled:
-    """The student after all stages, and the training of each with its curves."""
-
-    student: Any
-    trainers: tuple[Trainer, ...]
-
-
-def distil(
-    teacher: Any,
-    text: Text,
-    stages: Sequence[Stage],
-    settings: Settings,
-    folder: Path,
-    identity: str,
-    device: str = "cpu",
-) -> Distilled:
-    """Return the student that ``stages`` make of a copy of ``teacher``.
-
-    ``settings`` hold for each stage, but the number of steps: every stage warms up and decays by itself, over no more
-    steps than it has. Data of a step follow from the seed and the stage. Each stage goes on from its checkpoint in
-    ``folder``; ``identity`` names the teacher and the text.
-    """
-    if not stages:
-        raise ValueError("distillation got no stage; give at least one.")
-    student, trainers = teacher, []
-    for number in range(len(stages)):
-        student, trainer = distilled(student, teacher, text, stages[: number + 1], settings, folder, identity, device)
-        trainers.append(trainer)
-    return Distilled(student, tuple(trainers))
-
-
 def distilled(
     student: Any,
     teacher: Any,
@@ -131,7 +99,12 @@ def distilled(
     identity: str,
     device: str = "cpu",
 ) -> tuple[Any, Trainer]:
-    """Return the student after the last of ``stages``, of which it has the others behind it, and its training."""
+    """Return the student after the last of ``stages``, of which it has the others behind it, and its training.
+
+    The teacher is left alone. ``settings`` hold but for the number of steps: every stage warms up and decays by itself,
+    over no more steps than it has. Data of a step follow from the seed and the stage. A stage goes on from its
+    checkpoint in ``folder``; ``identity`` names the teacher and the text.
+    """
     stage, number = stages[-1], len(stages) - 1
     seed = substream(settings.seed, "distillation", number)
     student = compressed(student, teacher, stage, text, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from ..digest import sha256_of
 from ..models.cache import locked
 from ..quality.passage import token_bytes
 from . import corpus, experts
+from .dense2moe import used_parameters
 from .distill import Text, held_out_divergence
 from .language import Windows, bits_per_byte, encode, take_windows
 from .recipes import Setup, recipe
@@ -40,7 +42,8 @@ class DistillationTrial:
         self.teacher, tokenizer = source.language_model()
         self.teacher.set_experts_implementation(experts.register())
         text = distillation_text(params, tokenizer, own["windows"])
-        identity = make_key([case.weights_sha256, dict(own), case.seed, case.threads])
+        made_by = [torch.__version__, folder_sha256()]
+        identity = make_key([case.weights_sha256, dict(own), case.seed, case.threads, made_by])
         self.work: Path = params.home() / "distillation" / identity[:16]
         self._open = contextlib.ExitStack()
         self._open.enter_context(locked(self.work))
@@ -53,29 +56,38 @@ class DistillationTrial:
         self.steps, self.done = self.recipe.stages, 0
         self.trainers: list[Trainer] = []
         self.at_start = math.nan
+        self.teacher_bits = bits_per_byte(self.teacher, self.held_out)
+        self.begun: Any = None
 
     def begin_turn(self) -> None:
         """Nothing to make ready."""
 
     def run(self, step: int) -> float:
         """Run one stage; return the held-out divergence after it, in nats per token."""
+        self.begun = self.recipe.begun().eval() if step == 0 else None
         if step == 0:
-            self.at_start = held_out_divergence(self.recipe.begun().eval(), self.teacher, self.held_out, "cpu")
+            self.at_start = held_out_divergence(self.begun, self.teacher, self.held_out, "cpu")
         self.trainers.append(self.recipe.run(step))
         self.done = step + 1
         return self.trainers[-1].evaluations["kl"][-1]
 
     def verify(self, step: int, output: float) -> Check:
-        """Compare the divergence with its definition in float64; the teacher must still be what it was."""
+        """Compare figures with their definitions in float64; the teacher must still be what it was."""
         if not math.isfinite(output):
             return Check(False, reason="the divergence is no number; lower suite.lr")
         if sha256_of(*self.teacher.state_dict().values()) != self.before:
             return Check(False, reason="the teacher was changed by its student's training")
-        exact = exact_divergence(self.recipe.student, self.teacher, self.held_out)
-        error = abs(output - exact) / max(exact, FLOOR)
-        return Check(
-            error <= BOUND, error, BOUND, "" if error <= BOUND else "the divergence differs from its definition"
-        )
+        error, name = max((abs(mine - exact) / max(exact, FLOOR), name) for name, mine, exact in self._pairs(output))
+        return Check(error <= BOUND, error, BOUND, "" if error <= BOUND else f"{name} differs from its definition")
+
+    def _pairs(self, output: float) -> Iterator[tuple[str, float, float]]:
+        """Yield what was found after the last stage, and before the first one, with what it is by its definition."""
+        student, teacher, text = self.recipe.student, self.teacher, self.held_out
+        yield "the divergence", output, exact_divergence(student, teacher, text)
+        yield "bits per byte", self.trainers[-1].evaluations["bits_per_byte"][-1], exact_bits_per_byte(student, text)
+        if self.begun is not None:
+            yield "the untrained divergence", self.at_start, exact_divergence(self.begun, teacher, text)
+            yield "the teacher's bits per byte", self.teacher_bits, exact_bits_per_byte(teacher, text)
 
     def cost(self, step: int) -> Cost:
         """Return nothing: training has no latency to compare work with."""
@@ -91,8 +103,8 @@ class DistillationTrial:
             Metric("kl_to_teacher", last.evaluations["kl"][-1], "nat/token", n=tokens),
             Metric("kl_untrained", self.at_start, "nat/token", n=tokens),
             Metric("bits_per_byte", last.evaluations["bits_per_byte"][-1], "bit/byte", n=tokens),
-            Metric("teacher_bits_per_byte", bits_per_byte(self.teacher, self.held_out), "bit/byte", n=tokens),
-            Metric("parameters", float(sum(p.numel() for p in student.parameters())), "1"),
+            Metric("teacher_bits_per_byte", self.teacher_bits, "bit/byte", n=tokens),
+            Metric("parameters", float(used_parameters(student)), "1"),
             Metric("active_expert_parameters", self.recipe.active(), "1"),
             Metric("training_steps", float(sum(trainer.step for trainer in self.trainers)), "1"),
         )
@@ -128,6 +140,20 @@ def exact_divergence(student: Any, teacher: Any, held_out: Windows) -> float:
         total += float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum())
         count += len(log_p_TV)
     return total / count
+
+
+@torch.no_grad()
+def exact_bits_per_byte(model: Any, held_out: Windows) -> float:
+    """Return -log2 p of every token but each window's first, in float64 from whole logits, by the bytes of these."""
+    nats = 0.0
+    for ids_T in held_out.ids_BT:
+        nats -= float(_log_probabilities(model, ids_T[:-1]).gather(1, ids_T[1:, None]).sum())
+    return nats / math.log(2) / held_out.bytes
+
+
+def folder_sha256() -> str:
+    """Return the hash of the sources of training, by which checkpoints of other ones are known."""
+    return make_key({file.name: file.read_text("utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))})
 
 
 def _log_probabilities(model: Any, ids_T: Tensor) -> Tensor:

@@ -119,12 +119,27 @@ def test_a_predicate_that_turns_once_is_met_exactly_and_asked_seldom(limit, turn
 @given(tokens=st.integers(1, 60), steps=st.integers(0, 20))
 def test_two_crossovers_tell_the_price_of_a_token_from_that_of_a_call(tokens, steps):
     beyond = 16 * steps  # tokens that pay for a call: shared by 4 and by 16 experts without a rest
-    assert split(4, tokens + beyond // 4, 16, tokens + beyond // 16) == Split(tokens, beyond)
+    assert split(4, tokens + beyond // 4, 16, tokens + beyond // 16, 500) == Split(tokens, beyond)
 
 
 @pytest.mark.parametrize(("few", "at_few", "many", "at_many"), [(4, 9, 4, 9), (2, 9, 2, 9), (4, 5, 16, 9)])
 def test_one_crossover_alone_or_one_that_falls_with_fewer_experts_leaves_the_call_free(few, at_few, many, at_many):
-    assert split(few, at_few, many, at_many) == Split(at_many)
+    assert split(few, at_few, many, at_many, 64) == Split(at_many)
+
+
+def test_few_experts_that_are_never_hot_do_not_tell_the_price_of_a_call(lab, monkeypatch):
+    assert split(4, 257, 16, 9, 256) == Split(9, few_to=256)
+    assert split(4, 256, 16, 9, 256) == Split(1, 128)
+    assert split(4, 257, 16, 257, 256) == Split(257)
+
+    def only_many(hot, cold):
+        offsets_E1 = next(hot.args[1])[3]
+        return int((offsets_E1.diff() > 0).sum()) > duplex.FEW
+
+    monkeypatch.setattr(duplex, "is_faster", only_many)
+    session = loaded(lab, mixture(lab, [INT8] * 6), tokens=64)
+    assert set(session.layer(0).splits.values()) == {Split(1, few_to=64)}
+    assert "from measured 1 (int8, few experts: not up to 64) tokens per expert on" in session.executed().notes
 
 
 @pytest.mark.parametrize(("cost", "faster"), [((3, 5), True), ((5, 3), False), ((4, 4), False)])

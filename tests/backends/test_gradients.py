@@ -39,6 +39,17 @@ def test_a_wrong_gradient_is_found(lab, changed):
     assert "not finite" in compare_gradients(Gradients(**wrong), expected, torch.float32).reason
 
 
+def test_a_few_tokens_without_their_gradient_are_found(lab):
+    actual, expected, *_ = lab.gradients("eager", torch.float32, "dynamic_k", "topk")
+    many = Gradients(expected.x_TH.repeat(200, 1), expected.gate_up, expected.down)
+    wrong_TH = actual.x_TH.repeat(200, 1)
+    assert compare_gradients(Gradients(wrong_TH, actual.gate_up, actual.down), many, torch.float32).ok
+    wrong_TH[int(expected.x_TH.norm(dim=1).argmax())] = 0
+    assert float((wrong_TH - many.x_TH).norm() / many.x_TH.norm()) < 0.1
+    verdict = compare_gradients(Gradients(wrong_TH, actual.gate_up, actual.down), many, torch.float32)
+    assert verdict.error == pytest.approx(1)
+
+
 def test_weights_that_would_have_to_be_converted_are_refused(lab):
     store = lab.store(dtype=torch.float32)
     with pytest.raises(MoebenchError, match="needs dense weights in bfloat16"):

@@ -352,6 +352,11 @@ def test_a_share_of_the_units_is_promoted():
     features = Features((0,) * 4, tuple(range(4)), outlier_U=(1.0, 4.0, 2.0, 3.0))
     costs = Costs((2, 4), ((200, 400),) * 4, (100,) * 4)
     assert allocate(Allocation(3.5, (2, 4), "outlier", share=0.25), costs, features) == (2, 4, 2, 2)
+    assert allocate(Allocation(3.5, (2, 4), "outlier", share=0.49), costs, features).count(4) == 1, "at most"
+    many = Features((0,) * 100, tuple(range(100)), outlier_U=tuple(map(float, range(100))))
+    for share, count in ((0.29, 29), (0.57, 57), (0.299, 29), (0.0, 0)):  # 0.29 * 100 is below 29
+        rule = Allocation(3.5, (2, 4), "outlier", share=share)
+        assert allocate(rule, Costs((2, 4), ((200, 400),) * 100, (100,) * 100), many).count(4) == count
     assert allocate(Allocation(3.5, (2, 4), "outlier"), costs, features) == (2, 4, 4, 4)
     with pytest.raises(ValueError, match="'frequency' needs count_U, which was not measured"):
         allocate(Allocation(3.5, (2, 4), "frequency"), costs, features)

@@ -9,9 +9,9 @@ from moebench.contracts import Selection
 from moebench.moe.expert_structures import attentions, neurons
 from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import LayerWeights, PreparedLayer, ffn_hidden, moe_forward
-from moebench.moe.recipe import weights_artefact, weights_of
 from moebench.moe.routing import Routing
 from moebench.moe.shapes import ModelShape
+from moebench.moe.stage_artefacts import weights_artefact, weights_of
 from moebench.moe.structure_params import Attentions, Neurons
 
 H, F, E, T = 12, 8, 3, 20

@@ -306,7 +306,12 @@ def test_a_budget_knows_the_layers_that_it_covers():
     assert model.refusal((1,), range(9), False) is None
     assert Mixed().refusal((7,), range(3), False) is None
     assert "layer 7 has no part in a budget over layers [1, 4]" in model.refusal((1, 7), range(9), True)
-    assert "layer 4 has no part" in model.refusal((1,), range(3), True)
+    assert "layer 4 of over holds no experts; name layers of [0, 1, 2]" in model.refusal((1,), range(3), True)
+    for layers in (Mixed(protected=((5, 0),)), Mixed(protected=((5, 0),), scope="model", over=(1, 2))):
+        assert "protected layer 5 has no experts in the budget" in layers.refusal((1,), range(3), True)
+        assert layers.refusal((1,), range(3), True).count("name layers of [") == 1
+    assert Mixed(protected=((0, 1),)).refusal((1,), range(3), True) is None
+    assert "protected layer 0" in Mixed(protected=((0, 1),), scope="model", over=(1, 2)).refusal((1,), range(3), True)
     around = Mixed(scope="model", by="random", codec="rtn", attention=True)
     assert around.refusal((1,), range(3), True) is None
     assert "which this suite does not run; use suite=accuracy" in around.refusal((1,), range(3), False)

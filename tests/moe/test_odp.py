@@ -266,8 +266,15 @@ def test_mistakes_are_told():
         prune_lowest(topk(5, 2).scaled(-1.0), torch.ones(5), PruningRule(0.5))
     with pytest.raises(ValueError, match="protect=2"):
         PruningRule(0.5, 2)
-    with pytest.raises(ValueError, match="beta=-1"):
-        OnlinePruned(beta=-1)
+    for kind in (OnlinePruned, lambda **told: PruningRule(**{"beta": None, **told})):
+        for told in ({"rate": -3, "by": "random"}, {"rate": 0.5}, {"rate": float("nan"), "by": "random"}):
+            with pytest.raises(ValueError, match=r"rate=.* must lie in \[0, 1\], and goes with by=random"):
+                kind(**told)
+        for beta in (-1, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"beta={beta} must be a finite number"):
+                kind(beta=beta)
+    with pytest.raises(ValueError, match="needs attn in the Context"):
+        build(OnlinePruned(beta=0.5))(*layer(), 0).router(seeded(20, H), Context())
     with pytest.raises(ValueError, match="prune a routing of k=2 or more"):
         OnlinePruned(k=1).kinds(layer()[1])
     assert OnlinePruned().max_k(layer(3)[1]) == 3

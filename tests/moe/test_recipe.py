@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from moebench.moe.shapes import ModelShape
 from moebench.moe.sparsifiers import params as sparsity_params
 from moebench.moe.sparsifiers import steps
 from moebench.moe.sparsifiers.params import Teal
+from moebench.moe.stage_artefacts import weights_artefact, weights_of
 
 H, F, T = 16, 32, 80
 
@@ -158,8 +160,8 @@ def test_a_scheme_brings_its_shared_expert_where_the_layer_has_none(registry):
 )
 def test_shared_experts_survive_as_artefacts(tmp_path, shared):
     weights = LayerWeights(randn(4, 2 * F, H), randn(4, H, F), shared=shared)
-    made = cached(tmp_path, {"a": 1}, lambda: weights, recipe.weights_artefact, recipe.weights_of)
-    read = cached(tmp_path, {"a": 1}, lambda: None, recipe.weights_artefact, recipe.weights_of)
+    made = cached(tmp_path, {"a": 1}, lambda: weights, weights_artefact, weights_of)
+    read = cached(tmp_path, {"a": 1}, lambda: None, weights_artefact, weights_of)
     assert made is weights
     assert (read.shared is None) == (shared is None)
     for name in ("gate_up", "down", "gate_H", "mix_2H", "activation", "gated") if shared is not None else ():
@@ -290,6 +292,11 @@ def test_sources_are_this_package_and_the_file_of_the_plug_in(tmp_path):
     assert sources_sha256(target) == before
     sources_sha256.cache_clear()
     assert sources_sha256(target) != before
+    folding = Stage(Registry.load().get("quantization", "eaquant"), SimpleNamespace(fold=target))
+    known = folding.identity()
+    file.write_text("a = 3\n")
+    sources_sha256.cache_clear()
+    assert folding.identity() != known
     assert sources_sha256("moebench.moe.structure:split") != sources_sha256("moebench.moe.sparsifiers.steps:channels")
 
 

@@ -15,8 +15,9 @@ from moebench.contracts import MIXED, MoebenchError, Registry, Selection
 from moebench.moe.bits.calibration import channel_stats
 from moebench.moe.layer import LayerWeights
 from moebench.moe.quantization import encoder
-from moebench.moe.recipe import Recipe, Stage, prepare_layer, quantized_artefact
+from moebench.moe.recipe import Recipe, Stage, prepare_layer
 from moebench.moe.shapes import ModelShape
+from moebench.moe.stage_artefacts import quantized_artefact
 
 REGISTRY = Registry.load()
 NAMES = [name for name in REGISTRY.names("quantization") if name not in ("none", "file")]

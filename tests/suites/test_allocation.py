@@ -7,6 +7,7 @@ import torch
 
 from moebench.bench.run import planned
 from moebench.contracts import MoebenchError, Registry
+from moebench.suites.probing.scene import Scene
 from moebench.suites.quality.attention import QuantizedAttention, attention_maps
 from moebench.suites.quality.backends import BackendTrial
 from moebench.suites.quality.stored import stored_metrics
@@ -65,6 +66,7 @@ def test_the_stored_bits_of_a_model_count_experts_and_attention_and_keep_the_bud
     metrics = {metric.name: metric.value for metric in stored_metrics(trial.changed)}
     assert metrics["stored_bits_per_weight"] == pytest.approx(plan.cost, rel=1e-12)
     assert metrics["stored_bits_per_weight"] <= 4.7
+    assert metrics["planned_bits_per_weight"] == plan.cost
     assert [bits.attention for bits in plan.layers.values()] == [4, 4, 4]
     experts = sum(subject.layer.store.nbytes for subject in trial.subjects.values())
     assert metrics["expert_bytes"] == experts
@@ -97,6 +99,18 @@ def test_both_sides_of_backend_kl_have_the_attention_quantized():
     window = trial.run(0)
     assert float(window.scores_TC[:, 2].abs().max()) == 0
     assert trial.verify(0, window).ok
+
+
+def test_probes_read_what_quantized_attention_says():
+    (case,) = cases(*ACCURACY, *ATTENTION)
+    scene = Scene(case, REGISTRY)
+    (ids_T,) = scene.windows()
+    found = scene.forward(ids_T), scene.undropped(ids_T)
+    torch.testing.assert_close(*found)
+    scene.changed.attention.packed = []
+    for made_TH, spared_TH in zip(found, (scene.forward(ids_T), scene.undropped(ids_T)), strict=True):
+        assert not torch.allclose(made_TH, spared_TH)
+    scene.close()
 
 
 def test_what_a_suite_cannot_do_is_refused_in_a_sentence():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from moebench.suites.training.compressing import (
     layer_weights,
     log_probabilities,
 )
-from moebench.suites.training.distill import Stage, Text, change, compressed, distil
+from moebench.suites.training.distill import Stage, Text, change, compressed, distilled
 from moebench.suites.training.language import Windows
 from moebench.suites.training.settings import Settings
 from moebench.suites.training.tinymoe import new_model
@@ -156,30 +157,37 @@ def test_channels_that_the_loss_does_not_see_go_first(teacher, text):
     assert abs(made) < 1e-6 < 1e-4 < other
 
 
+def distil(teacher, text, stages, folder, identity="test"):
+    """The student after all stages, and the training of each."""
+    student, trainers = teacher, []
+    for number in range(1, len(stages) + 1):
+        student, trainer = distilled(student, teacher, text, stages[:number], SETTINGS, folder, identity)
+        trainers.append(trainer)
+    return SimpleNamespace(student=student, trainers=trainers)
+
+
 def test_stages_are_repeatable_lower_the_divergence_and_end_at_their_size(text, tmp_path):
     teacher = random_model(8, 10)  # sure of its next token, so that there is something to distil
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     stages = [Stage(20, width=8), Stage(20, width=4)]
-    runs = [distil(teacher, text, stages, SETTINGS, tmp_path / name, "test") for name in "ab"]
+    runs = [distil(teacher, text, stages, tmp_path / name) for name in "ab"]
     assert same(runs[0].student, runs[1].student)
     assert [trainer.step for trainer in runs[0].trainers] == [20, 20]
     assert runs[0].student.config.moe_intermediate_size == 4
     for trainer in runs[0].trainers:
         assert trainer.evaluations["kl"][-1] < trainer.evaluations["kl"][0]
-    again = distil(teacher, text, stages, SETTINGS, tmp_path / "a", "test")
+    again = distil(teacher, text, stages, tmp_path / "a")
     assert same(again.student, runs[0].student)
-    single = distil(teacher, text, [Stage(40, width=4)], SETTINGS, tmp_path / "c", "test")
+    single = distil(teacher, text, [Stage(40, width=4)], tmp_path / "c")
     assert single.trainers[0].step == sum(trainer.step for trainer in runs[0].trainers)
     assert single.student.config.moe_intermediate_size == 4
     assert not same(single.student, runs[0].student)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     with pytest.raises(MoebenchError, match="another training"):
-        distil(teacher, text, stages, SETTINGS, tmp_path / "a", "another text")
+        distil(teacher, text, stages, tmp_path / "a", "another text")
 
 
-def test_mistakes_are_told(teacher, text, tmp_path):
-    with pytest.raises(ValueError, match="got no stage"):
-        distil(teacher, text, [], SETTINGS, tmp_path, "test")
+def test_mistakes_are_told(teacher):
     with pytest.raises(ValueError, match="steps=0"):
         Stage(0)
     with pytest.raises(ValueError, match="as many experts, as wide"):

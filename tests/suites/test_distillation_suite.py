@@ -9,12 +9,13 @@ import torch
 
 from moebench.bench.run import planned
 from moebench.contracts import MoebenchError, Registry
+from moebench.suites.digest import sha256_of
 from moebench.suites.distillation_plugins import RECIPES, SLIMMING, Distillation
 from moebench.suites.tiny_plugins import TinyDense, TinyMoE
-from moebench.suites.training.dense2moe import GROUP, BlockTask, K, enter, split_model
+from moebench.suites.training.dense2moe import GROUP, BlockTask, K, enter, split_model, used_parameters
 from moebench.suites.training.distill import Text, held_out_divergence
-from moebench.suites.training.distillation_trial import exact_divergence
-from moebench.suites.training.language import Windows
+from moebench.suites.training.distillation_trial import DistillationTrial, exact_bits_per_byte, exact_divergence
+from moebench.suites.training.language import Windows, bits_per_byte
 from moebench.suites.training.recipes import Setup, recipe
 from moebench.suites.training.settings import Settings
 from moebench.suites.training.tinymoe import new_model
@@ -59,6 +60,11 @@ def test_a_recipe_ends_at_its_size_and_leaves_its_teacher_alone(name, text, tmp_
         "mixture-of-blocks": whole * 6 / 16 / GROUP,
     }[name]
     assert one.active() == sizes.depth * wanted
+    if name == "pruned-dense":
+        routed = sizes.depth * whole * (16 - 6) / 16
+        gates = sizes.depth * one.student.model.layers[0].mlp.router_EH.numel()
+        assert used_parameters(one.student) == sum(p.numel() for p in one.student.parameters()) - routed - gates
+        assert used_parameters(one.student) == sum(p.numel() for p in teacher.parameters()) - routed
     found = held_out_divergence(one.student, teacher, text.held_out, "cpu")
     assert found == pytest.approx(exact_divergence(one.student, teacher, text.held_out), rel=1e-3, abs=1e-6)
     assert trainers[-1].evaluations["kl"][-1] == pytest.approx(found, rel=1e-5)
@@ -121,6 +127,34 @@ def test_the_oracle_sees_another_student(text):
     teacher, other = teacher_of("dense2moe"), new_model(TinyDense("smoke", seed=5)).eval()
     assert exact_divergence(teacher, teacher, text.held_out) == pytest.approx(0, abs=1e-9)
     assert exact_divergence(other, teacher, text.held_out) > 0.01
+    assert exact_bits_per_byte(other, text.held_out) == pytest.approx(bits_per_byte(other, text.held_out), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ("at_start", "the untrained divergence"),
+        ("teacher_bits", "the teacher's bits per byte"),
+        ("evaluation", "bits per byte"),
+        ("output", "the divergence"),
+        ("", ""),
+    ],
+)
+def test_every_figure_is_held_against_its_definition(changed, name, text, tmp_path):
+    teacher = teacher_of("dense2moe")
+    trial = object.__new__(DistillationTrial)
+    trial.teacher, trial.held_out, trial.trainers = teacher, text.held_out, []
+    trial.before = sha256_of(*teacher.state_dict().values())
+    trial.teacher_bits = bits_per_byte(teacher, text.held_out)
+    trial.recipe = recipe("dense2moe", Setup(teacher, text, SETTINGS, tmp_path, "test"), 6)
+    output = trial.run(0)
+    if changed == "evaluation":
+        trial.trainers[0].evaluations["bits_per_byte"][-1] *= 1.01
+    elif changed in ("at_start", "teacher_bits"):
+        setattr(trial, changed, 1.01 * getattr(trial, changed))
+    check = trial.verify(0, 1.01 * output if changed == "output" else output)
+    assert check.ok == (not changed)
+    assert check.reason == (f"{name} differs from its definition" if changed else "")
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 
 from moebench.bench.run import planned
 from moebench.contracts import MoebenchError, Registry
+from moebench.moe.blocks.gguf import read_dense
 from moebench.moe.blocks.gguf_file import read_header
 from moebench.moe.blocks.gguf_types import decodable, open_file
 from moebench.moe.stored import split
 from moebench.suites.gguf_plugins import GgufModel
+from moebench.suites.models.gguf_config import check_whole
 from moebench.suites.models.gguf_llama import as_transformers, transformers_config
 from moebench.suites.models.gguf_model import build
+from moebench.suites.models.smollm2_jobs import check_complete, load
 from moebench.suites.subject import prepare_subject
 
 gguf = pytest.importorskip("gguf")
@@ -231,8 +234,12 @@ def test_a_whole_model_comes_back_from_its_file(family, tmp_path):
     path = gguf_of(model, arch, tmp_path / "model.gguf")
     read = transformers_config(path, {})
     assert read.model_type == family
-    again = transformers.AutoModelForCausalLM.from_config(read).eval()
-    again.load_state_dict(as_transformers(path), strict=not config.tie_word_embeddings)
+    again, state = transformers.AutoModelForCausalLM.from_config(read).eval(), as_transformers(path)
+    check_complete(path, state, read)
+    for odd in ({**state, "model.more": state["model.norm.weight"]}, dict(list(state.items())[1:])):
+        with pytest.raises(MoebenchError, match=r"(unexpected tensor 'model\.more'|has no tensor '.*') for " + family):
+            check_complete(path, odd, read)
+    again.load_state_dict(state, strict=not config.tie_word_embeddings)
     again.tie_weights()
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
@@ -289,6 +296,111 @@ def test_sizes_that_disagree_with_the_metadata_are_told(write):
     content[at : at + 4] = struct.pack("<I", HIDDEN // 2)
     path.write_bytes(bytes(content))
     assert "is (256, 512, 4) and not (128, 512, 4) as the metadata say" in plan_error(path)
+
+
+@pytest.fixture
+def strange(tmp_path):
+    """Write a dense model with attention and a tokenizer, one entry of whose metadata is given."""
+
+    def one(name="more.one", kind="uint32", value=1, more=(), arch="llama"):
+        writer = gguf.GGUFWriter(tmp_path / "strange.gguf", arch)
+        metadata(writer, arch)
+        writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+        getattr(writer, f"add_{kind}")(name, value)
+        sizes = {"ffn_gate": (WIDTH, HIDDEN), "ffn_up": (WIDTH, HIDDEN), "ffn_down": (HIDDEN, WIDTH)}
+        sizes |= {"attn_q": (HIDDEN, HIDDEN), "attn_k": (HIDDEN // 2, HIDDEN)}
+        names = {f"blk.0.{part}.weight": size for part, size in sizes.items()} | {"token_embd.weight": (8, HIDDEN)}
+        for part, size in {**names, **dict(more)}.items():
+            writer.add_tensor(part, np.zeros(size, dtype=np.float32))
+        close(writer)
+        return tmp_path / "strange.gguf"
+
+    return one
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "value"),
+    [
+        ("block_count", "uint64", 2**33),
+        ("block_count", "float32", 1.0),
+        ("attention.head_count", "uint32", 0),
+        ("attention.head_count_kv", "int32", -2),
+        ("expert_count", "int32", -4),
+        ("context_length", "float32", float("nan")),
+        ("attention.layer_norm_rms_epsilon", "float32", float("nan")),
+        ("rope.freq_base", "float32", float("inf")),
+        ("split.count", "string", "x"),
+        ("embedding_length", "string", "many"),
+    ],
+)
+def test_sizes_that_are_none_are_told(name, kind, value, strange):
+    said = plan_error(strange(name if name == "split.count" else f"llama.{name}", kind, value))
+    assert name in said
+    assert said.endswith(("convert it again.", "convert the model again.", "use model=hf."))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "value"),
+    [
+        ("rope.dimension_count", "uint32", 32),
+        ("attention.value_length", "uint32", 32),
+        ("attention.sliding_window", "uint32", 4096),
+        ("attention.clamp_kqv", "float32", 8.0),
+        ("rope.scale_linear", "float32", 4.0),
+        ("rope.scaling.type", "string", "yarn"),
+    ],
+)
+def test_attention_of_another_kind_has_layers_and_no_text(name, kind, value, strange):
+    assert GgufModel(str(strange())).recorded
+    path = strange(f"llama.{name}", kind, value)
+    assert not GgufModel(str(path)).recorded
+    assert GgufModel(str(path)).missing() is None
+    with pytest.raises(MoebenchError, match=rf"has {name} in its attention, which is not carried over"):
+        check_whole(open_file(path))
+
+
+def test_what_a_file_holds_too_much_of_is_told(strange):
+    biased = strange(more={"blk.0.ffn_down.bias": (HIDDEN,)}.items())
+    assert "has 'blk.0.ffn_down.bias', and FFNs here have no biases" in plan_error(biased)
+    same = "x" * 13 + ".length"  # as long as llama.context_length
+    content = strange(same).read_bytes()
+    biased.write_bytes(content.replace(same.encode(), b"llama.context_length"))
+    assert "is damaged (two metadata of one name)" in plan_error(biased)
+
+
+def test_no_sentence_carries_what_a_terminal_would_obey(strange):
+    said = plan_error(strange(arch="mam\x1b[2Jba"))
+    assert r"'mam\x1b[2Jba'" in said
+    path = strange(more={"blk.0.\x1b[2J": (1,)}.items())
+    with pytest.raises(MoebenchError, match=r"'blk\.0\.\\x1b\[2J'"):
+        as_transformers(path)
+
+
+def test_a_type_without_a_number_is_told_where_a_tensor_is_decoded(strange):
+    path = strange()
+    content, name = bytearray(path.read_bytes()), b"token_embd.weight"
+    at = content.index(name) + len(name) + 4 + 8 * 2
+    content[at : at + 4] = struct.pack("<I", 999)
+    path.write_bytes(bytes(content))
+    with pytest.raises(MoebenchError, match="is stored as type 999, which the installed gguf does not decode"):
+        read_dense(path, "token_embd.weight")
+
+
+def test_what_was_made_by_another_converter_is_not_found_again(strange, monkeypatch):
+    source = build(GgufModel(str(strange())))
+    before = source.identity()
+    monkeypatch.setattr("moebench.suites.models.gguf_model.CONVERTER", 0)
+    assert source.identity() != before
+
+
+def test_a_folder_without_a_tensor_of_its_model_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("llama", **SIZES))
+    state = model.state_dict()
+    state.pop("model.layers.1.mlp.up_proj.weight")
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(MoebenchError, match=r"has no tensor 'model\.layers\.1\.mlp\.up_proj\.weight' of its model"):
+        load(tmp_path)
 
 
 def test_no_file_and_another_file_are_told(tmp_path):

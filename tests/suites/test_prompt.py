@@ -50,8 +50,9 @@ def test_what_follows_the_prompt_is_judged_as_it_was_without_one(smoke):
 def test_protection_is_judged_after_a_prompt_and_refused_without(smoke):
     (refused,) = plan_of(*smoke, *TEXT, *ODP).refused
     assert "looks at later tokens" in refused.refusal
+    assert refused.refusal.endswith("give suite.prompt=N, or use suite=routing.")
     (drawn,) = plan_of(*smoke, *TEXT, *PROMPT, "axes.routing=expert_choice").refused
-    assert "looks at later tokens" in drawn.refusal
+    assert drawn.refusal.endswith("which a language model must not; use suite=routing.")
     trial = judged(*smoke, *TEXT, *PROMPT, *ODP)
     assert trial.model.config._attn_implementation != "eager", "the model is as it was"
     for call in trial.changed.calls:

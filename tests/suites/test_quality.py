@@ -115,3 +115,5 @@ def test_items_are_blocks_of_one_window_in_the_order_of_the_text():
     windows = [torch.full((40, 8), 1.0), torch.full((40, 8), 2.0)]
     found = block_items(windows, "t", {"nll": "nll"})
     assert [(item.item, item.value) for item in found] == [("0", 1.0), ("32", 1.0), ("40", 2.0), ("72", 2.0)]
+    after = block_items([window[24:] for window in windows], "t", {"nll": "nll"}, prompt=24)
+    assert [(item.item, item.value) for item in after] == [("24", 1.0), ("64", 2.0)], "named by their place in the text"

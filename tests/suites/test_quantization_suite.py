@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from moebench.bench.run import planned
 from moebench.contracts import Registry
 from moebench.moe.oracle import reference
-from moebench.suites.quality.on_disk import written
+from moebench.suites.quality.layer_figures import _relative
+from moebench.suites.quality.on_disk import held_bytes, written
 from moebench.suites.quality.quantized import QuantizationTrial
 from moebench.suites.subject import make_batch, prepare_subject
 
 RTN = ("axes.quantization=rtn", "params.quantization.rtn.group=16", "params.quantization.rtn.bits=3")
+HIDDEN_ONLY = ("smoothing=none", "router=null", "balance=0", "act_bits=null", "group=null")
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +65,34 @@ def test_a_plan_knows_that_codecs_take_time_and_that_the_model_is_loaded_once():
     plan = plan_of("suite=quantization", "model=tiny", "axes.quantization=[none,rtn,awq]", *groups)
     seconds = {case.quantization.name: plan.seconds[case.case_key] for case in plan.cases}
     assert seconds["none"] > 20 > seconds["awq"] > seconds["rtn"] > 0
+
+
+@pytest.mark.parametrize("model", ["tiny", "gguf"])
+def test_weights_as_they_are_stored_are_planned(model, tmp_path):
+    if model == "gguf":
+        gguf = pytest.importorskip("gguf")
+        path = tmp_path / "one.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        sizes = {"embedding_length": 32, "feed_forward_length": 64, "block_count": 1, "context_length": 8}
+        for name, value in {**sizes, "attention.head_count": 1, "expert_count": 2, "expert_used_count": 1}.items():
+            writer.add_uint32(f"llama.{name}", value)
+        writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        rows = {"ffn_gate_exps": (2, 64, 32), "ffn_up_exps": (2, 64, 32), "ffn_down_exps": (2, 32, 64)}
+        for name, shape in {**rows, "ffn_gate_inp": (2, 32)}.items():
+            weight = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))).numpy()
+            writer.add_tensor(f"blk.0.{name}.weight", weight.astype("float16" if name in rows else "float32"))
+        writer.add_tensor("token_embd.weight", torch.zeros(4, 32).numpy())
+        for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+            getattr(writer, step)()
+    own = [f"model.path={tmp_path / 'one.gguf'}"] if model == "gguf" else []
+    plan = plan_of("suite=quantization", f"model={model}", *own, "axes.quantization=[file,none]", "suite.tokens=256")
+    if model == "tiny":
+        assert [case.quantization.name for case in plan.cases] == ["none"]
+        assert "keeps no packed weights in a file; use model=gguf" in plan.refused[0].refusal
+        return
+    assert [case.quantization.name for case in plan.cases] == ["file", "none"]
+    found, _, _ = run(plan.cases[0])
+    assert (found["bits_per_weight"].value, found["weight_error"].value) == (16, 0)
 
 
 def test_several_layers_make_one_case():
@@ -113,6 +145,34 @@ def test_errors_are_those_of_the_definition():
     errors_T = (y - wanted).norm(dim=1) / wanted.norm(dim=1)
     assert found["held_out_error"].value == pytest.approx(float(errors_T.mean()), rel=1e-9)
     assert found["held_out_error"].n == 512
+
+
+def test_smoothing_of_hidden_channels_alone_has_no_error_of_weights():
+    """The input's scale stays, and the folded weights are others than the model's all the same."""
+    own = ("axes.structure=outliers", "params.structure.outliers.factor=4", "axes.quantization=eaquant")
+    eaquant = [f"params.quantization.eaquant.{name}" for name in HIDDEN_ONLY]
+    found, _, trial = judged("model=tiny", "model.layers=[1]", "suite.tokens=256", *own, *eaquant)
+    scale_H = trial.done[1].subject.layer.input_scale_H
+    assert set(scale_H.tolist()) == {1.0, 4.0}, "that of the outliers, and no other"
+    assert found["weight_error"].value is None
+    assert found["held_out_error"].value > 0
+
+
+def test_an_error_in_weights_of_zero_is_no_number():
+    zero_12, off_12, lost_12 = (torch.tensor([pair]) for pair in ([0.0, 0.0], [1.0, 4.0], [1.0, 0.0]))
+    assert (_relative([zero_12]), _relative([off_12]), _relative([lost_12])) == (0, 0.5, None)
+
+
+def test_whatever_holds_bytes_is_counted():
+    class Slotted:
+        __slots__ = ("codes", "rest")
+
+    slotted = Slotted()
+    slotted.codes = np.zeros((4, 8), dtype=np.int16)
+    other = SimpleNamespace(
+        a=slotted, b=[b"12345", bytearray(3)], c={"d": torch.zeros(2, dtype=torch.int64)}, e=slotted
+    )
+    assert held_bytes(other) == 64 + 5 + 3 + 16
 
 
 def test_what_no_text_can_say_is_unknown_with_the_reason():
