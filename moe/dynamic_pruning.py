@@ -31,8 +31,8 @@ class PruningRule:
     paper's with ``importance="attention"``, the ``norm`` |h|_1 alone with that, and drawn with ``random``, the control
     of protection. The weight of what is dropped goes to the experts that are kept. ``by="random"`` is the control of
     the rule: as many tokens lose their lowest expert, drawn among those that have a second one and are not protected.
-    With a ``rate`` each of these loses it with that probability instead, so that how many there are does not depend on
-    later tokens.
+    With a ``rate``, which ``by="ratio"`` does not read, each of these loses it with that probability instead, so that
+    how many there are does not depend on later tokens.
     """
 
     beta: float | None
@@ -46,8 +46,8 @@ class PruningRule:
             raise ValueError(f"beta={self.beta} must be a finite number, and not negative.")
         if not 0 <= self.protect <= 1:
             raise ValueError(f"protect={self.protect} must lie in [0, 1].")
-        if self.rate is not None and (self.by != "random" or not 0 <= self.rate <= 1):
-            raise ValueError(f"rate={self.rate} must lie in [0, 1], and goes with by=random alone, not by={self.by}.")
+        if self.rate is not None and not 0 <= self.rate <= 1:
+            raise ValueError(f"rate={self.rate} must lie in [0, 1].")
 
     @property
     def reads_beta(self) -> bool:

@@ -22,7 +22,7 @@ class OnlinePruned(AnyNumber):
     those of the largest |h|_1 times the attention received, keep all; with ``importance="norm"`` the norm alone
     decides, which needs no attention, and with ``importance="random"`` as many are drawn. All look at later tokens, of
     the prompt alone where one is told: with protect=0 the routing is causal. ``by="random"`` prunes as many tokens by
-    chance, or each with the probability ``rate``. ``k`` None is the model's own.
+    chance, or each with the probability ``rate`` (which ``ratio`` does not read). ``k`` None is the model's own.
     """
 
     pipeline: ClassVar[bool] = True
@@ -39,8 +39,8 @@ class OnlinePruned(AnyNumber):
             raise ValueError(f"beta={self.beta} must be a finite number, and not negative")
         if not 0 <= self.protect <= 1:
             raise ValueError(f"protect={self.protect} must lie in [0, 1]")
-        if self.rate is not None and (self.by != "random" or not 0 <= self.rate <= 1):
-            raise ValueError(f"rate={self.rate} must lie in [0, 1], and goes with by=random alone, not by={self.by}")
+        if self.rate is not None and not 0 <= self.rate <= 1:
+            raise ValueError(f"rate={self.rate} must lie in [0, 1]")
 
     @property
     def calibrated(self) -> bool:
