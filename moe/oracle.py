@@ -33,6 +33,7 @@ from .oracle_near import (
     low_rank_part,
     moved_columns,
     near_decisions,
+    turned_together,
 )
 from .routing import Routing
 from .token_codes import exact_tokens, near_ties
@@ -59,7 +60,7 @@ class Reference:
     ``y_TH`` float64. ``slack_T`` float64 is the error (absolute, in the norm of a row) that may come from cancellation
     within the one unit of a rank-1 expert, and from sparsity decisions near their threshold; ``near`` counts these.
     Each may add or leave out w * h_j * (column j of down), the columns point all ways, and so their norms add up as
-    squares. ``scale_T`` float64 is the root of the summed squares of the norms of a row's terms w * f_e(x): rounding is
+    squares; a top-k turns two at once, which may point alike. ``scale_T`` float64 is the root of the summed squares of the norms of a row's terms w * f_e(x): rounding is
     proportional to it where terms cancel.
     """
 
@@ -174,6 +175,7 @@ def _ffn(store: ExpertStore, slot: int, x_NH: Tensor) -> tuple[Tensor, Tensor, i
     hidden_NF = sparsity.apply("hidden", reached_NF, slot)
     near_NF = near_decisions(store, before, slot, x_NH.dtype)
     flips_N, near = (near_NF * whole_NF.square()) @ moved_columns(sparsity, down, slot), int(near_NF.sum())
+    flips_N = flips_N * turned_together(sparsity)
     if store.width == 1:
         flips_N = flips_N + cancellation(store, gate_up, kept_NH, before, hidden_NF) * down.square().sum()
     if store.act_bits is not None:

@@ -47,6 +47,16 @@ def moved_columns(sparsity: Sparsity, down: Tensor, slot: int) -> Tensor:
     return down.square().sum(0)
 
 
+def turned_together(sparsity: Sparsity) -> float:
+    """Return by how much the square of what turned decisions move may exceed the sum of their squares: 2 for a top-k.
+
+    Its decisions turn in pairs, one channel in for one out, and what both move may point the same way.
+    """
+    return (
+        2.0 if any(sparsity.sites[site].k is not None for site in ("gate", "hidden") if site in sparsity.sites) else 1.0
+    )
+
+
 def hidden_activations(store: ExpertStore, before: Tensor, slot: int) -> tuple[Tensor, Tensor]:
     """Return what ``down`` reads where nothing is left out, and what comes to site ``hidden``: [N, F] both."""
     whole_NF = activate(before, store.activation, store.gated)

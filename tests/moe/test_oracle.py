@@ -145,6 +145,18 @@ def test_a_flip_at_the_hidden_threshold_is_forgiven_and_one_further_off_is_not()
         assert float(ref.slack_T[0]) == pytest.approx(float(term_H.norm()) if forgiven else 0.0, rel=1e-9)
 
 
+def test_a_top_k_that_takes_the_next_channel_is_forgiven_even_where_both_columns_point_alike():
+    gate_up = torch.cat([torch.full((2, 1), 5.0), torch.tensor([[1.0], [1 - 2.0**-23]])])[None]
+    down = torch.tensor([[[1.0, -1.0]]])  # one in for the other moves the output by the sum of both
+    rule = Sparsity({"hidden": SiteRule(k=1)})
+    store = ExpertStore(gate_up, down, ("ffn",), sparsity=rule)
+    x_TH, routing = torch.ones(1, 1), Routing(torch.tensor([0]), torch.tensor([0]), torch.ones(1), (1, 1))
+    ref = reference(store, routing, x_TH)
+    assert ref.near == 2
+    assert compare(-ref.y_TH.float(), ref, torch.float32).ok
+    assert not compare(-1.01 * ref.y_TH.float(), ref, torch.float32).ok
+
+
 def test_slack_leaves_the_check_sharp():
     """Half of the activations left out in bfloat16: what is forgiven stays far below a wrong expert."""
     generator = torch.Generator().manual_seed(0)
