@@ -60,8 +60,8 @@ class Reference:
     ``y_TH`` float64. ``slack_T`` float64 is the error (absolute, in the norm of a row) that may come from cancellation
     within the one unit of a rank-1 expert, and from sparsity decisions near their threshold; ``near`` counts these.
     Each may add or leave out w * h_j * (column j of down), the columns point all ways, and so their norms add up as
-    squares; a top-k turns two at once, which may point alike. ``scale_T`` float64 is the root of the summed squares of the norms of a row's terms w * f_e(x): rounding is
-    proportional to it where terms cancel.
+    squares; a top-k turns two at once, which may point alike. ``scale_T`` float64 is the root of the summed squares of
+    the norms of a row's terms w * f_e(x): rounding is proportional to it where terms cancel.
     """
 
     y_TH: Tensor
