@@ -71,15 +71,19 @@ def _refusal(case: Case, registry: Registry) -> str | None:
         return f"probe '{probe}' looks into experts and model.layers=[] names no layer; give model.layers=all."
     if case.workload.get("kv") == "missing" and case.workload["mode"] != "skip":
         return "keys are missing only where layers are skipped; use suite.mode=[skip] with suite.kv=missing."
-    if probe == "voids" and case.sparsity.params.get("dense_prefix"):
+    changed = [axis for axis in CHANGES if not case.layers and getattr(case, axis).name != "none"]
+    if changed:
+        return f"axes.{changed[0]} changes no layer where model.layers=[] names none; give model.layers=all."
+    return sparsity_refusal(case, registry, whole_model=False) or _prefix_refusal(case)
+
+
+def _prefix_refusal(case: Case) -> str | None:
+    if case.workload["probe"] == "voids" and case.sparsity.params.get("dense_prefix"):
         return (
             f"probe 'voids' generates text of no known length, of which a dense prefix is no share; use "
             f"params.sparsity.{case.sparsity.name}.dense_prefix=0."
         )
-    changed = [axis for axis in CHANGES if not case.layers and getattr(case, axis).name != "none"]
-    if changed:
-        return f"axes.{changed[0]} changes no layer where model.layers=[] names none; give model.layers=all."
-    return sparsity_refusal(case, registry, whole_model=False)
+    return None
 
 
 def _no_digits() -> str | None:
