@@ -1,13 +1,13 @@
 """The page ``docs/papers.md``: the latest verdict of every claim, from the stores in which they were judged.
 
 A claim costs minutes, so they are judged a few at a time: a store brings its own claims, and the page keeps what it
-says of the others, as long as their files are in ``suites/papers``.
+says of the others, as long as their files in ``suites/papers`` still say what was judged.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,14 +57,20 @@ def claims_in(page: str) -> dict[str, Entry]:
     return {key: Entry(rows[key], section) for key, section in SECTION.findall(page) if key in rows}
 
 
-def papers_page(entries: Mapping[str, Entry], known: Collection[str]) -> str:
-    """Return the page of ``entries``, without those that are not ``known`` any more."""
-    shown = {key: entries[key] for key in sorted(entries) if key in known}
+def papers_page(entries: Mapping[str, Entry], papers: Iterable[Paper]) -> str:
+    """Return the page of those ``entries`` that are verdicts on ``papers`` as these are now."""
+    ordered = sorted(papers, key=lambda paper: paper.key)
+    shown = {p.key: entries[p.key] for p in ordered if p.key in entries and _is_of(entries[p.key], p)}
     lines = ["# Papers", "", INTRO, "| claim | kind | estimate | verdict |", "|---|---|---|---|"]
     lines += [entry.row for entry in shown.values()]
     for key, entry in shown.items():
         lines += ["", f"## {key}", "", entry.section]
     return "\n".join(lines) + "\n"
+
+
+def _is_of(entry: Entry, paper: Paper) -> bool:
+    """Whether a verdict is on what ``paper`` says: one on a row that was written anew since is another's."""
+    return all(line in entry.section for line in (_claimed(vars(paper)), _ours(vars(paper))))
 
 
 def claims_table(papers: Iterable[Paper], page: str) -> Iterator[str]:
@@ -94,11 +100,19 @@ def _section(claim: Mapping[str, Any]) -> str:
     pairs = ", ".join(f"({a:.6g}, {b:.6g})" for a, b in zip(claim["a"] or [], claim["b"] or [], strict=True))
     where = f"{claim['cpu']}, {claim['cores']} cores, torch {claim['torch']}"
     paragraphs = (
-        f"**{claim['title']}.** {claim['claim']} ({claim['figure']})",
-        f"*Ours:* {claim['ours']}",
+        _claimed(claim),
+        _ours(claim),
         f"Rule: {claim['unit']} {claim['direction']}, margin {claim['margin']:g}; seeds {claim['seeds']}.",
         f"**{claim['verdict']}**: {_estimate(claim)}. {claim['reason'] or ''}".rstrip(),
         f"(a, b) by seed: {pairs or 'none'}.",
         f"Run {claim['run_id']} at commit {(claim['git_sha'] or 'unknown')[:12]} on {where}.",
     )
     return "\n\n".join(paragraphs)
+
+
+def _claimed(claim: Mapping[str, Any]) -> str:
+    return f"**{claim['title']}.** {claim['claim']} ({claim['figure']})"
+
+
+def _ours(claim: Mapping[str, Any]) -> str:
+    return f"*Ours:* {claim['ours']}"

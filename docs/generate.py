@@ -222,7 +222,7 @@ def papers(store: Path | None = None) -> str:
     page = FOLDER / "papers.md"
     entries = claims_in(page.read_text() if page.exists() else "") | (claims_of(store) if store else {})
     notice = NOTICE.replace("change the code, then run `nox -s docs`", "run `moebench papers`, then it with --claims")
-    return notice + "\n" + papers_page(entries, {paper.key for paper in load_papers()})
+    return notice + "\n" + papers_page(entries, load_papers())
 
 
 def routings_page(store: Path | None = None) -> str:

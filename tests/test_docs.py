@@ -25,6 +25,7 @@ from moebench.moe.oracle import BOUNDS
 from moebench.results.parts import write_part
 from moebench.results.query import run_sql
 from moebench.results.statistics import PERCENTILES, quantile_n_required
+from moebench.suites.paper_specs import Paper, PaperRule, PaperRun
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -288,17 +289,30 @@ def judged(folder, **changes):
     return claims_of(folder)
 
 
+def papers_of(*keys, **changes):
+    told = {name: CLAIM[name] for name in ("title", "claim", "figure", "ours", "kind", "seeds")} | changes
+    rest = {"run": PaperRun("accuracy", ()), "metric": "", "cost_s": 1.0, "model": "none"}
+    return [Paper(key=key, rule=PaperRule("at_most", 0.1, "ratio"), **rest, **told) for key in keys]
+
+
 def test_the_page_of_papers_has_every_claim_with_its_verdict(tmp_path):
-    page = papers_page(judged(tmp_path, key="a-claim"), {"a-claim"})
+    page = papers_page(judged(tmp_path, key="a-claim"), papers_of("a-claim"))
     assert "| [a-claim](#a-claim) | empirical | ratio 2 [1.9, 2.1] | not supported |" in page
     assert "(a, b) by seed: (2, 1), (2, 1), (2, 1)." in page
 
 
 def test_a_store_brings_its_own_claims_and_the_page_keeps_the_others(tmp_path):
     old = judged(tmp_path / "old", key="kept") | judged(tmp_path / "older", key="again") | judged(tmp_path, key="gone")
-    page = papers_page(old, {*old})
+    page = papers_page(old, papers_of(*old))
     assert claims_in(page) == old
     new = judged(tmp_path / "new", key="again", verdict="supported", estimate=1.0)
-    both = papers_page(claims_in(page) | new, {"kept", "again"})
+    both = papers_page(claims_in(page) | new, papers_of("kept", "again"))
     assert claims_in(both) == {"kept": old["kept"], "again": new["again"]}
     assert "gone" not in both
+
+
+@pytest.mark.parametrize("changes", [{"ours": "A larger one."}, {"claim": "It may hold."}])
+def test_a_verdict_on_a_row_that_was_written_anew_is_not_that_rows(tmp_path, changes):
+    old = judged(tmp_path, key="a-claim")
+    assert claims_in(papers_page(old, papers_of("a-claim"))) == old
+    assert claims_in(papers_page(old, papers_of("a-claim", **changes))) == {}
