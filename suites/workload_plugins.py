@@ -21,6 +21,15 @@ MODEL = ("depth", "hidden", "heads", "width", "experts", "k", "steps")
 """What every model with experts has some of."""
 
 
+def _check_model(params: Any) -> None:
+    """Raise ValueError where the sizes of a model with experts do not fit each other."""
+    _positive(params, *MODEL)
+    if params.hidden % params.heads or params.k > params.experts:
+        raise ValueError(
+            f"heads={params.heads} must divide hidden={params.hidden}, and k={params.k} be at most experts"
+        )
+
+
 @dataclass(frozen=True)
 class Lemo:
     """A training step that computes a share ``kept`` of its tokens in every layer but the last (LeMo / Jenga, 2025).
@@ -53,14 +62,12 @@ class Lemo:
     SECONDS: ClassVar[float] = 60.0
 
     def __post_init__(self) -> None:
-        counted = ("tokens", "block", "segments", "rank", "predictor_steps", "finetune_steps", "pairs")
-        _positive(self, *MODEL, *counted)
+        _check_model(self)
+        _positive(self, "tokens", "block", "segments", "rank", "predictor_steps", "finetune_steps", "pairs")
         if not 0 < self.kept <= 1:
             raise ValueError(f"kept={self.kept} must lie in (0, 1]")
         if self.tokens % self.block or self.tokens % self.segments:
             raise ValueError(f"block={self.block} and segments={self.segments} must divide tokens={self.tokens}")
-        if self.hidden % self.heads or not 1 <= self.k <= self.experts:
-            raise ValueError(f"heads={self.heads} must divide hidden={self.hidden}, and k={self.k} be at most experts")
 
 
 @dataclass(frozen=True)
@@ -94,15 +101,14 @@ class SparseD:
     SECONDS: ClassVar[float] = 60.0
 
     def __post_init__(self) -> None:
-        _positive(self, *MODEL, "block", "tokens", "prompts")
+        _check_model(self)
+        _positive(self, "block", "tokens", "prompts")
         if self.tokens % self.block or self.prompt % self.block or not 0 <= self.prompt < self.tokens:
             raise ValueError(
                 f"block={self.block} must divide tokens={self.tokens} and the shorter prompt={self.prompt}"
             )
         if not 0 <= self.skip < 1 or not 0 <= self.select <= 1:
             raise ValueError(f"skip={self.skip} must lie in [0, 1) and select={self.select} in [0, 1]")
-        if self.hidden % self.heads or not 1 <= self.k <= self.experts:
-            raise ValueError(f"heads={self.heads} must divide hidden={self.hidden}, and k={self.k} be at most experts")
         if not 2 <= self.diffusion_steps <= self.tokens - self.prompt:
             raise ValueError("diffusion_steps must be at least 2, and at most the tokens to be generated")
 
@@ -166,14 +172,13 @@ class ColorMAE:
     SECONDS: ClassVar[float] = 90.0
 
     def __post_init__(self) -> None:
-        _positive(self, *MODEL, "patterns")
+        _check_model(self)
+        _positive(self, "patterns")
         for colour in self.colours:
             if colour not in COLOURS:
                 raise ValueError(unknown("colour", colour, COLOURS))
         if not self.colours or not 0 < self.masked < 1:
             raise ValueError(f"masked={self.masked} must lie in (0, 1), and colours name at least one")
-        if self.hidden % self.heads or not 1 <= self.k <= self.experts:
-            raise ValueError(f"heads={self.heads} must divide hidden={self.hidden}, and k={self.k} be at most experts")
 
 
 @dataclass(frozen=True)
@@ -209,13 +214,12 @@ class DiTMoE:
     SECONDS: ClassVar[float] = 120.0
 
     def __post_init__(self) -> None:
-        _positive(self, *MODEL, "batch")
+        _check_model(self)
+        _positive(self, "batch")
         if not 0 <= self.window < 1000 or self.cutoff < 0:
             raise ValueError(f"window={self.window} must lie in [0, 1000), and cutoff={self.cutoff} not be negative")
         if not 2 <= self.sampler_steps <= 1000 or self.samples < 100 or not 10 <= self.traced <= self.samples:
             raise ValueError("sampler_steps must lie in [2, 1000], samples be at least 100, traced 10 to samples")
-        if self.hidden % self.heads or not 1 <= self.k <= self.experts:
-            raise ValueError(f"heads={self.heads} must divide hidden={self.hidden}, and k={self.k} be at most experts")
 
 
 FACTORY = "moebench.suites.workload:create"

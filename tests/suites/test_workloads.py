@@ -121,6 +121,8 @@ def test_a_diverged_training_and_a_figure_that_is_no_number_are_refused(cache):
         ("suite=lemo suite.segments=0", "segments=0 must be at least 1"),
         ("suite=lemo suite.pairs=0", "pairs=0"),
         ("suite=sparsed suite.depth=0", "depth=0"),
+        ("suite=colormae suite.heads=5", "heads=5 must divide hidden=48"),
+        ("suite=dit_moe suite.k=5", "k=5 be at most experts"),
         ("suite=delta suite.steps=0", "steps=0"),
         ("suite=delta suite.widths=[]", "at least one layer"),
         ("suite=colormae suite.patterns=-1", "patterns=-1"),
