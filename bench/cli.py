@@ -42,8 +42,8 @@ Exit status: 0 not regressed, 1 regressed, 3 inconclusive, 4 too noisy to tell, 
 
 
 PARETO_HELP = """\
-Axes x: tpot latency throughput bytes resident energy. Axes y: ppl kl bpb agreement error accuracy:TASK. A condition is
-SQL over the columns of view latest, and x, y, their bounds x_lo, x_hi, y_lo, y_hi. Examples:
+Axes x: tpot latency throughput bytes resident bits disk energy. Axes y: ppl kl bpb agreement error accuracy:TASK. A
+condition is SQL over the columns of view latest, and x, y, their bounds x_lo, x_hi, y_lo, y_hi. Examples:
   moebench pareto
   moebench pareto --x bytes --y kl --where "backend = 'eager' AND quantization <> 'none'"
   moebench pareto --page pareto.html --price-per-hour 0.35

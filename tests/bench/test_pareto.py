@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from moebench.bench.cli import main
+from moebench.bench.cli import PARETO_HELP, main
+from moebench.results.pareto_axes import X_AXES, Y_AXES
 from moebench.results.statistics import summary
 
 stored = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("stored.py"))))
@@ -173,3 +174,8 @@ def test_mistakes_are_one_sentence_and_status_2(arguments, words, capsys, store)
     status, out, err = pareto(capsys, store, *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert words in err
+
+
+def test_the_help_names_every_axis():
+    told = PARETO_HELP.partition("condition")[0].replace(".", " ").split()
+    assert {*X_AXES, *Y_AXES} <= set(told)
