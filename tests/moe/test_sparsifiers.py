@@ -13,6 +13,7 @@ from moebench.moe.channels import SiteRule, Sparsity
 from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import routed_sum
 from moebench.moe.routing import Routing
+from moebench.moe.sparsifiers.baselines import Magnitude, RandomChannels, Wanda
 from moebench.moe.sparsifiers.channel import (
     ChannelSparsifier,
     calibrated,
@@ -24,7 +25,7 @@ from moebench.moe.sparsifiers.channel import (
     up_means,
 )
 from moebench.moe.sparsifiers.cost import sparsity_metrics, theoretical_cost
-from moebench.moe.sparsifiers.params import Cats, Chess, Magnitude, RandomChannels, RSparse, Teal, Wanda, Wina
+from moebench.moe.sparsifiers.params import Cats, Chess, RSparse, Teal, Wina
 from moebench.moe.sparsifiers.search import greedy_levels, last_part, output_error, searched_alphas
 from moebench.moe.sparsifiers.steps import channels, masked_weights, random_channels
 from moebench.moe.sparsity import density, site_activations
