@@ -266,6 +266,10 @@ def test_overlap_by_chance_is_that_of_choices_within_prompt_and_rest():
     assert sparsed.chance(*draws) > density / (2 - density) + 0.03  # the one block of the prompt is always shared
 
 
+def test_symbols_of_a_generation_are_counted_sequence_by_sequence():
+    assert sparsed.symbols_of(torch.tensor([[32, 32, 32], [32, 101, 116]])) == 2
+
+
 # --- delta -----------------------------------------------------------------------------------------------------------
 
 
