@@ -89,17 +89,17 @@ class SparseD:
     prompt: int = 32
     prompts: int = 8
     diffusion_steps: int = 32
-    depth: int = 3
+    depth: int = 2
     hidden: int = 64
     heads: int = 4
-    width: int = 96
+    width: int = 64
     experts: int = 4
     k: int = 2
-    steps: int = 400
+    steps: int = 1500
 
     AXES: ClassVar[Mapping[str, Any]] = LayerSuite.AXES
     WORKLOAD: ClassVar[str] = "moebench.suites.workloads.sparsed:SparseDWorkload"
-    SECONDS: ClassVar[float] = 60.0
+    SECONDS: ClassVar[float] = 180.0
 
     def __post_init__(self) -> None:
         _check_model(self)

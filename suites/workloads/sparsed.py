@@ -55,7 +55,7 @@ class SparseDWorkload:
 
     def train(self) -> float:
         """Train the model."""
-        settings = schedule(self.params.steps, 3e-3, self.seed)
+        settings = schedule(self.params.steps, 6e-3, self.seed)
         identity = {"name": "sparsed", "params": self.params, "seed": self.seed, "text": text_sha256()}
         modules = (masked_diffusion, text_bytes, transformer)
         return trained(self.task, settings, identity, modules)
