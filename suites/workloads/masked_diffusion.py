@@ -62,7 +62,7 @@ def turned(x_BATD: Tensor) -> Tensor:
     half = x_BATD.shape[-1] // 2
     rate = torch.exp(-math.log(1e3) * torch.arange(half) / half)
     angle = torch.arange(x_BATD.shape[2])[:, None] * rate
-    a, b = x_BATD.split([half, x_BATD.shape[-1] - half], dim=-1)
+    a, b = x_BATD.chunk(2, dim=-1)
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
 
 
