@@ -297,6 +297,7 @@ BUILTIN_PLUGINS = (
     "moebench.moe.quantization_plugins",
     "moebench.moe.router_params",
     "moebench.moe.sparsifiers.params",
+    "moebench.moe.sparsifiers.baselines",
     "moebench.moe.transforms.params",
     "moebench.moe.transforms.compression_params",
     "moebench.backends.plugins",

@@ -4,7 +4,8 @@ A rule compares ``a`` with ``b`` as a ``ratio`` a / b (centre 1) or a ``differen
 centre ± margin for ``equal``, up to centre + margin for ``at_most``, and from centre + margin for ``at_least``.
 
 Identities and theorems leave no room for chance: every pair must lie in the region. An empirical claim is judged by the
-interval of the mean over seeds: supported inside the region, not supported outside, and otherwise inconclusive.
+interval of the mean over seeds: supported inside the region, not supported outside, and otherwise inconclusive. Where
+``a`` must be better than ``b``, however little, and is equal to it in every seed, nothing was told apart: inconclusive.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class Rule:
         if self.direction == "at_most":
             return -math.inf, edge
         return (edge, math.inf) if self.direction == "at_least" else (self.centre - self.margin, edge)
+
+    def tied(self, values: Sequence[float]) -> bool:
+        """Whether the rule sets ``a`` against ``b`` without a margin, and no value tells them apart."""
+        return self.direction != "equal" and self.margin == 0 and all(value == self.centre for value in values)
 
     def value(self, a: float, b: float) -> float:
         """Return a - b or a / b; ValueError where the ratio has no meaning."""
@@ -110,6 +115,8 @@ def _empirical(rule: Rule, values: Sequence[float], lacking: str) -> Judgement:
         reason = f"{len(values)} of {LEAST_SEEDS} seeds that an interval needs" + (f"; {lacking}" if lacking else "")
         return Judgement("inconclusive", _centre_of(rule, values), reason=reason)
     estimate, lo, hi = mean_interval(values, geometric=rule.unit == "ratio")
+    if rule.tied(values):
+        return Judgement("inconclusive", estimate, lo, hi, "a equals b in every seed, so nothing was told apart")
     least, most = rule.region
     if least <= lo and hi <= most:
         return Judgement("supported", estimate, lo, hi, lacking)

@@ -1,4 +1,4 @@
-"""Descriptors and parameters of the methods that leave out channels or weights. Imports no torch.
+"""Descriptors and parameters of the methods that leave out channels by what they hold. Imports no torch.
 
 TEAL, CATS, CHESS, WINA and R-Sparse are one family: ``scores`` names the weight of |a_j| at each site, ``rule`` what is
 done with the scores, and the rest is a matter of configuration. ``level`` is the fraction left out.
@@ -241,51 +241,6 @@ class RSparse(ChannelParams):
         return dict.fromkeys(super().attention_scores, "column_norm")
 
 
-@dataclass(frozen=True)
-class RandomChannels:
-    """Leave out channels by chance: floor(I (1 - level)) of each site are kept, the same for all tokens.
-
-    The baseline that looks at no activation; each layer draws its own channels, by the case's seed.
-    """
-
-    level: float = 0.5
-    sites: tuple[str, ...] = ("input", "hidden")
-    dense_prefix: float = PREFIX
-
-    def __post_init__(self) -> None:
-        check_level(self.level)
-        check_sites(self.sites)
-
-    def spec(self) -> SparsitySpec | None:
-        """Return what a backend must know; None at level 0."""
-        if self.level == 0:
-            return None
-        return SparsitySpec(self.sites, "one", "fixed", self.level, dense_prefix=self.dense_prefix)
-
-
-@dataclass(frozen=True)
-class Magnitude:
-    """Set the smallest weights of every row to zero: of a row of I weights I - floor(I level) stay."""
-
-    level: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_level(self.level)
-
-    def spec(self) -> SparsitySpec | None:
-        """Return what a backend must know; None at level 0."""
-        return None if self.level == 0 else SparsitySpec((), "one", level=self.level, masked_weights=True)
-
-
-@dataclass(frozen=True)
-class Wanda(Magnitude):
-    """Wanda: set the weights with the smallest |w_ij| * ||x_j|| of every row to zero (arXiv 2306.11695).
-
-    ||x_j|| is over the calibration tokens of each expert, what down reads being that of the dense expert; an expert
-    without tokens is pruned by magnitude.
-    """
-
-
 STEPS = "moebench.moe.sparsifiers.steps"
 
 DESCRIPTORS = [
@@ -294,9 +249,4 @@ DESCRIPTORS = [
     Descriptor("sparsity", "chess", "CHESS thresholds on the gate by channel", f"{STEPS}:channels", Chess),
     Descriptor("sparsity", "wina", "WINA magnitudes by column norms", f"{STEPS}:channels", Wina),
     Descriptor("sparsity", "rsparse", "R-Sparse channels and a low rank", f"{STEPS}:channels", RSparse),
-    Descriptor(
-        "sparsity", "random_channels", "channels left out by chance", f"{STEPS}:random_channels", RandomChannels
-    ),
-    Descriptor("sparsity", "magnitude", "smallest weights set to zero", f"{STEPS}:masked_weights", Magnitude),
-    Descriptor("sparsity", "wanda", "Wanda: smallest |w| ||x|| set to zero", f"{STEPS}:masked_weights", Wanda),
 ]

@@ -17,8 +17,9 @@ from ..channel_artefacts import sparsified
 from ..channels import SiteRule, Sparsity
 from ..experts import ExpertStore
 from ..routing import Routing
+from .baselines import Magnitude, RandomChannels, Wanda
 from .channel import calibrated, matrix_shape, sparsifiers
-from .params import ChannelParams, Magnitude, RandomChannels, Wanda
+from .params import ChannelParams
 from .search import greedy_levels, searched_alphas
 from .weight_masks import input_norms, weight_mask
 

@@ -1,13 +1,15 @@
 """A masked-diffusion language model over single bytes: trained to fill masks, generating by unmasking step by step.
 
 After LLaDA (arXiv 2502.09992): a share t ~ U(0, 1) of the symbols is masked, the loss of masked symbols weighs 1/t, and
-generation fixes the symbols of which the model is surest.
+generation fixes the symbols of which the model is surest. Queries and keys are turned by their places: with
+places as vectors of their own, a model so small learned how often bytes occur and no context at all.
 
-Shape letters: B sequences, T symbols, H hidden, V vocabulary.
+Shape letters: B sequences, A heads, T symbols, D head width, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -30,7 +32,6 @@ class MaskedModel(nn.Module):
     def __init__(self, params: SparseD) -> None:
         super().__init__()
         self.embed = nn.Embedding(SYMBOLS + 1, params.hidden)
-        self.place = nn.Embedding(params.tokens, params.hidden)
         self.layers = nn.ModuleList(
             Block(params.hidden, params.heads, params.width, params.experts, params.k) for _ in range(params.depth)
         )
@@ -39,11 +40,30 @@ class MaskedModel(nn.Module):
 
     def forward(self, ids_BT: Tensor, cores: Sequence[Core] | None = None) -> Tensor:
         """Return logits_BTV; ``cores`` has the attention of each layer, full where there is none."""
-        x_BTH = self.embed(ids_BT) + self.place.weight[: ids_BT.shape[1]]
+        x_BTH = self.embed(ids_BT)
         for number, layer in enumerate(self.layers):
-            x_BTH = layer(x_BTH, full if cores is None else cores[number])
+            core = full if cores is None else cores[number]
+            x_BTH = layer(x_BTH, by_distance(core))
         logits_BTV: Tensor = self.head(self.norm(x_BTH))
         return logits_BTV
+
+
+def by_distance(core: Core) -> Core:
+    """Return ``core`` on queries and keys that are turned by their places."""
+
+    def found(q_BATD: Tensor, k_BATD: Tensor, v_BATD: Tensor) -> Tensor:
+        return core(turned(q_BATD), turned(k_BATD), v_BATD)
+
+    return found
+
+
+def turned(x_BATD: Tensor) -> Tensor:
+    """Return queries or keys turned by their places (RoPE, arXiv 2104.09864): products know distances alone."""
+    half = x_BATD.shape[-1] // 2
+    rate = torch.exp(-math.log(1e3) * torch.arange(half) / half)
+    angle = torch.arange(x_BATD.shape[2])[:, None] * rate
+    a, b = x_BATD.chunk(2, dim=-1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
 
 
 class MaskedTask:

@@ -55,7 +55,7 @@ class SparseDWorkload:
 
     def train(self) -> float:
         """Train the model."""
-        settings = schedule(self.params.steps, 3e-3, self.seed)
+        settings = schedule(self.params.steps, 6e-3, self.seed)
         identity = {"name": "sparsed", "params": self.params, "seed": self.seed, "text": text_sha256()}
         modules = (masked_diffusion, text_bytes, transformer)
         return trained(self.task, settings, identity, modules)
@@ -77,6 +77,7 @@ class SparseDWorkload:
         figures = {**overlaps(recorder.found, first), **self._costs(recorder.found[0], first)}
         figures["overlap_chance"] = chance(ways["random_after_skip"][1], ways["random_from_start"][1])
         metrics = [
+            Metric("generated_symbols", symbols_of(reference[:, params.prompt :]), "1", n=len(reference)),
             *(Metric(f"agreement_{name}", value, "1", n=reference.numel()) for name, value in agreement.items()),
             *(Metric(name, value, "1") for name, value in figures.items()),
         ]
@@ -121,6 +122,11 @@ class SparseDWorkload:
             Identity("gathered blocks against a dense mask", float(gap), EXACT),
             Identity("all blocks gathered against full attention", float(whole), EXACT),
         ]
+
+
+def symbols_of(generated_BT: Tensor) -> float:
+    """Return how many different symbols a sequence has, mean over sequences: of 1 no mask can be seen to cost any."""
+    return mean(float(len(row_T.unique())) for row_T in generated_BT)
 
 
 def overlaps(found: Sequence[Sequence[Tensor]], first: int) -> dict[str, float]:

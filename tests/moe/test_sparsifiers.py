@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as nnf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moebench.contracts import Registry
 from moebench.moe.channels import SiteRule, Sparsity
 from moebench.moe.experts import ExpertStore
 from moebench.moe.layer import routed_sum
 from moebench.moe.routing import Routing
+from moebench.moe.sparsifiers.baselines import Magnitude, RandomChannels, Wanda
 from moebench.moe.sparsifiers.channel import (
     ChannelSparsifier,
     calibrated,
@@ -24,7 +27,7 @@ from moebench.moe.sparsifiers.channel import (
     up_means,
 )
 from moebench.moe.sparsifiers.cost import sparsity_metrics, theoretical_cost
-from moebench.moe.sparsifiers.params import Cats, Chess, Magnitude, RandomChannels, RSparse, Teal, Wanda, Wina
+from moebench.moe.sparsifiers.params import Cats, Chess, RSparse, Teal, Wina
 from moebench.moe.sparsifiers.search import greedy_levels, last_part, output_error, searched_alphas
 from moebench.moe.sparsifiers.steps import channels, masked_weights, random_channels
 from moebench.moe.sparsity import density, site_activations
@@ -42,6 +45,13 @@ VARIANTS = [
     ("wina", {"rule": "threshold", "allocation": "greedy"}),
     ("rsparse", {"search": True, "alphas": (0.8, 1.0)}),
 ]
+COUNTED = [
+    *(("wina", {"preset": preset}) for preset in ("paper", "official", "transform")),
+    ("teal", {"rule": "topk"}),
+    ("teal", {"rule": "topk", "rotated": True}),
+    ("random_channels", {}),
+]
+"""What keeps a number of channels of every token, whatever the calibration."""
 
 
 def randn(*shape, seed=0):
@@ -86,19 +96,27 @@ def test_the_store_and_its_weights_stay_as_they_were(name, params):
 
 @pytest.mark.parametrize(("name", "params"), VARIANTS)
 def test_what_is_kept_is_what_the_level_leaves(name, params):
-    """Top-k, fixed channels and masks are within one channel of it; thresholds within what bfloat16 makes of them."""
+    """In weights, to within one channel and what bfloat16 makes of thresholds."""
     store, routing, x_TH, level = make_store(), make_routing(), randn(T, H), 0.5
     sparse = made(name, params, level, store, routing, x_TH)
     kept = theoretical_cost(sparse, routing, x_TH)
     share = kept.kept_flops / kept.dense_flops
     expected = (1 + 2 * (1 - level)) / 3 if name in ("cats", "chess") else 1 - level
     assert abs(share - expected) <= 1 / F + 0.02
-    if params.get("rule") == "topk" or (name in ("wina", "random_channels") and "rule" not in params):
-        used = sparse.sparsity.sites
-        for metric in density(sparse, routing, x_TH):
-            width = H if metric.name == "density_input" else F
-            if metric.name.removeprefix("density_") in used:
-                assert abs(metric.value - (1 - level)) <= 1 / width
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(COUNTED), st.floats(0.001, 0.98), st.integers(2, 20), st.integers(2, 20), st.integers(0, 99))
+def test_a_number_of_channels_is_within_one_of_the_level_at_every_site(method, level, hidden, width, seed):
+    """The density achieved is floor(I (1 - level)) / I, at any level, width and tokens."""
+    weights = randn(2, 2 * width, hidden, seed=seed), randn(2, hidden, width, seed=seed + 1)
+    store, routing = ExpertStore(*weights, ("ffn",) * 2), make_routing(2, 1, seed)
+    sparse = made(*method, level, store, routing, randn(T, hidden, seed=seed))
+    found = {metric.name: metric.value for metric in density(sparse, routing, randn(T, hidden, seed=seed + 2))}
+    for site, channels_there in (("input", hidden), ("hidden", width)):
+        kept = math.floor(channels_there * (1 - level) + 1e-9)
+        assert found[f"density_{site}"] == pytest.approx(kept / channels_there, abs=1e-12)
+        assert 0 <= (1 - level) + 1e-9 - kept / channels_there < 1 / channels_there + 1e-9
 
 
 @pytest.mark.parametrize(("name", "params"), VARIANTS)
@@ -130,6 +148,14 @@ def test_fixed_channels_do_not_look_at_tokens():
     again = random_channels(RandomChannels(0.5))(make_store(), make_routing(), randn(T, H), seed=6).sparsity
     assert not torch.equal(plan.sites["input"].kept, again.sites["input"].kept)
     assert not torch.equal(plan.sites["input"].kept[:F], plan.sites["hidden"].kept)
+
+
+def test_masks_by_magnitude_do_not_look_at_tokens_and_wandas_do():
+    others = {"routing": make_routing(seed=9), "x_TH": randn(T, H, seed=8) * torch.linspace(0.1, 3, H)}
+    for name, alike in (("magnitude", True), ("wanda", False)):
+        first, second = made(name, {}, 0.5).sparsity.weights, made(name, {}, 0.5, **others).sparsity.weights
+        assert torch.equal(first.gate_up, second.gate_up) == alike
+        assert torch.equal(first.down, second.down) == alike
 
 
 @pytest.mark.parametrize("name", ["teal", "wina", "cats", "chess", "rsparse"])

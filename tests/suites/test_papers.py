@@ -177,6 +177,7 @@ def test_an_exact_claim_holds_where_every_pair_lies_in_the_region(rule, pairs, k
 @given(rules, pairs)
 def test_an_empirical_verdict_follows_from_its_interval(rule, pairs):
     found = judge("empirical", rule, range(len(pairs)), pairs)
+    assume(not rule.tied([rule.value(a, b) for _, a, b in pairs]))
     least, most = rule.region
     assert found.lo <= found.estimate <= found.hi
     assert (found.verdict == "supported") == (least <= found.lo and found.hi <= most)
@@ -199,6 +200,19 @@ def test_at_most_and_at_least_exclude_each_other(pairs, margin):
     }
     if verdicts["at_most"] == "not supported":
         assert verdicts["at_least"] == "supported"
+
+
+@pytest.mark.parametrize("unit", ["ratio", "difference"])
+@pytest.mark.parametrize("direction", ["at_most", "at_least"])
+def test_pairs_that_are_equal_in_every_seed_support_nothing_that_asks_for_better(direction, unit):
+    """A workload whose figures are at their end says the same of every method."""
+    ties = [(seed, 2.0, 2.0) for seed in range(3)]
+    found = judge("empirical", Rule(direction, 0.0, unit), range(3), ties)
+    assert (found.verdict, found.reason) == ("inconclusive", "a equals b in every seed, so nothing was told apart")
+    slack = 0.1 if direction == "at_most" else -0.1
+    assert judge("empirical", Rule(direction, slack, unit), range(3), ties).verdict == "supported"
+    assert judge("empirical", Rule("equal", 0.0, unit), range(3), ties).verdict == "supported"
+    assert judge("identity", Rule(direction, 0.0, unit), range(3), ties).verdict == "holds"
 
 
 def test_a_missing_seed_keeps_an_exact_claim_from_holding():

@@ -20,6 +20,7 @@ from moebench.suites.workloads import (
     digits,
     dit_moe,
     lemo,
+    masked_diffusion,
     noise,
     samplers,
     sparsed,
@@ -264,6 +265,19 @@ def test_overlap_by_chance_is_that_of_choices_within_prompt_and_rest():
     density = float(torch.stack(mask[0]).double().mean())
     assert sparsed.chance(*draws) == pytest.approx(both / either, abs=5e-3)
     assert sparsed.chance(*draws) > density / (2 - density) + 0.03  # the one block of the prompt is always shared
+
+
+def test_turned_queries_and_keys_know_distances_alone():
+    x_D, y_D = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    q_TD, k_TD = (masked_diffusion.turned(one.expand(1, 1, 12, 8))[0, 0] for one in (x_D, y_D))
+    scores_TT = q_TD @ k_TD.T
+    assert torch.allclose(scores_TT[1:, 1:], scores_TT[:-1, :-1], atol=1e-5)
+    assert torch.allclose(scores_TT.diagonal(), x_D @ y_D, atol=1e-5)
+    assert not torch.allclose(scores_TT[0, 1:], scores_TT[1:, 0], atol=1e-3)
+
+
+def test_symbols_of_a_generation_are_counted_sequence_by_sequence():
+    assert sparsed.symbols_of(torch.tensor([[32, 32, 32], [32, 101, 116]])) == 2
 
 
 # --- delta -----------------------------------------------------------------------------------------------------------
