@@ -36,8 +36,8 @@ UNTIMED = 2
 class Elimination:
     """A model, its predictors, and training steps with and without elimination.
 
-    A subclass brings ``model`` (with ``layers``, ``head`` and ``loss``) and ``width`` of its residual stream, its texts,
-    and what its attention says. ``fitted``, ``recalled`` and ``judged`` count sequences; ``lr`` is that of fine-tuning.
+    A subclass brings ``model`` (with ``layers``, ``head`` and ``loss``), the ``width`` of its residual stream, its
+    texts, and what its attention says. ``fitted``, ``recalled`` and ``judged`` count sequences; ``lr`` is that of fine-tuning.
     """
 
     model: Any
