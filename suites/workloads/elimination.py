@@ -37,7 +37,8 @@ class Elimination:
     """A model, its predictors, and training steps with and without elimination.
 
     A subclass brings ``model`` (with ``layers``, ``head`` and ``loss``), the ``width`` of its residual stream, its
-    texts, and what its attention says. ``fitted``, ``recalled`` and ``judged`` count sequences; ``lr`` is that of fine-tuning.
+    texts, and what its attention says. ``fitted``, ``recalled`` and ``judged`` count sequences; ``lr`` is that of
+    fine-tuning.
     """
 
     model: Any
