@@ -312,6 +312,7 @@ BUILTIN_PLUGINS = (
     "moebench.suites.claims_plugins",
     "moebench.suites.probe_plugins",
     "moebench.suites.workload_plugins",
+    "moebench.suites.finetuning_plugins",
     "moebench.suites.robustness_plugins",
     "moebench.suites.traffic_params",
 )

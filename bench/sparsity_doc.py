@@ -33,7 +33,7 @@ What published systems claim of sparsity, of what models hold, and of robustness
 ([papers.md](papers.md) has the settings, the seeds and the numbers):
 """
 
-BESIDE = ("sparsity", "probe", "lemo", "sparsed", "delta", "colormae", "dit_moe", "robustness")
+BESIDE = ("sparsity", "probe", "lemo", "lemo_finetuning", "sparsed", "delta", "colormae", "dit_moe", "robustness")
 """The suites of this axis."""
 
 CONCERNS = re.compile(

@@ -10,7 +10,7 @@ from ..contracts import Descriptor, unknown
 from .plugins import LayerSuite
 
 
-def _positive(params: Any, *names: str) -> None:
+def check_positive(params: Any, *names: str) -> None:
     """Raise ValueError where a parameter that counts something is not at least 1."""
     for name in names:
         if getattr(params, name) < 1:
@@ -21,9 +21,18 @@ MODEL = ("depth", "hidden", "heads", "width", "experts", "k", "steps")
 """What every model with experts has some of."""
 
 
+def check_elimination(params: Any) -> None:
+    """Raise ValueError where a step that leaves blocks of tokens out cannot be made."""
+    check_positive(params, "tokens", "block", "segments", "rank", "predictor_steps", "finetune_steps", "pairs")
+    if not 0 < params.kept <= 1:
+        raise ValueError(f"kept={params.kept} must lie in (0, 1]")
+    if params.tokens % params.block or params.tokens % params.segments:
+        raise ValueError(f"block={params.block} and segments={params.segments} must divide tokens={params.tokens}")
+
+
 def _check_model(params: Any) -> None:
     """Raise ValueError where the sizes of a model with experts do not fit each other."""
-    _positive(params, *MODEL)
+    check_positive(params, *MODEL)
     if params.hidden % params.heads or params.k > params.experts:
         raise ValueError(
             f"heads={params.heads} must divide hidden={params.hidden}, and k={params.k} be at most experts"
@@ -38,7 +47,8 @@ class Lemo:
     step, chosen in blocks of ``block`` (64 in the paper) by a predictor of rank ``rank``; its loss is taken in
     ``segments`` segments. Metrics: ``saved_*``, ``peak_*`` and ``logits_*`` in bytes, exactly counted;
     ``predictor_recall``; ``loss_*`` on held-out text after ``finetune_steps`` steps with all, the kept or random
-    tokens; ``step_time_ratio``, kept over dense, taken in turns in one process over ``pairs`` pairs.
+    tokens; ``step_time_ratio``, kept over dense, taken in turns in one process over ``pairs`` pairs. A pretrained model
+    has `suite=lemo_finetuning`.
     """
 
     kept: float = 0.5
@@ -63,11 +73,7 @@ class Lemo:
 
     def __post_init__(self) -> None:
         _check_model(self)
-        _positive(self, "tokens", "block", "segments", "rank", "predictor_steps", "finetune_steps", "pairs")
-        if not 0 < self.kept <= 1:
-            raise ValueError(f"kept={self.kept} must lie in (0, 1]")
-        if self.tokens % self.block or self.tokens % self.segments:
-            raise ValueError(f"block={self.block} and segments={self.segments} must divide tokens={self.tokens}")
+        check_elimination(self)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class SparseD:
 
     def __post_init__(self) -> None:
         _check_model(self)
-        _positive(self, "block", "tokens", "prompts")
+        check_positive(self, "block", "tokens", "prompts")
         if self.tokens % self.block or self.prompt % self.block or not 0 <= self.prompt < self.tokens:
             raise ValueError(
                 f"block={self.block} must divide tokens={self.tokens} and the shorter prompt={self.prompt}"
@@ -136,7 +142,7 @@ class Delta:
     SECONDS: ClassVar[float] = 20.0
 
     def __post_init__(self) -> None:
-        _positive(self, "steps")
+        check_positive(self, "steps")
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"widths={list(self.widths)} must name at least one layer, each of at least 1")
         if self.frames < 2 or self.canvas <= 8:
@@ -174,7 +180,7 @@ class ColorMAE:
 
     def __post_init__(self) -> None:
         _check_model(self)
-        _positive(self, "patterns")
+        check_positive(self, "patterns")
         for colour in self.colours:
             if colour not in COLOURS:
                 raise ValueError(unknown("colour", colour, COLOURS))
@@ -216,7 +222,7 @@ class DiTMoE:
 
     def __post_init__(self) -> None:
         _check_model(self)
-        _positive(self, "batch")
+        check_positive(self, "batch")
         if not 0 <= self.window < 1000 or self.cutoff < 0:
             raise ValueError(f"window={self.window} must lie in [0, 1000), and cutoff={self.cutoff} not be negative")
         if not 2 <= self.sampler_steps <= 1000 or self.samples < 100 or not 10 <= self.traced <= self.samples:

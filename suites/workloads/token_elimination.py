@@ -23,6 +23,15 @@ from .transformer import Block, causal
 Choose = Callable[[int, Tensor], Tensor]
 """(layer, x_BTH) to the kept blocks of a layer, int64 [K], rising."""
 
+Compute = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+"""(layer, x_BKH, token_K) to its output for these tokens, of which ``token_K`` says the places; None is all of them."""
+
+
+def compute(layer: nn.Module, x_BKH: Tensor, token_K: Tensor | None) -> Tensor:
+    """Run a Block, which knows no places: the residual stream brings them along."""
+    y_BKH: Tensor = layer(x_BKH, causal)
+    return y_BKH
+
 
 def block_scores(q_BATD: Tensor, k_BATD: Tensor, block: int) -> Tensor:
     """Return the symmetric importance of pairs of blocks, [B, N, N]: ReLU scores of the past, summed over heads, pooled
@@ -47,15 +56,17 @@ def tokens_of(blocks_K: Tensor, block: int) -> Tensor:
     return (blocks_K[:, None] * block + torch.arange(block)).flatten()
 
 
-def through(layers: nn.ModuleList, x_BTH: Tensor, block: int, choose: Choose | None) -> Tensor:
+def through(
+    layers: nn.ModuleList, x_BTH: Tensor, block: int, choose: Choose | None, compute: Compute = compute
+) -> Tensor:
     """Return the residual stream after ``layers``; each but the last computes the blocks that ``choose`` names."""
     last = len(layers) - 1
     for number, layer in enumerate(layers):
         if choose is None or number == last:
-            x_BTH = layer(x_BTH, causal)
+            x_BTH = compute(layer, x_BTH, None)
             continue
         token_K = tokens_of(choose(number, x_BTH), block)
-        x_BTH = x_BTH.index_copy(1, token_K, layer(x_BTH.index_select(1, token_K), causal))
+        x_BTH = x_BTH.index_copy(1, token_K, compute(layer, x_BTH.index_select(1, token_K), token_K))
     return x_BTH
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from ...contracts import Case, Check, Cost, Facts, Registry
+from ...contracts import Case, Check, Cost, Facts, Registry, load_attribute
+from ..quality.language_model import language_model
 from .base import Report, Workload
+
+
+def _language_model(case: Case, registry: Registry) -> tuple[Any, Any]:
+    """Return the case's model and its tokenizer."""
+    return language_model(case, registry.get("model", case.model.name).create(case.model.params))
 
 
 class WorkloadTrial:
@@ -16,10 +22,10 @@ class WorkloadTrial:
     steps = 2
 
     def __init__(self, case: Case, registry: Registry) -> None:
-        from ...contracts import load_attribute
-
         params = registry.get("suite", case.suite).params_from(case.workload)
-        self.workload: Workload = load_attribute(params.WORKLOAD)(params, case.seed)
+        made = load_attribute(params.WORKLOAD)
+        given = _language_model(case, registry) if "model" in params.AXES else ()
+        self.workload: Workload = made(params, case.seed, *given)
         self.report: Report | None = None
 
     def begin_turn(self) -> None:

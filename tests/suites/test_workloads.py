@@ -19,7 +19,7 @@ from moebench.suites.workloads import (
     delta,
     digits,
     dit_moe,
-    lemo,
+    elimination,
     masked_diffusion,
     noise,
     samplers,
@@ -184,7 +184,7 @@ def test_the_interval_of_a_median_is_that_of_order_statistics():
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
 def test_the_segment_loss_has_the_gradients_of_the_plain_loss(segments, size, seed):
-    assert lemo.gradient_gap(segments * size, segments, seed) < 1e-12
+    assert elimination.gradient_gap(segments * size, segments, seed) < 1e-12
 
 
 def test_segments_must_divide_the_tokens():
