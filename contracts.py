@@ -100,6 +100,11 @@ class Evidence(StrEnum):
     SIMULATED = "simulated"
     MODEL = "model"
 
+    @property
+    def measured(self) -> bool:
+        """Whether it comes from a clock beside the thing itself."""
+        return self in (Evidence.MEASURED_CPU, Evidence.MEASURED_GPU)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys
@@ -535,12 +540,20 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can work here, on which devices and with which evidence; ``reason`` says why not."""
+    """Whether a backend can work here, on which devices and with which evidence; ``reason`` says why not.
+
+    Of a backend that works with no evidence that is measured, ``reason`` says why nothing is timed.
+    """
 
     available: bool
     reason: str = ""
     devices: tuple[str, ...] = ("cpu",)
     evidence: tuple[Evidence, ...] = (Evidence.MEASURED_CPU,)
+
+    @property
+    def timed(self) -> bool:
+        """Whether its calls may be timed."""
+        return self.available and any(one.measured for one in self.evidence)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

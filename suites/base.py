@@ -287,6 +287,8 @@ class _Planner:
             return Refusal(f"backend '{case.backend}' is not available: {available.reason}"), Evidence.MEASURED_CPU
         if case.device not in available.devices:
             return Refusal(f"backend '{case.backend}' does not run on {case.device}."), Evidence.MEASURED_CPU
+        if case.protocol == "timed" and not available.timed:
+            return Refusal(f"backend '{case.backend}' is not timed here: {available.reason}"), available.evidence[0]
         answer = backend.supports(spec)
         if isinstance(answer, Refusal) and set(spec.kinds) - {"ffn"} <= {"zero", "copy", "constant"}:
             inner = backend.supports(spec.folded())
