@@ -106,6 +106,11 @@ class Evidence(StrEnum):
         return self in (Evidence.MEASURED_CPU, Evidence.MEASURED_GPU)
 
 
+def measured_on(device: str) -> Evidence:
+    """Return the evidence of a clock on ``device``."""
+    return Evidence.MEASURED_CPU if device == "cpu" else Evidence.MEASURED_GPU
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys
 
@@ -554,6 +559,13 @@ class Availability:
     def timed(self) -> bool:
         """Whether its calls may be timed."""
         return self.available and any(one.measured for one in self.evidence)
+
+    def evidence_on(self, device: str) -> Evidence:
+        """Return what its numbers are on ``device``: measured there if it says so, else what is measured nowhere."""
+        own = measured_on(device)
+        if own in self.evidence:
+            return own
+        return next((one for one in self.evidence if not one.measured), self.evidence[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
