@@ -30,9 +30,7 @@ def wherever_torch_runs() -> Availability:
     """Return the availability of a backend made of torch's own operators: the CPU, and a GPU where there is one."""
     if devices.missing("CUDA", "ROCm"):
         return Availability(True)
-    return Availability(
-        True, devices=("cpu", "cuda"), evidence=(Evidence.MEASURED_CPU, Evidence.MEASURED_GPU)
-    )
+    return Availability(True, devices=("cpu", "cuda"), evidence=(Evidence.MEASURED_CPU, Evidence.MEASURED_GPU))
 
 
 def is_quantized(spec: LayerSpec) -> bool:

@@ -77,7 +77,7 @@ COLUMN_NOTES = {
     "flips": "sparsity decisions near their threshold that may have gone the other way",
     "elapsed_s": "wall time of a case that runs once; never a latency",
     "process": "0, 1, ...: each group runs in several fresh processes",
-    "clock": "wall or cpu",
+    "clock": "wall, cpu, or device: of a GPU, between two of its events",
     "sitting": "cases of one sitting were sampled in turns together",
     "ns": "every call, in nanoseconds",
     "turn": "the turn of every call",

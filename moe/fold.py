@@ -61,7 +61,8 @@ class Fold:
     def column_E1(self) -> Tensor:
         """The column of ``other_TP`` that each id belongs to; P where it is an FFN expert or the sentinel."""
         columns_E1 = torch.full((self.store.num_experts + 1,), len(self.other), device=self.device)
-        columns_E1[self.other] = torch.arange(len(self.other), device=self.device)
+        other_P = torch.tensor(self.other, dtype=torch.long, device=self.device)
+        columns_E1[other_P] = torch.arange(len(self.other), device=self.device)
         return columns_E1
 
     def split(self, inputs: Sequence[Any], num_tokens: int) -> Split:

@@ -17,7 +17,8 @@ def placed(value: T, device: str | torch.device) -> T:
 
     Dataclasses, tuples, lists and mappings are gone through; anything else that is no tensor stays as it is.
     """
-    return _placed(value, torch.device(device))
+    put: T = _placed(value, torch.device(device))
+    return put
 
 
 def _placed(value: Any, device: torch.device) -> Any:
