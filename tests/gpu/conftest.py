@@ -47,6 +47,12 @@ def fake():
     return load_file(Path(__file__).parent / "fake_device.py")
 
 
+@pytest.fixture(scope="session")
+def virtual():
+    """The module of the device of virtual time."""
+    return load_file(Path(__file__).parent / "virtual.py")
+
+
 @pytest.fixture(autouse=True)
 def _cache(cache, monkeypatch):
     monkeypatch.setenv("MOEBENCH_CACHE", str(cache))
