@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..contracts import Case, Evidence, MoebenchError, Planned, Registry, make_key
-from ..suites.device import device_refusal
+from ..suites.device import DEVICES, device_refusal
 from .config import EngineConfig, RunConfig, choice_label
 
 SPAWN_SECONDS = 6.0
@@ -95,10 +95,9 @@ def make_plan(config: RunConfig, registry: Registry, memory_bytes: float) -> Pla
 
 
 def _on_device(item: Planned) -> Planned:
-    """Refuse a case whose suite was asked for a GPU and says itself that its numbers are the CPU's."""
-    if item.case.device == "cpu" or item.case.evidence != Evidence.MEASURED_CPU:
-        return item
-    return replace(item, refusal=item.refusal or device_refusal(item.case, of_suite=("cpu",)))
+    """Refuse a case whose device is not here, or whose suite says itself that its numbers are the CPU's alone."""
+    of_suite = ("cpu",) if item.case.evidence == Evidence.MEASURED_CPU else DEVICES
+    return replace(item, refusal=item.refusal or device_refusal(item.case, of_suite=of_suite))
 
 
 def _split(key: str, items: Sequence[Planned], memory_bytes: float) -> list[Group]:

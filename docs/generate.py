@@ -70,7 +70,7 @@ COLUMN_NOTES = {
     "flags": "doubts about an ok row",
     "weights": "what the plan said: dense, packed or dequantized",
     "sparse": "what the plan said: none, skip or mask",
-    "executed": "what the backend says that it ran",
+    "executed": "what the backend says that it ran; for a GPU also what device that was",
     "params": "every parameter of every axis, defaults included",
     "error": "largest error of an output row, relative to the reference",
     "error_bound": "what the oracle allows",

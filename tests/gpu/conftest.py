@@ -23,7 +23,10 @@ def planned(*settings):
 def case_on(device, *settings):
     """Return the one case of these settings, as if it had been planned for ``device``."""
     (case,) = planned(*settings).cases
-    return replace(case, device=device, evidence=measured_on(device))
+    if device == "cpu":
+        return case
+    workload = {"l2": "flushed" if case.residency == "cold" else "kept", "cuda_graph": False}
+    return replace(case, device=device, evidence=measured_on(device), workload=workload)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import moebench
 from moebench.bench.config import EngineConfig
 from moebench.bench.flags import Limits, flags_of, throttling
 from moebench.bench.gpu.clock import FLUSH_BYTES, DeviceClock, flush_bytes
@@ -17,6 +19,9 @@ from moebench.bench.rows import measured_rows
 from moebench.bench.sampling import TURN_NS, Member, Phases, Sitting
 from moebench.bench.worker import Worker
 from moebench.contracts import Flag, MoebenchError
+from moebench.dashboards.report import write_report
+from moebench.results.database import connect_parts
+from moebench.results.parts import write_part
 
 COLD = ["flush", "record", "call", "record"]
 WARM = ["record", "call", "record"]
@@ -103,7 +108,7 @@ def test_a_worker_times_a_layer_by_its_device_and_checks_it(virtual, fake, regis
     assert reply["device_ns"] == [7_000] * 6
     assert reply["throttled"] == []
     assert check["ok"], check
-    assert device.log.count("wait") == 1
+    assert device.log == COLD * 6 + ["wait"]
     metrics = {metric["name"]: metric["value"] for metric in facts["metrics"]}
     assert metrics["gpu_sm_clock_before"] is None  # no driver was asked: NULL
 
@@ -186,6 +191,18 @@ def test_the_device_decides_how_long_a_turn_is_and_what_is_stored(sat):
     row = tables["cases"][0]
     assert '"name":"virtual"' in row["executed"]
     assert (row["flags"], row["reason"], row["evidence"]) == ([], None, "measured-gpu")
+
+
+def test_rows_of_a_device_are_shown_and_answer_the_query_of_the_page(sat, tmp_path):
+    member, _ = sat(Played())
+    store = tmp_path / "store"
+    write_part(store / "runs" / "r", "part", measured_rows("r", [member], [], ["s"]))
+    (store / "runs" / "r" / "run.json").write_text('{"run_id": "r", "status": "finished"}')
+    query = (Path(moebench.__file__).parent / "docs" / "gpu.md").read_text().split("```sql\n")[1].split("```")[0]
+    ((backend, tokens, residency, l2, device, median_ns, n),) = connect_parts(store).execute(query).fetchall()
+    assert (backend, tokens, residency, l2, device) == ("eager", 5, "cold", "flushed", "virtual")
+    assert (median_ns, n) == (30_000, len(member.device_ns))
+    assert "measured-gpu" in write_report(store, tmp_path / "report.html").read_text()
 
 
 def test_turns_beside_which_clocks_were_held_down_flag_the_row_and_stay_in_it(sat):
