@@ -89,13 +89,17 @@ class LayerTrial:
         Trials whose methods differ in activation sparsity alone share the weights, and each has its own rules. On a GPU
         there is one store: whoever times the calls overwrites the L2 before each.
         """
-        store = self.subject.layer.store
-        if not rotated(self.case):
-            return [self._here(store)]
-        count = cold_copies(self.case.workload["cache_bytes"], store.nbytes, touched_share(self.subject.spec))
-        copies = _COPIES.setdefault(copies_key(self.case, self.subject.spec), [store])
+        store, spec, device = self.subject.layer.store, self.subject.spec, self.case.device
+        if device == "cpu" and not rotated(self.case):
+            return [store]
+        key = f"{device} {copies_key(self.case, spec)}"
+        if key not in _COPIES:
+            _COPIES[key] = [store if device == "cpu" else placed(replace(store, sparsity=None), device)]
+        copies, count = _COPIES[key], 1
+        if rotated(self.case):
+            count = cold_copies(self.case.workload["cache_bytes"], store.nbytes, touched_share(spec))
         copies.extend(replace(copy.deepcopy(store), sparsity=None) for _ in range(count - len(copies)))
-        return [replace(one, sparsity=store.sparsity) for one in copies[:count]]
+        return [replace(one, sparsity=self._here(store.sparsity)) for one in copies[:count]]
 
     def _executor(self, index: int, store: ExpertStore) -> Any:
         executor = self.session.layer(index)

@@ -98,6 +98,8 @@ class Gpu:
         return self._ask(function, self._handle, *(getattr(self._nvml, name) for name in constants))
 
     def _ask(self, function: str, *arguments: Any) -> Any:
+        if not hasattr(self._nvml, function):  # an older package
+            return None
         try:
             return getattr(self._nvml, function)(*arguments)
         except self._nvml.NVMLError:

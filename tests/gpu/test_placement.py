@@ -74,10 +74,13 @@ def test_a_wrong_answer_of_the_device_is_wrong(fake, registry, make_case):
         assert not trial.verify(0, out).ok
 
 
-def test_cold_weights_are_not_copied_on_a_device(fake, registry, make_case):
+def test_weights_lie_on_a_device_once_cold_or_not(fake, registry, make_case):
     with fake.Elsewhere():
-        trial = trial_there(fake, registry, make_case, "axes.backend=eager", "axes.residency=cold")
-        assert len(trial._stores()) == 1
+        cold = trial_there(fake, registry, make_case, "axes.backend=eager", "axes.residency=cold")
+        warm = trial_there(fake, registry, make_case, "axes.backend=grouped", "axes.residency=warm")
+        (one,), (other,) = cold._stores(), warm._stores()
+        assert one.gate_up is other.gate_up
+        assert device_of(one).type == fake.NAME
 
 
 def test_placed_keeps_what_lies_there_already():
