@@ -100,6 +100,16 @@ class Evidence(StrEnum):
     SIMULATED = "simulated"
     MODEL = "model"
 
+    @property
+    def measured(self) -> bool:
+        """Whether it comes from a clock beside the thing itself."""
+        return self in (Evidence.MEASURED_CPU, Evidence.MEASURED_GPU)
+
+
+def measured_on(device: str) -> Evidence:
+    """Return the evidence of a clock on ``device``."""
+    return Evidence.MEASURED_CPU if device == "cpu" else Evidence.MEASURED_GPU
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys
@@ -537,12 +547,27 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can work here, on which devices and with which evidence; ``reason`` says why not."""
+    """Whether a backend can work here, on which devices and with which evidence; ``reason`` says why not.
+
+    Of a backend that works with no evidence that is measured, ``reason`` says why nothing is timed.
+    """
 
     available: bool
     reason: str = ""
     devices: tuple[str, ...] = ("cpu",)
     evidence: tuple[Evidence, ...] = (Evidence.MEASURED_CPU,)
+
+    @property
+    def timed(self) -> bool:
+        """Whether its calls may be timed."""
+        return self.available and any(one.measured for one in self.evidence)
+
+    def evidence_on(self, device: str) -> Evidence:
+        """Return what its numbers are on ``device``: measured there if it says so, else what is measured nowhere."""
+        own = measured_on(device)
+        if own in self.evidence:
+            return own
+        return next((one for one in self.evidence if not one.measured), self.evidence[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -79,6 +79,18 @@ def gate(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu_check(session: nox.Session) -> None:
+    """Check what only a GPU can show, in 15 minutes at most, and write docs/gpu/<device>-<date>.json, to commit.
+
+    torch must be the build for this machine's driver: constraints.txt names a release, whose wheel on Linux is the one
+    for CUDA. For another driver install torch into the session's environment first and pass --no-install.
+    """
+    install(session, "gpu")
+    session.install("pytest>=8.3")  # the corner cases of the backends' own tests are shared with them
+    session.run("python", "tests/gpu_check/check.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def gate_selftest(session: nox.Session) -> None:
     """Judge a layer against itself with known injected work, for some 90 minutes; goes on where it was cut off."""
     install(session, "dev")

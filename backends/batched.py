@@ -66,7 +66,7 @@ class Batched:
 
     def availability(self) -> Availability:
         """It runs wherever torch does."""
-        return Availability(True)
+        return rules.wherever_torch_runs()
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take layers of FFN experts, forward only, with calls so small that copying their weights makes sense."""

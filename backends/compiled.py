@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,8 @@ class CompiledExecutor(LoopExecutor):
         super().__init__(store, spec)
         self.weights = DenseWeights(store, spec)
         self.function = compiled_ffn()
+        if self.weights.down.device.type != "cpu":
+            self.kernels = ("inductor::triton_fused", *self.kernels[1:])
         self.options = (self.hidden.activation, self.hidden.gated, *self._threshold())
         self._compile()
 
@@ -92,7 +95,7 @@ class CompiledExecutor(LoopExecutor):
             return None, None
         rule = sparsity.sites["hidden"]
         wide = torch.promote_types(self.weights.down.dtype, torch.float32)
-        return torch.tensor(rule.threshold, dtype=wide), rule.weight
+        return torch.tensor(rule.threshold, dtype=wide, device=self.weights.down.device), rule.weight
 
     def _compile(self) -> None:
         """Compile for any number of tokens: an unbacked size is not specialised for the values 0 and 1."""
@@ -125,7 +128,9 @@ class Compiled:
             return Availability(False, "compiled needs a C++ compiler; install g++ or name one in CXX")
         if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
             return Availability(False, "compiled needs Python's headers; install the python3-dev package")
-        return Availability(True)
+        if find_spec("triton") is None:  # which Inductor writes its code for GPUs in
+            return Availability(True)
+        return rules.wherever_torch_runs()
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take layers of FFN experts, forward only."""

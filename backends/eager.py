@@ -49,7 +49,7 @@ class Eager:
 
     def availability(self) -> Availability:
         """It runs wherever torch does."""
-        return Availability(True)
+        return rules.wherever_torch_runs()
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take every layer of FFN experts, backward included."""

@@ -51,7 +51,7 @@ class Grouped:
 
     def availability(self) -> Availability:
         """It runs wherever torch does."""
-        return Availability(True)
+        return rules.wherever_torch_runs()
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take layers of FFN experts whose rows are whole multiples of 16 bytes, backward included."""

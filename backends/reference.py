@@ -95,7 +95,7 @@ class _Gathered:
         import torch
 
         self.weights, self.hidden = weights, hidden
-        self.place_E1 = torch.full((store.num_experts + 1,), -1)
+        self.place_E1 = torch.full((store.num_experts + 1,), -1, device=weights.down.device)
         for expert, slot in store.slots.items():
             if store.kinds[expert] == "gather":
                 self.place_E1[expert] = slot
@@ -138,7 +138,7 @@ class Reference:
 
     def availability(self) -> Availability:
         """It runs wherever torch does."""
-        return Availability(True)
+        return rules.wherever_torch_runs()
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take layers of experts of every kind; a backward only where no weight is converted."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..contracts import OWNERS, Execution, LayerSpec, Refusal
+from ..contracts import OWNERS, Availability, Evidence, Execution, LayerSpec, Refusal
+from ..kernels import devices
 
 ACTIVATIONS = ("silu", "gelu", "relu")
 """The activations of ``moe.experts.ACTIVATIONS``, named here so that the parent need not import torch."""
@@ -23,6 +24,13 @@ MASKED = tuple(name for name in FEATURES if name not in ("basis", "residual"))
 """The features that masks before and between the products do, without a further product."""
 
 BOUNDARIES = ("topk", "sorted", "logits")
+
+
+def wherever_torch_runs() -> Availability:
+    """Return the availability of a backend made of torch's own operators: the CPU, and a GPU where there is one."""
+    if devices.missing("CUDA", "ROCm"):
+        return Availability(True)
+    return Availability(True, devices=("cpu", "cuda"), evidence=(Evidence.MEASURED_CPU, Evidence.MEASURED_GPU))
 
 
 def is_quantized(spec: LayerSpec) -> bool:

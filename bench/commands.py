@@ -89,8 +89,12 @@ def _availability(descriptor: Descriptor) -> Iterator[str]:
         yield f"needs {', '.join(absent)}: pip install {' '.join(absent)}"
     elif descriptor.kind == "backend":
         available = descriptor.create().availability()
-        evidence = ", ".join(available.evidence)
-        yield f"available for {evidence}" if available.available else f"not available: {available.reason}"
+        if not available.available:
+            yield f"not available: {available.reason}"
+            return
+        yield f"available for {', '.join(available.evidence)}"
+        if not available.timed:
+            yield f"not timed: {available.reason}"
     elif descriptor.kind == "model" and descriptor.params is not None:
         try:
             missing = descriptor.params_from().missing()

@@ -204,6 +204,7 @@ def _suite_config(tree: Mapping[str, Any], registry: Registry, memory_bytes: flo
         seed=tree["seed"],
         calibration=tree["calibration"],
         device=tree["device"],
+        cuda_graph=tree["cuda_graph"],
         memory_bytes=memory_bytes,
         cache_bytes=cache_bytes,
     )

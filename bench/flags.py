@@ -48,7 +48,7 @@ class Limits:
     def implausible(self, member: Member) -> bool:
         """Whether the fastest call beats 1.15 times the best rate of the smallest level that holds the footprint."""
         cost = member.cost or {}
-        if not member.wall_ns or not cost:
+        if not member.wall_ns or not cost or member.device is not None:  # the limits are those of this host's cores
             return False
         seconds = min(member.wall_ns) / 1e9
         peak = self.peak_flops.get(member.case.dtype)
@@ -62,7 +62,7 @@ class Limits:
 def flags_of(sittings: Sequence[Member], limits: Limits) -> list[Flag]:
     """Return the flags of a case from its members in all sittings."""
     flags = []
-    if not all(member.steady for member in sittings):
+    if not all(member.steady for member in sittings) or throttling(sittings):
         flags.append(Flag.NOT_STEADY)
     if any(contended(member) for member in sittings):
         flags.append(Flag.CONTENDED)
@@ -71,9 +71,23 @@ def flags_of(sittings: Sequence[Member], limits: Limits) -> list[Flag]:
     return flags
 
 
+def throttling(sittings: Sequence[Member]) -> str:
+    """Return what held a GPU's clocks down beside sampled turns, in words for the row; nothing where nothing did.
+
+    No sample is thrown away for it: the row keeps all of them, is flagged not_steady, and stays out of verdicts.
+    """
+    counts: dict[str, int] = {}
+    for member in sittings:
+        for reason, turns in member.throttled.items():
+            counts[reason] = counts.get(reason, 0) + turns
+    turns = sum(len(set(member.turns)) for member in sittings)
+    told = ", ".join(f"{reason} in {count}" for reason, count in sorted(counts.items()))
+    return f"clocks were held down: {told} of {turns} turns" if told else ""
+
+
 def contended(member: Member) -> bool:
-    """Whether a single-threaded member did not have its core to itself."""
-    if member.case.threads != 1 or not member.wall_ns:
+    """Whether a single-threaded member did not have its core to itself; a GPU's calls are not judged by the core."""
+    if member.case.threads != 1 or not member.wall_ns or member.device is not None:
         return False
     shares = [cpu / wall for cpu, wall in zip(member.cpu_ns, member.wall_ns, strict=True) if wall > 0]
     return statistics.fmean(shares) < CONTENDED_CPU_SHARE

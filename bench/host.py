@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contracts import KINDS, make_key
+from .gpu.nvml import all_gpus
 
 PACKAGES = (
     "torch",
@@ -47,7 +48,7 @@ def host_facts() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "machine": platform.machine(),
         "system": platform.system(),
-        "gpus": _try(_gpus),
+        "gpus": _try(all_gpus),
     }
     snapshot = {
         "kernel": platform.release(),
@@ -84,26 +85,6 @@ def last_level_cache() -> int | None:
     """Return the bytes of the last cache level, or None where the system does not tell."""
     sizes = caches()
     return sizes[max(sizes)] if sizes else None
-
-
-def _gpus() -> list[dict[str, Any]] | None:
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        gpus = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            gpus.append(
-                {
-                    "name": pynvml.nvmlDeviceGetName(handle),
-                    "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-                    "driver": pynvml.nvmlSystemGetDriverVersion(),
-                }
-            )
-        return gpus
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _rapl() -> int | None:

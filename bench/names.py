@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..contracts import AXES, NAMED_AXES, MoebenchError, Registry, coerce, unknown
 
-PLAIN = {"seed": int, "device": str, "combine": Literal["product", "pairs"]}
+PLAIN = {"seed": int, "device": str, "cuda_graph": bool, "combine": Literal["product", "pairs"]}
 GROUPS = {
     "axes": "axes.<axis>",
     "engine": "engine.<name>",

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..contracts import Case, MoebenchError, Planned, Registry, make_key
+from ..contracts import Case, Evidence, MoebenchError, Planned, Registry, make_key
+from ..suites.device import DEVICES, device_refusal
 from .config import EngineConfig, RunConfig, choice_label
 
 SPAWN_SECONDS = 6.0
@@ -81,7 +82,7 @@ def make_plan(config: RunConfig, registry: Registry, memory_bytes: float) -> Pla
     for block in config.blocks:
         suite = registry.get("suite", block.suite).create()
         for item in suite.cases(block, registry):
-            planned.setdefault(item.case.case_key, item)
+            planned.setdefault(item.case.case_key, _on_device(item))
     if not planned:
         raise MoebenchError("the plan has no cases: an axis or the list of layers is empty; give it a value.")
     groups: dict[str, list[Planned]] = {}
@@ -91,6 +92,12 @@ def make_plan(config: RunConfig, registry: Registry, memory_bytes: float) -> Pla
     seed = config.blocks[0].seed if config.blocks else 0
     seconds = {key: item.seconds for key, item in planned.items()}
     return Plan(tuple(pieces), config.engine, seed, config.shown, seconds)
+
+
+def _on_device(item: Planned) -> Planned:
+    """Refuse a case whose device is not here, or whose suite says itself that its numbers are the CPU's alone."""
+    of_suite = ("cpu",) if item.case.evidence == Evidence.MEASURED_CPU else DEVICES
+    return replace(item, refusal=item.refusal or device_refusal(item.case, of_suite=of_suite))
 
 
 def _split(key: str, items: Sequence[Planned], memory_bytes: float) -> list[Group]:

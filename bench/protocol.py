@@ -3,9 +3,10 @@
 Requests (each with ``id``):
 
 - ``hello {plugins}`` -> ``{protocol, versions, threads, capability}``
-- ``prepare {trial, case}`` -> ``{steps, input_sha256, executed, seen, seconds}``
+- ``prepare {trial, case}`` -> ``{steps, input_sha256, executed, seen, device, seconds}``; ``device`` tells of the GPU
 - ``turn {trial, first_step, calls}`` -> ``{ns, cpu_ns, device_ns, switches, warm_s, ready_s}``;
-  ``device_ns`` is empty where the trial has no clock of its device
+  ``device_ns`` is empty where no clock of a device times the calls; where the engine's does, ``ns`` is the host's time
+  to launch them, and there are ``wait_s``, its wait at the end, and ``throttled``, what held the device's clocks down
 - ``verify {trial}`` -> ``{check}`` of every output of the turn's last round through the steps
 - ``sketch {trial}`` -> ``{sketch}``: random projections of these outputs (workers of older revisions know it not)
 - ``facts {trial}`` -> ``{facts, cost, rss}``

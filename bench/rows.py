@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..contracts import NAMED_AXES, Case, Check, Flag, Metric, Status, canonical_json, plain
 from ..results.statistics import summary
+from .flags import throttling
 from .rundir import now
 from .sampling import Member
 
@@ -53,10 +55,13 @@ def measured_rows(
     """
     worst = next((member for member in sittings if not member.alive), sittings[-1])
     told = (worst.facts or {}).get("notes", {}).get("reason", "") if worst.alive else ""
-    reason = "; ".join(filter(None, (worst.reason, told)))
+    throttled = throttling(sittings) if worst.alive else ""
+    reason = "; ".join(filter(None, (worst.reason, told, throttled)))
     row = case_row(run_id, worst.case, worst.status, reason, flags if worst.alive else ())
     check = _worst_check(sittings) or Check(True)
     executed = worst.executed or (worst.facts or {}).get("executed")
+    if worst.device is not None:
+        executed = {**(executed or {}), "device": worst.device}
     row.update(
         executed=canonical_json(executed) if executed else None,
         error=check.error,
@@ -94,6 +99,8 @@ def _timing_rows(run_id: str, member: Member, process: int, sitting: str) -> lis
         "switches": member.switches,
     }
     clocks = {"wall": member.wall_ns, "cpu": member.cpu_ns}
+    if member.device is not None:  # the host only launches: its wall time is not the time of a call
+        clocks = {"device": member.device_ns, "cpu": member.cpu_ns}
     return [{**shared, "clock": clock, "ns": ns, **summary(ns)} for clock, ns in clocks.items()]
 
 
@@ -117,14 +124,17 @@ def _engine_metrics(member: Member) -> list[Metric]:
         Metric("prepare_seconds", member.seconds if member.case.protocol == "timed" else None, "s"),
         Metric("worker_peak_rss", member.peak_rss, "byte"),
     ]
-    return [metric for metric in metrics if metric.value is not None]
+    known = [metric for metric in metrics if metric.value is not None]
+    if member.device is not None:
+        known.append(Metric("host_launch_ns", statistics.median(member.wall_ns), "ns", n=len(member.wall_ns)))
+    return [*known, *member.sitting]
 
 
 def _established_rate(sittings: Sequence[Member]) -> list[Metric]:
     """Return the rate of the fastest call of all processes under the name that a probe gives it."""
     cost = sittings[-1].cost
     notes = (sittings[-1].facts or {}).get("notes", {})
-    times = [ns for member in sittings for ns in member.wall_ns]
+    times = [ns for member in sittings for ns in member.call_ns]
     if "rate" not in notes or not times or not cost:
         return []
     amount, unit = cost[notes["per"]], {"flops": "flop/s", "bytes": "byte/s"}[notes["per"]]

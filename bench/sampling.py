@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..contracts import Case, Check, Status
+from ..contracts import Case, Check, Metric, Status
 from ..results.statistics import median_interval, steady_start
 from .config import EngineConfig
+from .gpu.watch import watched
 from .ring import Ring, WorkerDiedError, WorkerError, WorkerTimeoutError
 
 TURN_NS = 100_000
@@ -50,7 +51,11 @@ class RingLostError(Exception):
 
 @dataclass
 class Member:
-    """A case on its way through one sitting; ``mode`` says whether it had others beside it."""
+    """A case on its way through one sitting; ``mode`` says whether it had others beside it.
+
+    ``device`` are facts of the GPU that times it, ``throttled`` counts the sampled turns beside which its clocks were
+    held down, by reason, and ``sitting`` is what its driver told of the whole sitting.
+    """
 
     case: Case
     mode: Literal["interleaved", "alone"] = "interleaved"
@@ -65,6 +70,9 @@ class Member:
     device_ns: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     switches: int = 0
+    throttled: dict[str, int] = field(default_factory=dict)
+    device: dict[str, Any] | None = None
+    sitting: list[Metric] = field(default_factory=list)
     check: Check | None = None
     flips: int = 0
     executed: dict[str, Any] | None = None
@@ -74,6 +82,11 @@ class Member:
     seconds: float = 0.0
     peak_rss: int | None = None
     traceback: str = ""
+
+    @property
+    def call_ns(self) -> list[int]:
+        """The time of each call on the clock that counts: the device's where one times it, else wall."""
+        return self.device_ns if self.device is not None else self.wall_ns
 
     @property
     def alive(self) -> bool:
@@ -125,7 +138,10 @@ class Sitting:
             self.guarded(member, self.first_check)
         for member in _alive(members):
             self.guarded(member, self.warm_up)
-        self._sample(members)
+        with watched(next((member.device for member in _alive(members)), None)) as told:
+            self._sample(members)
+        for member in members:
+            member.sitting = told
         for member in _alive(members):
             self.guarded(member, self.collect)
 
@@ -162,6 +178,7 @@ class Sitting:
         self.phases.add("prepare", started)
         member.steps, member.executed = reply["steps"], reply["executed"]
         member.input_sha256, member.seconds = reply["input_sha256"], reply["seconds"]
+        member.device = reply.get("device")
         fallback = fallback_reason(member.case, reply["executed"], reply["seen"])
         if fallback:
             member.end(Status.FELL_BACK, fallback)
@@ -169,7 +186,7 @@ class Sitting:
     def turn(self, member: Member, calls: int) -> dict[str, Any]:
         """Let the trial take a turn of ``calls`` calls and return the worker's reply (see ``protocol``)."""
         reply = self._ask(member, "turn", "turn_timeout", first_step=member.next_step, calls=calls)
-        self.phases.calls += sum(reply["ns"]) / 1e9
+        self.phases.calls += sum(reply["ns"]) / 1e9 + reply.get("wait_s", 0.0)
         self.phases.warm += reply["warm_s"]
         self.phases.verify += reply["ready_s"]
         member.next_step += calls
@@ -197,7 +214,8 @@ class Sitting:
         minima: list[int] = []
         spent = 0.0
         while member.alive:
-            ns = self.turn(member, member.calls)["ns"]
+            reply = self.turn(member, member.calls)
+            ns = reply["ns"] if member.device is None else reply["device_ns"]
             spent += sum(ns) / 1e9
             minima.append(min(ns))
             wanted = math.ceil(TURN_NS / max(1, statistics.median(ns)))
@@ -217,7 +235,7 @@ class Sitting:
             self._random.shuffle(order)
             for member in order:
                 self.guarded(member, functools.partial(self.sampled_turn, number=number))
-                spent += sum(member.wall_ns[-member.calls :]) / 1e9
+                spent += sum(member.call_ns[-member.calls :]) / 1e9
             number += 1
             self.tell(f"sampling {len(order)} cases, round {number}")
 
@@ -231,6 +249,8 @@ class Sitting:
             member.device_ns += reply.get("device_ns") or []
             member.turns += [number] * len(reply["ns"])
             member.switches += reply["switches"]
+            for reason in reply.get("throttled", ()):
+                member.throttled[reason] = member.throttled.get(reason, 0) + 1
 
     def _enough(self, members: Sequence[Member], spent: float, budget: float) -> bool:
         alive = list(_alive(members))
@@ -242,7 +262,7 @@ class Sitting:
         if spent >= budget or fewest < self._next_look:
             return spent >= budget
         self._next_look = LOOK_GROWTH * fewest
-        return all(precise(member.wall_ns, self.engine.precision) for member in alive)
+        return all(precise(member.call_ns, self.engine.precision) for member in alive)
 
     def collect(self, member: Member) -> None:
         """Take the trial's facts; a backend that left the plan when it was called ends here."""

@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from ..contracts import Case, Check, MoebenchError, Registry, plain
+from .gpu.clock import Device
+from .gpu.timer import Devices, DeviceTimer
+from .gpu.torch_device import open_device
 from .protocol import PROTOCOL, Channel, EndOfStreamError
 
 PR_SET_PDEATHSIG = 1
@@ -30,8 +33,10 @@ PR_SET_PDEATHSIG = 1
 class Worker:
     """Answers requests one after the other; see ``protocol`` for the messages."""
 
-    def __init__(self, channel: Channel, cores: Sequence[int] = ()) -> None:
-        self.channel, self.cores = channel, cores
+    def __init__(
+        self, channel: Channel, cores: Sequence[int] = (), open_device: Callable[[], Device] = open_device
+    ) -> None:
+        self.channel, self.cores, self._devices = channel, cores, Devices(open_device)
         self.registry: Registry | None = None
         self.trials: dict[str, _Held] = {}
 
@@ -90,7 +95,10 @@ class Worker:
         started = time.perf_counter()
         resolved = Case.from_json(case)
         suite = self.registry.get("suite", resolved.suite).create()
+        time_by_device = self._devices.timer_of(resolved)
         held = _Held(suite.prepare(resolved, self.registry), resolved)
+        if time_by_device is not None:
+            held.timer = time_by_device(held.trial)
         self.trials[trial] = held
         gc.collect()
         gc.freeze()
@@ -99,6 +107,7 @@ class Worker:
             "input_sha256": getattr(held.trial, "input_sha256", None),
             "executed": plain(held.trial.facts().executed) if resolved.protocol == "timed" else None,
             "seen": held.excluded_operators(),
+            "device": held.timer and held.timer.told,
             "seconds": time.perf_counter() - started,
         }
 
@@ -119,7 +128,8 @@ class Worker:
     def facts(self, trial: str) -> dict[str, Any]:
         """Tell metrics, series, items and the cost of a call."""
         held = self.trials[trial]
-        facts = plain(held.trial.facts())
+        told = held.trial.facts()
+        facts = plain(told if held.timer is None else held.timer.added(told))
         cost = plain(held.trial.cost(0)) if held.case.protocol == "timed" else None
         return {"facts": facts, "cost": cost, "rss": _peak_rss()}
 
@@ -156,15 +166,17 @@ class _Held:
     trial: Any
     case: Case
     outputs: dict[int, Any] = dataclasses.field(default_factory=dict)
+    timer: DeviceTimer | None = None
 
     def turn(self, first_step: int, calls: int) -> dict[str, Any]:
-        trial, steps = self.trial, self.trial.steps
-        run, wall, cpu = trial.run, time.perf_counter_ns, time.process_time_ns
+        trial, steps, timer = self.trial, self.trial.steps, self.timer
+        run = trial.run if timer is None else timer.begin(trial.run)
+        wall, cpu = time.perf_counter_ns, time.process_time_ns
         device, device_ns = getattr(trial, "device_ns", None), []
         self.outputs = {}
         entered = time.perf_counter()
         if self.case.residency == "warm":
-            run(first_step % steps)
+            trial.run(first_step % steps)
         warmed = time.perf_counter()
         trial.begin_turn()
         ready = time.perf_counter()
@@ -196,6 +208,7 @@ class _Held:
             "switches": switches,
             "warm_s": warmed - entered,
             "ready_s": ready - warmed + renewed,
+            **({} if timer is None else timer.end()),
         }
 
     def _renew(self) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..contracts import Executor, MoebenchError
 from .experts import ExpertStore
+from .placement import device_of
 
 FOLDABLE = ("ffn", "zero", "copy", "constant")
 
@@ -44,22 +45,24 @@ class Fold:
         if "constant" in store.kinds and store.constants is None:
             raise MoebenchError("the layer names constant experts but has no constants; give its store some.")
         self.store = store
-        self.ffn = torch.tensor(store.ffn_ids, dtype=torch.long)
+        self.device = device_of(store)
+        self.ffn = torch.tensor(store.ffn_ids, dtype=torch.long, device=self.device)
         self.other = [expert for expert, kind in enumerate(store.kinds) if kind != "ffn"]
         self.kinds = [store.kinds[expert] for expert in self.other]
 
     @cached_property
     def new_id_E1(self) -> Tensor:
         """The FFN expert that each id (and the sentinel E) becomes; N_F where it is none."""
-        ids_E1 = torch.full((self.store.num_experts + 1,), len(self.ffn))
-        ids_E1[self.ffn] = torch.arange(len(self.ffn))
+        ids_E1 = torch.full((self.store.num_experts + 1,), len(self.ffn), device=self.device)
+        ids_E1[self.ffn] = torch.arange(len(self.ffn), device=self.device)
         return ids_E1
 
     @cached_property
     def column_E1(self) -> Tensor:
         """The column of ``other_TP`` that each id belongs to; P where it is an FFN expert or the sentinel."""
-        columns_E1 = torch.full((self.store.num_experts + 1,), len(self.other))
-        columns_E1[self.other] = torch.arange(len(self.other))
+        columns_E1 = torch.full((self.store.num_experts + 1,), len(self.other), device=self.device)
+        other_P = torch.tensor(self.other, dtype=torch.long, device=self.device)
+        columns_E1[other_P] = torch.arange(len(self.other), device=self.device)
         return columns_E1
 
     def split(self, inputs: Sequence[Any], num_tokens: int) -> Split:
@@ -80,7 +83,7 @@ class Fold:
 
     def _split_sorted(self, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor, num_tokens: int) -> Split:
         counts_E = offsets_E1.diff().long()
-        expert_N = torch.repeat_interleave(torch.arange(len(counts_E)), counts_E)
+        expert_N = torch.repeat_interleave(torch.arange(len(counts_E), device=counts_E.device), counts_E)
         column_N = self.column_E1[expert_N]
         ffn_N = column_N == len(self.other)
         folded_E1 = offsets_E1.new_zeros(len(self.ffn) + 1)

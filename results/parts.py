@@ -48,6 +48,9 @@ __all__ = [
     "write_part",
 ]
 
+FAKES_ALLOWED = "MOEBENCH_FAKE_GPU"
+"""Set in tests alone: rows measured beside a stand-in for a GPU's driver may be written."""
+
 MANIFEST = "manifest.json"
 RUN_FILE = "run.json"
 RUN_TABLES = ("runs", "hosts")
@@ -79,6 +82,7 @@ def write_part(
     keys to the manifest. A part of this name that is there already stays, and the new one is discarded, unless the one
     that is there is damaged: then it is set aside first.
     """
+    _refuse_fakes(tables)
     if not name or name.startswith(".") or "/" in name:
         raise ResultsError(f"'{name}' cannot name a part; use the key of its group.")
     files = dict(_contents(tables, blobs or {}))
@@ -93,6 +97,19 @@ def write_part(
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def _refuse_fakes(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Refuse rows that were measured beside a stand-in for a GPU's driver, unless a test asks for them."""
+    if os.environ.get(FAKES_ALLOWED):
+        return
+    for row in tables.get("cases", ()):
+        executed = row.get("executed") or ""
+        if '"fake"' in executed and (json.loads(executed).get("device") or {}).get("source") == "fake":
+            raise ResultsError(
+                f"case {row['case_key'][:12]} was measured beside a library that stands in for the GPU's driver; take "
+                f"it out of LD_LIBRARY_PATH (a test sets {FAKES_ALLOWED})."
+            )
 
 
 def blob_row(run_id: str, case_key: str, name: str, content: bytes) -> dict[str, Any]:

@@ -26,9 +26,11 @@ from ..contracts import (
     Registry,
     Scheme,
     SparsitySpec,
+    measured_on,
 )
 from ..moe.shapes import ModelShape
-from .cold import cold_copies, copies_key, touched_share
+from .cold import cold_copies, copies_key, rotated, touched_share
+from .device import device_refusal
 
 ELEMENT_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per element of the dtypes that a case may have."""
@@ -71,18 +73,23 @@ class SuiteConfig:
     seed: int = 0
     calibration: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
+    cuda_graph: bool = False
     memory_bytes: float = float("inf")
     cache_bytes: float = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a suite turns a point of the product into cases: one per layer or one per model, timed or once."""
+    """How a suite turns a point of the product into cases: one per layer or one per model, timed or once.
+
+    ``devices`` are those on which its trials put tensors.
+    """
 
     protocol: str
     per_layer: bool = True
     backend_free: bool = False
     workload: Mapping[str, Any] = field(default_factory=dict)
+    devices: tuple[str, ...] = ("cpu",)
 
 
 def expand(config: SuiteConfig, registry: Registry, kind: Kind) -> Iterator[Planned]:
@@ -167,7 +174,7 @@ class _Planner:
             threads=point["threads"],
             device=config.device,
             residency=residency_of(point),
-            evidence=Evidence.MEASURED_CPU,
+            evidence=measured_on(config.device),
             seed=config.seed,
             weights_sha256=model.weights_sha256(),
             base=model.base(),
@@ -179,15 +186,16 @@ class _Planner:
 
     def _workload(self, point: Mapping[str, Any]) -> dict[str, Any]:
         workload = dict(self.kind.workload)
-        if self.kind.protocol == "timed" and residency_of(point) == "cold":
+        cold = residency_of(point) == "cold"
+        if self.kind.protocol == "timed" and self.config.device != "cpu":
+            workload |= {"l2": "flushed" if cold else "kept", "cuda_graph": self.config.cuda_graph}
+        elif self.kind.protocol == "timed" and cold:
             workload["cache_bytes"] = self.config.cache_bytes
         return workload
 
     def _checked(self, case: Case, point: Mapping[str, Any], model: Any, shape: ModelShape) -> Planned:
-        missing = model.missing()
-        if missing:
-            return Planned(case, missing)
-        refusal = threads_refusal(case.threads)
+        refusal = model.missing() or device_refusal(case, self.config.cuda_graph, self.kind.devices)
+        refusal = refusal or threads_refusal(case.threads)
         if refusal:
             return Planned(case, refusal)
         size = shape.expert_bytes(ELEMENT_SIZE[case.dtype])
@@ -209,7 +217,7 @@ class _Planner:
         if isinstance(answer, Refusal):
             return Planned(case, answer.reason)
         case = replace(case, execution=answer, evidence=evidence)
-        cold, weights = case.residency == "cold", copies_key(case, spec)
+        cold, weights = rotated(case), copies_key(case, spec)
         copies = cold_copies(self.config.cache_bytes, stored, touched_share(spec)) if cold else 0
         form = self._own_form(case, spec)
         views = answer.weights == "dense" and case.pass_ == "forward" and not form
@@ -256,7 +264,7 @@ class _Planner:
         return sparsity_refusal(case, self.registry, not self.kind.per_layer)
 
     def _cold_refusal(self, case: Case, spec: LayerSpec, layer_bytes: float) -> str | None:
-        if case.residency == "warm":
+        if not rotated(case):
             return None
         copies = cold_copies(self.config.cache_bytes, layer_bytes, touched_share(spec))
         needed = copies * layer_bytes
@@ -271,12 +279,12 @@ class _Planner:
     def _execution(self, case: Case, spec: LayerSpec) -> tuple[Execution | Refusal, Evidence]:
         """Ask the backend how it would run the layer; one that cannot even be asked costs its own cases alone."""
         if self.kind.backend_free:
-            return Execution(), Evidence.MEASURED_CPU
+            return Execution(), case.evidence
         try:
             return self._asked(case, spec)
         except Exception as error:
             reason = f"backend '{case.backend}' could not be asked ({type(error).__name__}: {error}); mend the plug-in."
-            return Refusal(reason), Evidence.MEASURED_CPU
+            return Refusal(reason), case.evidence
 
     def _asked(self, case: Case, spec: LayerSpec) -> tuple[Execution | Refusal, Evidence]:
         backend = self.registry.get("backend", case.backend.name).create(case.backend.params)
@@ -284,14 +292,17 @@ class _Planner:
             self._available[case.backend.name] = backend.availability()
         available = self._available[case.backend.name]
         if not available.available:
-            return Refusal(f"backend '{case.backend}' is not available: {available.reason}"), Evidence.MEASURED_CPU
+            return Refusal(f"backend '{case.backend}' is not available: {available.reason}"), case.evidence
         if case.device not in available.devices:
-            return Refusal(f"backend '{case.backend}' does not run on {case.device}."), Evidence.MEASURED_CPU
+            return Refusal(f"backend '{case.backend}' does not run on {case.device}."), case.evidence
+        evidence = available.evidence_on(case.device)
+        if case.protocol == "timed" and not evidence.measured:
+            return Refusal(f"backend '{case.backend}' is not timed here: {available.reason}"), evidence
         answer = backend.supports(spec)
         if isinstance(answer, Refusal) and set(spec.kinds) - {"ffn"} <= {"zero", "copy", "constant"}:
             inner = backend.supports(spec.folded())
             answer = replace(inner, folded=True) if isinstance(inner, Execution) else inner
-        return answer, available.evidence[0]
+        return answer, evidence
 
 
 def attention_refusal(case: Case, spec: LayerSpec) -> str | None:

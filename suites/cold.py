@@ -11,6 +11,11 @@ COLD_FACTOR = 1.2
 """Cold weights are rotated through this many times the last-level cache."""
 
 
+def rotated(case: Case) -> bool:
+    """Whether copies of the weights are rotated for the case; on a GPU its L2 is overwritten before each call."""
+    return case.residency == "cold" and case.device == "cpu"
+
+
 def touched_share(spec: LayerSpec) -> float:
     """Return the least share of a layer's expert weights that a call must read: what one token's experts hold, and of
     that what their sparsity keeps, whether the case's backend skips the rest or not."""

@@ -3,6 +3,8 @@
 Inputs rotate with the step. Each step has two variants of its inputs in the same buffers, exchanged before each turn
 and each round through the steps, so that an answer, or an order of the assignments, remembered from an earlier call is
 a wrong one. Each round starts with outputs full of NaN. Copies of cold weights are taken in turn by the calls.
+
+With another device than the CPU, stores, inputs and outputs lie there; references are computed on the CPU in float64.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,13 +24,16 @@ from ..moe.experts import ExpertStore
 from ..moe.fold import Folded, fold_store
 from ..moe.metrics import load_series, routing_metrics
 from ..moe.oracle import Reference, compare, reference
+from ..moe.placement import placed
 from ..moe.routing_metrics.cost import weights_per_token
 from ..moe.sparsifiers.cost import sparsity_metrics
-from .cold import cold_copies, copies_key, touched_share
+from .cold import cold_copies, copies_key, rotated, touched_share
 from .digest import sha256_of
 from .leaving_out import leaving_out
 from .subject import DTYPES, Batch, Subject, gate_metrics, make_batch, prepare_subject
 from .traffic_kinds import exact_share, told
+
+T = TypeVar("T")
 
 STEPS = 3
 VARIANTS = 2
@@ -59,8 +64,10 @@ class LayerTrial:
         loaded = {index: fold_store(store) if folded else store for index, store in enumerate(stores)}
         self.session = backend.load(loaded, dict.fromkeys(loaded, spec))
         self.executors = itertools.cycle([self._executor(index, store) for index, store in enumerate(stores)])
-        self.x = [self.batches[step].x_TH.clone() for step in range(STEPS)]
-        self.inputs = [tuple(t.clone() for t in self.batches[step].inputs) for step in range(STEPS)]
+        self.shared = self._here(self.subject.layer.shared)
+        self.given = [(self._here(batch.x_TH), self._here(batch.inputs)) for batch in self.batches]
+        self.x = [x_TH.clone() for x_TH, _ in self.given[:STEPS]]
+        self.inputs = [tuple(t.clone() for t in inputs) for _, inputs in self.given[:STEPS]]
         self.out = [torch.empty_like(x) for x in self.x]
 
     def _make_batches(self) -> list[Batch]:
@@ -68,18 +75,31 @@ class LayerTrial:
         numbers = range(STEPS * VARIANTS)
         return [make_batch(self.case, self.registry, self.subject, number) for number in numbers]
 
+    def _here(self, value: T) -> T:
+        """Return ``value`` with its tensors on the case's device; on the CPU it is the same object."""
+        return value if self.case.device == "cpu" else placed(value, self.case.device)
+
+    def _back(self, value: T) -> T:
+        """Return ``value`` with its tensors on the CPU, where references are."""
+        return value if self.case.device == "cpu" else placed(value, "cpu")
+
     def _stores(self) -> list[ExpertStore]:
         """Return the layer's store; for cold weights as many copies as pass the last cache, shared by all trials.
 
-        Trials whose methods differ in activation sparsity alone share the weights, and each has its own rules.
+        Trials whose methods differ in activation sparsity alone share the weights, and each has its own rules. On a GPU
+        there is one store: whoever times the calls overwrites the L2 before each.
         """
-        store = self.subject.layer.store
-        if self.case.residency == "warm":
+        store, spec, device = self.subject.layer.store, self.subject.spec, self.case.device
+        if device == "cpu" and not rotated(self.case):
             return [store]
-        count = cold_copies(self.case.workload["cache_bytes"], store.nbytes, touched_share(self.subject.spec))
-        copies = _COPIES.setdefault(copies_key(self.case, self.subject.spec), [store])
+        key = f"{device} {copies_key(self.case, spec)}"
+        if key not in _COPIES:
+            _COPIES[key] = [store if device == "cpu" else placed(replace(store, sparsity=None), device)]
+        copies, count = _COPIES[key], 1
+        if rotated(self.case):
+            count = cold_copies(self.case.workload["cache_bytes"], store.nbytes, touched_share(spec))
         copies.extend(replace(copy.deepcopy(store), sparsity=None) for _ in range(count - len(copies)))
-        return [replace(one, sparsity=store.sparsity) for one in copies[:count]]
+        return [replace(one, sparsity=self._here(store.sparsity)) for one in copies[:count]]
 
     def _executor(self, index: int, store: ExpertStore) -> Any:
         executor = self.session.layer(index)
@@ -99,18 +119,18 @@ class LayerTrial:
         """Exchange the inputs for the other variant, in place, and fill the outputs with NaN."""
         self._variant = 1 - self._variant
         for step, x_TH in enumerate(self.x):
-            batch = self.batches[self._batch_number(step)]
-            x_TH.copy_(batch.x_TH)
-            self.inputs[step] = tuple(map(_exchanged, self.inputs[step], batch.inputs))
+            new_TH, inputs = self.given[self._batch_number(step)]
+            x_TH.copy_(new_TH)
+            self.inputs[step] = tuple(map(_exchanged, self.inputs[step], inputs))
         for out_TH in self.out:
             out_TH.fill_(torch.nan)
 
     def run(self, step: int) -> Tensor:
         """Call the backend, on the next copy of the weights, with the inputs of ``step``; add what is always on."""
         out_TH = self.backend_call(step)
-        if self.subject.layer.shared is not None:
+        if self.shared is not None:
             with torch.no_grad():
-                self.subject.layer.shared.add_to_(out_TH, self.x[step % STEPS])
+                self.shared.add_to_(out_TH, self.x[step % STEPS])
         return out_TH
 
     def backend_call(self, step: int) -> Tensor:
@@ -122,8 +142,8 @@ class LayerTrial:
         return out_TH
 
     def verify(self, step: int, output: Tensor) -> Check:
-        """Compare the output of ``step`` with the reference of the inputs that it had."""
-        return compare(output, self.references[self._batch_number(step)], self.x[0].dtype)
+        """Compare the output of ``step``, brought to the CPU, with the reference of the inputs that it had."""
+        return compare(self._back(output), self.references[self._batch_number(step)], self.x[0].dtype)
 
     def cost(self, step: int) -> Cost:
         """Return the least work of one call, with the distinct experts that its routing touches.

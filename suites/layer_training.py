@@ -26,20 +26,21 @@ class TrainingTrial(LayerTrial):
     def __init__(self, case: Case, registry: Registry) -> None:
         super().__init__(case, registry)
         rng = torch.Generator().manual_seed(case.seed)
-        self.grad_TH = torch.randn(self.x[0].shape, generator=rng).to(self.x[0].dtype)
-        self.expected = [self._expected(batch) for batch in self.batches]
+        grad_TH = torch.randn(self.x[0].shape, generator=rng).to(self.x[0].dtype)
+        self.expected = [self._expected(batch, grad_TH) for batch in self.batches]
+        self.grad_TH = self._here(grad_TH)
 
-    def _expected(self, batch: Batch) -> Gradients:
+    def _expected(self, batch: Batch, grad_TH: Tensor) -> Gradients:
         layer, x_TH = self.subject.layer, batch.x_TH
         if layer.shared is None:
-            return reference_gradients(layer.store, batch.routing, x_TH, self.grad_TH)
+            return reference_gradients(layer.store, batch.routing, x_TH, grad_TH)
         routed_TH = reference(layer.store, batch.routing, x_TH).y_TH
-        beside_TH, through_TH = _shared_gradients(layer.shared, x_TH, routed_TH, self.grad_TH)
+        beside_TH, through_TH = _shared_gradients(layer.shared, x_TH, routed_TH, grad_TH)
         gradients = reference_gradients(layer.store, batch.routing, x_TH, through_TH)
         return replace(gradients, x_TH=gradients.x_TH + beside_TH)
 
     def _stores(self) -> list[ExpertStore]:
-        store = self.subject.layer.store
+        store = self._here(self.subject.layer.store)
         if not isinstance(store.gate_up, Tensor) or not isinstance(store.down, Tensor):
             raise ValueError("quantized weights have no gradient; use quantization=none")
         self.gate_up = store.gate_up.detach().clone().requires_grad_()
@@ -50,8 +51,8 @@ class TrainingTrial(LayerTrial):
         """Return (y, the x that it was made of, as a leaf)."""
         x_TH = self.x[step % STEPS].detach().requires_grad_()
         y_TH: Tensor = next(self.executors)(x_TH, *self.inputs[step % STEPS], out_TH=None)
-        if self.subject.layer.shared is not None:
-            y_TH = self.subject.layer.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
+        if self.shared is not None:
+            y_TH = self.shared.added_to(y_TH, x_TH).to(x_TH.dtype)
         return y_TH, x_TH
 
     def run(self, step: int) -> tuple[Tensor, Gradients]:  # type: ignore[override]
@@ -66,7 +67,7 @@ class TrainingTrial(LayerTrial):
         forward = super().verify(step, y_TH)
         if not forward.ok:
             return forward
-        return compare_gradients(gradients, self.expected[self._batch_number(step)], self.x[0].dtype)
+        return compare_gradients(self._back(gradients), self.expected[self._batch_number(step)], self.x[0].dtype)
 
     def cost(self, step: int) -> Cost:
         """Return three times the forward flops (dL/dx and dL/dW besides y), and weights read twice, written once."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..contracts import Case, Planned, Registry, Trial
 from .base import Kind, SuiteConfig, expand
+from .device import DEVICES
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class LayerSpeed:
 
     def cases(self, config: SuiteConfig, registry: Registry) -> Iterator[Planned]:
         """Yield the product (or the pairs) of the configuration's axes."""
-        return expand(config, registry, Kind("timed"))
+        return expand(config, registry, Kind("timed", devices=DEVICES))
 
     def prepare(self, case: Case, registry: Registry) -> Trial:
         """Return the layer on its backend, with inputs and references."""

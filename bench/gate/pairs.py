@@ -61,9 +61,11 @@ class PairedMember:
 def clocks_of(members: Mapping[str, Member]) -> list[str]:
     """Return the clocks of the sides of a case, the one to judge by first.
 
-    A device's own clock where every side has one; CPU time where one thread computes, since others cannot stretch it;
-    else wall.
+    A device's own clock where every side has one (alone where the engine times by it: the host then only launches); CPU
+    time where one thread computes, since others cannot stretch it; else wall.
     """
+    if all(member.device is not None for member in members.values()):
+        return ["device"]
     if all(len(member.device_ns) == len(member.wall_ns) > 0 for member in members.values()):
         return ["device", "wall"]
     on_one_thread = all(one.case.threads == 1 and one.case.device == "cpu" for one in members.values())

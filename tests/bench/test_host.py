@@ -21,6 +21,10 @@ def test_the_facts_are_plain_and_the_stable_ones_identify_the_host():
     assert first["stable"]["memory_bytes"] > 0
 
 
+def refuses(handle):
+    raise RuntimeError("Not Supported")
+
+
 def nvml(**changes):
     module = types.ModuleType("pynvml")
     values = {
@@ -29,6 +33,9 @@ def nvml(**changes):
         "nvmlDeviceGetCount": lambda: 1,
         "nvmlDeviceGetHandleByIndex": lambda index: index,
         "nvmlDeviceGetName": lambda handle: "a GPU",
+        "nvmlDeviceGetUUID": lambda handle: "GPU-1",
+        "nvmlDeviceGetEccMode": refuses,
+        "NVMLError": RuntimeError,
         "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(total=10),
         "nvmlSystemGetDriverVersion": lambda: "1.2",
     }
@@ -49,7 +56,9 @@ def test_without_nvml_the_gpus_are_null(module, monkeypatch):
 
 def test_with_nvml_the_gpus_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
-    assert host.host_facts()["stable"]["gpus"] == [{"name": "a GPU", "memory_bytes": 10, "driver": "1.2"}]
+    assert host.host_facts()["stable"]["gpus"] == [
+        {"source": "nvml", "driver": "1.2", "name": "a GPU", "uuid": "GPU-1", "memory_bytes": 10, "ecc": None}
+    ]
 
 
 def test_without_rapl_the_energy_is_null(monkeypatch):
