@@ -72,7 +72,7 @@ def library(name: str) -> Library:
     target = cache_root() / "kernels" / f"{name}-{key[:16]}{'.dylib' if sys.platform == 'darwin' else '.so'}"
     if not target.is_file():
         _build([program, *flags, str(source), "-lm"], target)
-    _refuse_foreign(target)
+    refuse_foreign(target)
     try:
         handle = ctypes.CDLL(str(target))
     except OSError as error:
@@ -80,7 +80,7 @@ def library(name: str) -> Library:
     return Library(handle, f"{Path(program).name} {shlex.join(flags)}")
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
     """Raise MoebenchError where somebody else may have written the library: loading it runs whatever is in it."""
     found = target.stat()
     if hasattr(os, "getuid") and found.st_uid not in (os.getuid(), 0):
