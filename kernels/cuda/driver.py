@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ...contracts import MoebenchError, unknown
 from ..devices import missing
-from .nvrtc import INSTALL, Cubin
+from .nvrtc import INSTALL
 
 Signature = tuple[type, ...]
 """The ctypes types of a kernel's arguments: their widths must be those of its C++ parameters."""
@@ -45,10 +45,10 @@ class Driver(Protocol):
 class Module:
     """The kernels of a cubin on a device; ``signatures`` has one entry per kernel that may be launched."""
 
-    def __init__(self, driver: Driver, cubin: Cubin, signatures: Mapping[str, Signature]) -> None:
+    def __init__(self, driver: Driver, code: bytes, signatures: Mapping[str, Signature]) -> None:
         self._driver, self._signatures = driver, signatures
-        self._module = driver.load(cubin.code)
-        self._functions = {name: driver.function(self._module, cubin.names.get(name, name)) for name in signatures}
+        self._module = driver.load(code)
+        self._functions = {name: driver.function(self._module, name) for name in signatures}
         self._allowed = dict.fromkeys(signatures, PLAIN_SHARED)
 
     def launch(self, name: str, grid: Dim, block: Dim, shared: int, arguments: Sequence[Any]) -> None:

@@ -6,7 +6,6 @@ build of torch brings as well.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import importlib.util
 import json
@@ -28,35 +27,25 @@ INSTALL = "run pip install 'moebench[static]'"
 
 @dataclass(frozen=True)
 class Source:
-    """One translation unit: its text, our own headers by the names by which it includes them, and its kernels.
+    """One translation unit: its text, and our own headers by the names by which it includes them.
 
-    ``kernels`` are names as C++ writes them, template arguments included; those of ``extern "C"`` stand for themselves.
+    Its kernels are ``extern "C"``: each is found in the code by the name that it has in the source.
     """
 
     name: str
     text: str
-    kernels: tuple[str, ...]
     headers: Mapping[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, file: Path, kernels: Sequence[str], options: Sequence[str] = ()) -> Source:
+    def read(cls, file: Path, options: Sequence[str] = ()) -> Source:
         """Return ``file`` with every header (``*.h``, ``*.cuh``) that lies beside it."""
         beside = sorted(path for path in file.parent.iterdir() if path.suffix in (".h", ".cuh") and path != file)
-        headers = {path.name: path.read_text() for path in beside}
-        return cls(file.name, file.read_text(), tuple(kernels), headers, tuple(options))
+        return cls(file.name, file.read_text(), {path.name: path.read_text() for path in beside}, tuple(options))
 
 
-@dataclass(frozen=True)
-class Cubin:
-    """Code for one architecture, and the name in it of each kernel of its source."""
-
-    code: bytes
-    names: Mapping[str, str]
-
-
-def compile_source(source: Source, arch: str) -> Cubin:
-    """Return ``source`` compiled for ``arch`` (such as ``sm_90``), from the cache where it holds it.
+def compile_source(source: Source, arch: str) -> bytes:
+    """Return the cubin of ``source`` for ``arch`` (such as ``sm_90``), from the cache where that holds it.
 
     MoebenchError with the compiler's first error where it does not compile, or where NVRTC is not installed.
     """
@@ -64,12 +53,11 @@ def compile_source(source: Source, arch: str) -> Cubin:
     headers = cuda_headers()
     options = (f"-arch={arch}", *OPTIONS, *source.options)
     key = _key(source, options, _version(nvrtc), headers)
-    target = cache_root() / "kernels" / f"{Path(source.name).stem}-{arch}-{key[:16]}.json"
+    target = cache_root() / "kernels" / f"{Path(source.name).stem}-{arch}-{key[:16]}.cubin"
     if not target.is_file():
         _write(_compiled(nvrtc, source, (*options, f"-I{headers}")), target)
     refuse_foreign(target)
-    kept = json.loads(target.read_text())
-    return Cubin(base64.b64decode(kept["cubin"]), kept["names"])
+    return target.read_bytes()
 
 
 def missing() -> str:
@@ -115,37 +103,25 @@ def _key(source: Source, options: Sequence[str], version: tuple[int, int], heade
     """Return the sha256 of everything that the code is made from; of CUDA's headers those that kernels include."""
     parts = [
         source.text.encode(),
-        json.dumps([source.name, source.kernels, dict(source.headers), options, version], sort_keys=True).encode(),
+        json.dumps([source.name, dict(source.headers), options, version], sort_keys=True).encode(),
         *(path.read_bytes() for path in sorted(headers.glob("cuda_*.h*"))),
     ]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
-def _compiled(nvrtc: Any, source: Source, options: Sequence[str]) -> Cubin:
-    names, texts = list(source.headers), list(source.headers.values())
-    program = _checked(
-        nvrtc,
-        nvrtc.nvrtcCreateProgram(
-            source.text.encode(),
-            source.name.encode(),
-            len(names),
-            [text.encode() for text in texts],
-            [name.encode() for name in names],
-        ),
-    )
+def _compiled(nvrtc: Any, source: Source, options: Sequence[str]) -> bytes:
+    texts = [text.encode() for text in source.headers.values()]
+    names = [name.encode() for name in source.headers]
+    made = nvrtc.nvrtcCreateProgram(source.text.encode(), source.name.encode(), len(names), texts, names)
+    program = _checked(nvrtc, made)
     try:
-        for kernel in source.kernels:
-            _checked(nvrtc, nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
         (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise MoebenchError(f"{source.name} does not compile ({_first_error(nvrtc, program)}); mend it.")
-        lowered = {
-            kernel: _checked(nvrtc, nvrtc.nvrtcGetLoweredName(program, kernel.encode())).decode()
-            for kernel in source.kernels
-        }
-        cubin = b" " * _checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
+        size: int = _checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
+        cubin = b" " * size
         _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
-        return Cubin(cubin, lowered)
+        return cubin
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
@@ -165,7 +141,7 @@ def _checked(nvrtc: Any, answer: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _write(made: Cubin, target: Path) -> None:
+def _write(made: bytes, target: Path) -> None:
     """Write into a file aside, and rename it: two processes may compile at once."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -175,8 +151,8 @@ def _write(made: Cubin, target: Path) -> None:
             f"{target.parent} cannot be written ({error.strerror}); set MOEBENCH_CACHE elsewhere."
         ) from error
     try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump({"names": dict(made.names), "cubin": base64.b64encode(made.code).decode()}, file)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(made)
         os.replace(aside, target)
     finally:
         Path(aside).unlink(missing_ok=True)

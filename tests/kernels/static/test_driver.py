@@ -12,24 +12,21 @@ from hypothesis import strategies as st
 
 from moebench.contracts import MoebenchError
 from moebench.kernels.cuda.driver import CudaDriver, Module, marshal
-from moebench.kernels.cuda.nvrtc import Cubin
 from moebench.kernels.devices import missing
-
-CUBIN = Cubin(b"code", {"add<2>": "_Z3add"})
 
 
 class Sizes(ctypes.Structure):
     _fields_ = (("rows", c_int32), ("columns", c_int64))
 
 
-SIGNATURES = {"add<2>": (c_void_p, c_int32, c_float, c_int64), "take": (Sizes,), "nothing": ()}
+SIGNATURES = {"add": (c_void_p, c_int32, c_float, c_int64), "take": (Sizes,), "nothing": ()}
 
 
 class FakeDriver:
     """Keeps what was asked of it, and reads the arguments from memory as the driver does: by address and width."""
 
     def __init__(self):
-        self.asked, self.kinds = [], {}
+        self.asked = []
 
     def load(self, code):
         return code
@@ -42,7 +39,7 @@ class FakeDriver:
         self.asked.append(("allow", function, size))
 
     def launch(self, function, grid, block, shared, arguments):
-        kinds = self.kinds[function]
+        kinds = SIGNATURES[function]
         addresses = (c_void_p * len(kinds)).from_address(arguments)
         read = [kind.from_address(address) for kind, address in zip(kinds, addresses, strict=True)]
         values = [one if isinstance(one, ctypes.Structure) else one.value for one in read]
@@ -59,20 +56,19 @@ def driver():
 
 @pytest.fixture
 def module(driver):
-    driver.kinds = {"_Z3add": SIGNATURES["add<2>"], "take": SIGNATURES["take"], "nothing": ()}
-    return Module(driver, CUBIN, SIGNATURES)
+    return Module(driver, b"code", SIGNATURES)
 
 
-def test_kernels_are_looked_up_by_their_names_in_the_code(driver, module):
-    assert [one[2] for one in driver.asked] == ["_Z3add", "take", "nothing"]
+def test_kernels_are_looked_up_once(driver, module):
+    assert [one[2] for one in driver.asked] == ["add", "take", "nothing"]
     module.close()
     assert driver.asked[-1] == ("unload", b"code")
 
 
 def test_arguments_arrive_with_their_widths(driver, module):
     x = torch.zeros(4)
-    module.launch("add<2>", (2, 1, 1), (128, 1, 1), 1024, (x, -5, 0.5, 2**40))
-    assert driver.asked[-1] == ("launch", "_Z3add", (2, 1, 1), (128, 1, 1), 1024, [x.data_ptr(), -5, 0.5, 2**40])
+    module.launch("add", (2, 1, 1), (128, 1, 1), 1024, (x, -5, 0.5, 2**40))
+    assert driver.asked[-1] == ("launch", "add", (2, 1, 1), (128, 1, 1), 1024, [x.data_ptr(), -5, 0.5, 2**40])
     module.launch("nothing", (1, 1, 1), (32, 1, 1), 0, ())
     assert driver.asked[-1][-1] == []
 
@@ -100,9 +96,9 @@ def test_an_integer_is_passed_as_it_is_or_refused(value):
 
 def test_what_is_no_argument_is_refused(module):
     with pytest.raises(MoebenchError, match="takes 4 arguments, not 1"):
-        module.launch("add<2>", (1, 1, 1), (1, 1, 1), 0, (1,))
-    with pytest.raises(MoebenchError, match="argument 1 of kernel 'add<2>' is no c_int"):
-        module.launch("add<2>", (1, 1, 1), (1, 1, 1), 0, (None, 1.5, 0.0, 1))
+        module.launch("add", (1, 1, 1), (1, 1, 1), 0, (1,))
+    with pytest.raises(MoebenchError, match="argument 1 of kernel 'add' is no c_int"):
+        module.launch("add", (1, 1, 1), (1, 1, 1), 0, (None, 1.5, 0.0, 1))
     with pytest.raises(MoebenchError, match="unknown kernel 'tak': did you mean 'take'"):
         module.launch("tak", (1, 1, 1), (1, 1, 1), 0, ())
 

@@ -32,12 +32,11 @@ extern "C" __global__ void __launch_bounds__(1024, 1) spilling(const float* __re
     for (int i = 0; i < 200; ++i) y[i * n] = kept[(i * 7) % 200] * kept[i];
 }
 """
-NAMES = ("plain", "shared_sum", "spilling")
 
 
 def found(name, target):
-    cubin = compile_source(Source("toy.cu", KERNELS, NAMES), target)
-    return resources(Code(cubin.names[name], TARGETS[target], 512, 0, binary=cubin.code))
+    cubin = compile_source(Source("toy.cu", KERNELS), target)
+    return resources(Code(name, TARGETS[target], 512, 0, binary=cubin))
 
 
 @pytest.mark.usefixtures("nvrtc_here")
@@ -65,9 +64,9 @@ def test_spills_are_found_though_registers_look_well():
 
 @pytest.mark.usefixtures("nvrtc_here")
 def test_a_kernel_that_is_not_in_the_code_is_told_with_those_that_are():
-    cubin = compile_source(Source("toy.cu", KERNELS, NAMES), "sm_80")
+    cubin = compile_source(Source("toy.cu", KERNELS), "sm_80")
     with pytest.raises(MoebenchError, match=r"no kernel 'absent' but .*plain"):
-        resources(Code("absent", TARGETS["sm_80"], 32, 0, binary=cubin.code))
+        resources(Code("absent", TARGETS["sm_80"], 32, 0, binary=cubin))
 
 
 @pytest.mark.usefixtures("nvrtc_here")

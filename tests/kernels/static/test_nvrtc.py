@@ -16,9 +16,7 @@ pytestmark = pytest.mark.usefixtures("nvrtc_here")
 SCALE = Source(
     "scale.cu",
     '#include "factor.h"\n#include <cuda_bf16.h>\n'
-    "template <int N> __global__ void scale(__nv_bfloat16* x) { x[threadIdx.x] *= __float2bfloat16(N * FACTOR); }\n"
-    'extern "C" __global__ void named(int* x) { *x = 1; }\n',
-    ("scale<3>", "named"),
+    'extern "C" __global__ void scale(__nv_bfloat16* x) { x[threadIdx.x] *= __float2bfloat16(FACTOR); }\n',
     {"factor.h": "#define FACTOR 2.f\n"},
 )
 
@@ -29,11 +27,8 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "kernels"
 
 
-def test_a_template_is_found_by_its_name_in_the_code(own_cache):
-    made = compile_source(SCALE, "sm_90")
-    assert made.names["named"] == "named"
-    assert made.names["scale<3>"].startswith("_Z5scale")
-    assert made.names["scale<3>"].encode() in made.code
+def test_a_kernel_is_found_by_its_name_in_the_code(own_cache):
+    assert b"scale" in compile_source(SCALE, "sm_90")
     assert [path.name.startswith("scale-sm_90-") for path in own_cache.iterdir()] == [True]
 
 
@@ -49,9 +44,8 @@ def test_the_second_time_nothing_is_compiled(own_cache, monkeypatch):
         replace(SCALE, text=SCALE.text + "\n"),
         replace(SCALE, headers={"factor.h": "#define FACTOR 3.f\n"}),
         replace(SCALE, options=("-use_fast_math",)),
-        replace(SCALE, kernels=("named",)),
     ],
-    ids=["text", "header", "options", "kernels"],
+    ids=["text", "header", "options"],
 )
 def test_whatever_the_code_is_made_from_is_part_of_its_key(own_cache, changed):
     compile_source(SCALE, "sm_80")
@@ -65,7 +59,7 @@ def test_the_compiler_is_part_of_the_key():
 
 
 def test_a_mistake_in_the_source_is_told_in_one_sentence_and_nothing_is_kept(own_cache):
-    with pytest.raises(MoebenchError, match=r"^scale.cu does not compile \(scale.cu\(5\): error: .*\); mend it\.$"):
+    with pytest.raises(MoebenchError, match=r"^scale.cu does not compile \(scale.cu\(4\): error: .*\); mend it\.$"):
         compile_source(replace(SCALE, text=SCALE.text + "oops\n"), "sm_80")
     assert not own_cache.exists()
 
@@ -81,7 +75,7 @@ def test_code_that_anybody_may_have_written_is_not_loaded(own_cache):
 def test_a_source_brings_the_headers_beside_it(tmp_path):
     (tmp_path / "scale.cu").write_text(SCALE.text)
     (tmp_path / "factor.h").write_text(SCALE.headers["factor.h"])
-    assert Source.read(tmp_path / "scale.cu", SCALE.kernels) == SCALE
+    assert Source.read(tmp_path / "scale.cu") == SCALE
 
 
 def test_without_the_headers_the_remedy_is_named(monkeypatch):
