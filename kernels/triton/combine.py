@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .launch import launch
-from .tiles import ROWS
+from .launch import is_interpreted, launch
+from .tiles import INTERPRETED_ROWS, ROWS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +39,13 @@ def _combine(
     rows_NRH: Tensor, which_N: Tensor, bounds_T1: Tensor, out_TH: Tensor, slots_per_token: int, experts: int
 ) -> None:
     tokens, hidden = out_TH.shape
-    block = min(ROWS.block_n, triton.next_power_of_2(hidden))
+    tiles = INTERPRETED_ROWS if is_interpreted(combine_kernel) else ROWS
+    block = min(tiles.block_n, triton.next_power_of_2(hidden))
     launch(
         combine_kernel,
-        (tokens, triton.cdiv(hidden, block)),
-        (rows_NRH, which_N, bounds_T1, out_TH),
-        ROWS,
+        (triton.cdiv(tokens, tiles.block_m), triton.cdiv(hidden, block)),
+        (rows_NRH, which_N, bounds_T1, out_TH, tokens),
+        tiles,
         HIDDEN=hidden,
         PARTS=rows_NRH.shape[1],
         SLOTS=slots_per_token,
@@ -59,32 +60,37 @@ def combine_kernel(
     which_ptr,
     bounds_ptr,
     out_ptr,
+    tokens,
     HIDDEN: tl.constexpr,
     PARTS: tl.constexpr,
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add up the rows of one token: those of its SLOTS slots, or (SLOTS 0) those that ``which`` names between bounds."""
-    token = tl.program_id(0)
+    """Add up each token's rows: those of its SLOTS slots, or (SLOTS 0) those that ``which`` names between its bounds."""
+    token = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    here = token < tokens
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = channel < HIDDEN
     if SLOTS > 0:
         begin = token * SLOTS
         end = begin + SLOTS
+        most = SLOTS
     else:
-        begin = tl.load(bounds_ptr + token).to(tl.int32)
-        end = tl.load(bounds_ptr + token + 1).to(tl.int32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for place in range(begin, end):
-        which = tl.load(which_ptr + place)
+        begin = tl.load(bounds_ptr + token, mask=here, other=0)
+        end = tl.load(bounds_ptr + token + 1, mask=here, other=0)
+        most = tl.max(end - begin, axis=0).to(tl.int32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for number in range(0, most):
+        place = begin + number
+        which = tl.load(which_ptr + place, mask=here & (place < end), other=-1)
+        real = which >= 0
         if SLOTS > 0:
-            real = (which >= 0) & (which < EXPERTS)
-            row = (tl.zeros((BLOCK_N,), tl.int64) + place) * (PARTS * HIDDEN)
-        else:
-            real = which >= 0
-            row = (tl.zeros((BLOCK_N,), tl.int64) + which) * (PARTS * HIDDEN)
+            real = real & (which < EXPERTS)
+            which = place
+        row = which[:, None] * (PARTS * HIDDEN) + channel[None, :]
         for part in tl.static_range(PARTS):
-            total += tl.load(rows_ptr + row + part * HIDDEN + channel, mask=inside & real, other=0.0)
-    row_of_token = token.to(tl.int64) * HIDDEN
-    tl.store(out_ptr + row_of_token + channel, total.to(out_ptr.dtype.element_ty), mask=inside)
+            total += tl.load(rows_ptr + row + part * HIDDEN, mask=real[:, None] & inside[None, :], other=0.0)
+    out = out_ptr + token[:, None] * HIDDEN + channel[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=here[:, None] & inside[None, :])

@@ -39,6 +39,9 @@ METHODS = (
 )
 """What is replaced in triton's InterpreterBuilder, and must be there."""
 
+FUNCTIONS = ("_implicit_cvt", "_patch_lang", "interpreter_builder", "InterpreterOptions", "ReduceScanOpInterface")
+"""What is replaced, or used, of the interpreter besides."""
+
 FREE, ATOMIC = -1, -2
 
 
@@ -113,8 +116,9 @@ def check_release() -> None:
     if not triton.__version__.startswith(RELEASE):
         raise MoebenchError(f"the guard knows triton {RELEASE}x, not {triton.__version__}; install triton==3.7.1.")
     missing = [name for name in METHODS if not hasattr(interpreter.InterpreterBuilder, name)]
-    if missing or not hasattr(interpreter, "_implicit_cvt"):
-        raise MoebenchError(f"triton's interpreter has no {', '.join(missing) or '_implicit_cvt'}; install triton==3.7.1.")
+    missing += [name for name in FUNCTIONS if not hasattr(interpreter, name)]
+    if missing:
+        raise MoebenchError(f"triton's interpreter has no {', '.join(missing)}; install triton==3.7.1.")
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -135,10 +139,13 @@ class _Launch:
         self.spans: dict[tuple[int, int], Span] = {}
         self.counted = [counts.setdefault(kernel, Traffic()) for counts in _counting]
 
-    def replacements(self) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    def replacements(self) -> Iterator[tuple[Any, str, Any]]:
         """Yield (owner, name, replacement)."""
         builder = interpreter.InterpreterBuilder
         yield interpreter, "_implicit_cvt", self._argument(interpreter._implicit_cvt)
+        yield interpreter, "_patch_lang", _once_a_module(interpreter._patch_lang)
+        # Sums of integers are checked for overflow, and what is found is dropped: a fifth of the time for nothing.
+        yield interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False)
         for name in METHODS[:6]:
             yield builder, name, _carrying(getattr(builder, name))
         yield builder, "create_masked_load", self._load(builder.create_masked_load)
@@ -250,3 +257,16 @@ def _carrying(original: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return carry
+
+
+def _once_a_module(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what makes a module's language the interpreter's, as every call of a helper asks again; once is enough."""
+    done: set[str] = set()
+
+    def change(fn: Any) -> Any:
+        if fn.__module__ in done:
+            return interpreter._LangPatchScope()
+        done.add(fn.__module__)
+        return original(fn)
+
+    return change

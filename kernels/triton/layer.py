@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .combine import combine_slots, combine_sorted
+from .decode import Slots, decoded_rows
 from .dispatch import Blocks, blocks_of_slots, blocks_of_sorted
 from .grouped import Experts, down_of, hidden_of
-from .tiles import Tiles
+from .tiles import DECODE, Tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,11 +22,18 @@ Combine = Literal["atomic", "deterministic"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call is run: the tiles of its two products, and how rows become tokens."""
+    """How a call is run: the tiles of its two products, and how rows become tokens.
+
+    Calls of at most ``decode_tokens`` tokens multiply slot by slot instead, by tiles ``decode`` and always in a fixed
+    order, over ``splits`` parts of the inputs (None: as the number of programs asks for).
+    """
 
     gate_up: Tiles
     down: Tiles
     combine: Combine = "deterministic"
+    decode_tokens: int = 0
+    decode: Tiles = DECODE
+    splits: int | None = None
 
     def __post_init__(self) -> None:
         if self.gate_up.block_m != self.down.block_m:
@@ -39,6 +47,11 @@ def topk_layer(
 
     ``x_TH`` and ``out_TH`` of one dtype, ``indices_TK`` int64, ``weights_TK`` float32; all contiguous, on one device.
     """
+    if len(x_TH) <= plan.decode_tokens:
+        slots = Slots(indices_TK, weights_TK, per_token=indices_TK.shape[1])
+        parts_NPH = decoded_rows(x_TH, slots, experts, plan.decode, plan.splits)
+        combine_slots(parts_NPH, indices_TK, experts.num_experts, out_TH)
+        return
     blocks = blocks_of_slots(indices_TK, experts.num_experts, plan.gate_up)
     rows = _rows(x_TH, weights_TK, experts, blocks, out_TH, plan)
     if rows is not None:
@@ -49,10 +62,22 @@ def sorted_layer(
     x_TH: Tensor, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor, experts: Experts, out_TH: Tensor, plan: Plan
 ) -> None:
     """Write sum_n w_n f_e(x_t) to ``out_TH``: ``token_N`` int64, ``offsets_E1`` int32, ``weight_N`` float32."""
+    if len(x_TH) <= plan.decode_tokens:
+        slots = Slots(_experts_of(token_N, offsets_E1), weight_N, token_N)
+        combine_sorted(decoded_rows(x_TH, slots, experts, plan.decode, plan.splits), token_N, out_TH)
+        return
     blocks = blocks_of_sorted(token_N, offsets_E1, plan.gate_up)
     rows = _rows(x_TH, weight_N, experts, blocks, out_TH, plan)
     if rows is not None:
         combine_sorted(rows, token_N, out_TH)
+
+
+def _experts_of(token_N: Tensor, offsets_E1: Tensor) -> Tensor:
+    """Return the expert of each sorted assignment, int64."""
+    import torch
+
+    places = torch.arange(len(token_N), device=token_N.device, dtype=offsets_E1.dtype)
+    return torch.searchsorted(offsets_E1[1:], places, right=True)
 
 
 def _rows(

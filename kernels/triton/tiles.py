@@ -62,7 +62,11 @@ DECODE = Tiles(1, 32, 128, 4, 2)
 SPARSE_DECODE = Tiles(1, 128, 32, 4, 2)
 """Tiles of products with one token, by rows of the weights and by their columns."""
 
+ENOUGH_PROGRAMS, MOST_SPLITS = 256, 8
+"""With fewer programs than this a product is split over its inputs, into at most so many parts."""
+
 ROWS = Tiles(1, 256, 1, 4, 1)
+INTERPRETED_ROWS = Tiles(16, 256, 1)
 """Tiles of what adds up rows, and (``block_n`` slots at a time) of what sorts slots."""
 
 
@@ -91,6 +95,11 @@ def candidates(
     if not fitting:
         raise MoebenchError(f"no tile fits {shared_limit} bytes of shared memory; use another backend on this device.")
     return fitting
+
+
+def splits_of(programs: int, steps: int) -> int:
+    """Return into how many parts a product's ``steps`` go, where there are so few ``programs`` that a device idles."""
+    return max(1, min(MOST_SPLITS, steps, ENOUGH_PROGRAMS // max(programs, 1)))
 
 
 def interpreted(outputs: int, inputs: int) -> Tiles:
