@@ -1,1 +1,1 @@
-"""kernels/cuda."""
+"""kernels.cuda."""
