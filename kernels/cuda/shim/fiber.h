@@ -147,7 +147,7 @@ inline void begin_fiber(Fiber& fiber, void (*body)()) {
   fiber.tsan = __tsan_create_fiber(0);
 #endif
 #ifdef __x86_64__
-  void** top = reinterpret_cast<void**>(static_cast<char*>(fiber.stack) + fiber.size) - 2;  // aligned as after a call
+  void** top = reinterpret_cast<void**>(static_cast<char*>(fiber.stack) + fiber.size) - 1;  // aligned as after a call
   *top = nullptr;
   *--top = reinterpret_cast<void*>(&fiber_entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
