@@ -15,7 +15,7 @@ struct F16 {
   unsigned short bits;
 };
 
-// --- rounding to nearest, ties to even, in both directions -----------------------------------------------------------
+// --- to 16 bits, rounded to nearest with ties to even, and back -----------------------------------------------------------
 
 __device__ __forceinline__ Bf16 rounded(float value, Bf16) {
   Bf16 made;
@@ -25,6 +25,13 @@ __device__ __forceinline__ Bf16 rounded(float value, Bf16) {
 __device__ __forceinline__ F16 rounded(float value, F16) {
   F16 made;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(made.bits) : "f"(value));
+  return made;
+}
+
+__device__ __forceinline__ float widened(Bf16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
+__device__ __forceinline__ float widened(F16 value) {
+  float made;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(made) : "h"(value.bits));
   return made;
 }
 

@@ -6,7 +6,7 @@ What runs is the source that a GPU runs, thread by thread; see ``shim/hostsim.h`
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char, c_char_p, c_int, c_longlong, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -16,10 +16,13 @@ from typing import ClassVar
 
 from ...contracts import MoebenchError
 from ..cpu import build
-from .driver import Signature, marshal
-from .layer import SIGNATURES, Launch, Tiles
+from . import layer, symmetric
+from .driver import marshal
+from .layer import Launch, Tiles
 
 FLAGS = ("-std=c++20", "-O2", "-DMOE_HOSTSIM", "-Wno-unknown-pragmas", "-fPIC")
+
+SIGNATURES = {**layer.SIGNATURES, **symmetric.SIGNATURES}
 
 ORDERS = ("forward", "reverse", "random")
 
@@ -118,7 +121,7 @@ class Shim:
 
         MoebenchError where they do not end as kernels must: a deadlock, or a barrier that not all threads reach.
         """
-        held = [marshalled(one, SIGNATURES) for one in together]
+        held = [marshalled(one) for one in together]
         grids = (NamedGrid * len(together))(
             *(NamedGrid(one.kernel.encode(), one.blocks, one.threads, one.shared_bytes, pointers)
               for one, (_, pointers) in zip(together, held, strict=True))
@@ -129,9 +132,15 @@ class Shim:
             raise MoebenchError(f"{together[0].kernel} on the host shim: {report.message.decode()}.")
 
 
-def marshalled(
-    launch: Launch, signatures: Mapping[str, Signature]
-) -> tuple[list[object], ctypes.Array[c_void_p]]:
-    """Return the arguments of a launch as objects of their types, and the array of their addresses."""
-    values = marshal(launch.kernel, signatures[launch.kernel], launch.arguments)
-    return values, (c_void_p * len(values))(*map(ctypes.addressof, values))
+def marshalled(launch: Launch) -> tuple[list[object], ctypes.Array[c_void_p]]:
+    """Return the arguments of a launch as objects of their types, and the array of their addresses.
+
+    A tuple of tensors is passed as a table of their addresses.
+    """
+    tables = [
+        (c_void_p * len(one))(*(tensor.data_ptr() for tensor in one)) if isinstance(one, tuple) else one
+        for one in launch.arguments
+    ]
+    plain = [ctypes.addressof(one) if isinstance(one, ctypes.Array) else one for one in tables]
+    values = marshal(launch.kernel, SIGNATURES[launch.kernel], plain)
+    return [*values, tables], (c_void_p * len(values))(*map(ctypes.addressof, values))

@@ -145,10 +145,9 @@ __device__ void down_tile(Shared& s, const Layer<T>& of, int block, int tile) {
   __syncthreads();
 }
 
-// Finds the assignments of TOKEN_TILE tokens, four by each warp, and says how many rows combine waits for. Returns to
-// thread 0 whether there is none left to wait for; ends with a barrier.
+// Finds the assignments of TOKEN_TILE tokens, four by each warp: reads all of token_N twice. Ends with a barrier.
 template <class T>
-__device__ bool dispatch_tile(const Layer<T>& of, int tile) {
+__device__ void find_assignments(const Layer<T>& of, int tile) {
   const int lane = threadIdx.x % 32, first = tile * TOKEN_TILE + threadIdx.x / 32 * 4, all = of.assignments();
   int before = 0, count[4] = {0, 0, 0, 0};
   for (int n0 = 0; n0 < all; n0 += 32) {
@@ -178,6 +177,13 @@ __device__ bool dispatch_tile(const Layer<T>& of, int tile) {
     }
   }
   __syncthreads();
+}
+
+// Finds the tile's assignments and says how many rows combine waits for. Returns to thread 0 whether none is left to
+// wait for.
+template <class T>
+__device__ bool dispatch_tile(const Layer<T>& of, int tile) {
+  find_assignments(of, tile);
   if (threadIdx.x != 0) return false;
   const int last = min_of((tile + 1) * TOKEN_TILE, of.tokens) - 1;
   const int rows = of.spans_T2[2 * last + 1] - of.spans_T2[2 * tile * TOKEN_TILE];

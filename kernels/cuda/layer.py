@@ -84,7 +84,7 @@ class Tiles:
     def shared_bytes(self, experts: int) -> int:
         """Return the bytes of dynamic shared memory of a block: ``struct Shared``, which ends with E + 1 numbers."""
         stages = 2 * self.stages * (self.bm + 2 * self.bn) * (self.bk + 8)
-        whole = stages + 8 * self.bm + 4 * self.bm + 4 + 4 + 4 * (experts + 1)
+        whole = stages + 8 * self.bm + 4 * self.bm + 4 + 4 + 4 + 4 * (experts + 1)
         return -(-whole // 16) * 16
 
 

@@ -66,11 +66,12 @@ __device__ void run_down(Shared& s, const Layer<T>& of, const Tasks<T>& tasks, i
   }
 }
 
-template <class T>
-__device__ void leave(const Layer<T>& of) {
-  if (threadIdx.x != 0 || fetch_add(of.state + EXITED, 1) != static_cast<int>(gridDim.x) - 1) return;
-  of.state[HEAD] = of.state[TAIL] = of.state[EXITED] = 0;
-  of.state[EPOCH] += 1;
+// Returns to thread 0 of the last block to leave that it is the last, with the counters ready for the next launch.
+__device__ __forceinline__ bool leave(int* state) {
+  if (threadIdx.x != 0 || fetch_add(state + EXITED, 1) != static_cast<int>(gridDim.x) - 1) return false;
+  state[HEAD] = state[TAIL] = state[EXITED] = 0;
+  state[EPOCH] += 1;
+  return true;
 }
 
 template <class T>
@@ -95,7 +96,7 @@ __device__ void persistent(const Layer<T>& of) {
       combine_tile(of, task - tasks.ready - tasks.down);
     }
   }
-  leave(of);
+  leave(of.state);
 }
 
 // Dispatch and gate_up tiles, one a block; `gridDim.x` is the most that any routing needs. Tokens of nobody end here.

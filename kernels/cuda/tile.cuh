@@ -40,6 +40,7 @@ struct Shared {
   int released[BM];   // token tiles whose last row this block wrote
   int num_released;
   int task;
+  int rows;           // of the packet that this block works on
   int starts[2];  // first row block of each expert
 };
 

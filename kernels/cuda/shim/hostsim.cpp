@@ -130,16 +130,8 @@ void open_barrier_if_complete(Block& block) {
 
 // --- warps -----------------------------------------------------------------------------------------------------------
 
-float widened(unsigned short bits, Collective kind) {
-  if (kind == MMA_BF16) {
-    const unsigned wide = static_cast<unsigned>(bits) << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-  }
-  _Float16 half;
-  memcpy(&half, &bits, 2);
-  return static_cast<float>(half);
+float element(unsigned short bits, Collective kind) {
+  return kind == MMA_BF16 ? ::widened(Bf16{bits}) : ::widened(F16{bits});
 }
 
 // m16n8k16 as the PTX ISA lays its fragments out: lane = 4 group + pair; A holds rows group and group + 8, columns
@@ -152,13 +144,13 @@ void multiply(Warp& warp) {
     for (int i = 0; i < 4; ++i) {
       for (int half = 0; half < 2; ++half) {
         const unsigned short bits = in.a[i] >> (16 * half) & 0xffffu;
-        a[group + i % 2 * 8][pair + i / 2 * 8 + half] = widened(bits, warp.kind);
+        a[group + i % 2 * 8][pair + i / 2 * 8 + half] = element(bits, warp.kind);
       }
     }
     for (int i = 0; i < 2; ++i) {
       for (int half = 0; half < 2; ++half) {
         const unsigned short bits = in.b[i] >> (16 * half) & 0xffffu;
-        b[pair + 8 * i + half][group] = widened(bits, warp.kind);
+        b[pair + 8 * i + half][group] = element(bits, warp.kind);
       }
     }
   }

@@ -107,6 +107,17 @@ inline F16 rounded(float value, F16) {
   memcpy(&made, &half, 2);
   return made;
 }
+inline float widened(Bf16 value) {
+  const unsigned bits = static_cast<unsigned>(value.bits) << 16;
+  float made;
+  memcpy(&made, &bits, 4);
+  return made;
+}
+inline float widened(F16 value) {
+  _Float16 half;
+  memcpy(&half, &value.bits, 2);
+  return static_cast<float>(half);
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 // --- warps -----------------------------------------------------------------------------------------------------------
