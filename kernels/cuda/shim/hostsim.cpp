@@ -1,0 +1,440 @@
+// The scheduler of hostsim.h: fibers, barriers, warps, blocks. Never instrumented; it tells sanitizers of its switches
+// (SIM_ASAN, SIM_TSAN) and ThreadSanitizer of the only orders that CUDA gives: barriers and __syncwarp. Shuffles,
+// ballots and mma order no memory.
+#include "hostsim.h"
+
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "fiber.h"
+
+namespace sim {
+
+const Place* place = nullptr;
+int mutant = 0;
+
+namespace {
+
+constexpr size_t STACK_BYTES = 256 * 1024;
+constexpr int MOST_COPIES = 256, MOST_THREADS = 1024;
+constexpr long long MOST_SWITCHES = 4000000000LL;
+
+enum State { READY, YIELDED, AT_BARRIER, IN_WARP, DONE };
+
+struct Block;
+
+struct Thread {
+  Fiber fiber;
+  Place place;
+  Block* block = nullptr;
+  State state = READY;
+  Copy copies[MOST_COPIES];
+  int copies_begun = 0, copies_done = 0;
+  std::deque<int> groups;  // how many copies had begun at each commit that is pending
+};
+
+struct Warp {
+  unsigned arrived = 0, mask = 0;
+  Collective kind = SYNC_WARP;
+  const void* in[32];
+  void* out[32];
+  char order[2] = {};  // stand for the order that __syncwarp gives, to ThreadSanitizer
+  int generation = 0;
+};
+
+struct Block {
+  const Grid* grid = nullptr;
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Warp> warps;
+  uint64_t ready[MOST_THREADS / 64] = {};
+  unsigned char* shared = nullptr;
+  int live = 0, waiting = 0, yielded = 0, generation = 0;
+  const char* file = nullptr;
+  int line = 0;
+  char order[2] = {}, start = 0;
+};
+
+struct Machine {
+  Config config;
+  Report* report;
+  std::vector<std::unique_ptr<Block>> blocks;  // that run now
+  std::vector<std::unique_ptr<Thread>> spare;
+  std::vector<unsigned char*> freed_later;
+  std::vector<int> next_block;  // of each grid
+  Fiber main;
+  Thread* running = nullptr;
+  bool moves_on = false;
+  long long idle = 0;
+  char end = 0;
+  uint64_t random = 0;
+
+  unsigned draw(unsigned below) {
+    random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+    return static_cast<unsigned>(random >> 33) % below;
+  }
+};
+
+Machine* machine = nullptr;
+
+void mark(Block& block, int thread, bool ready) {
+  const uint64_t bit = uint64_t(1) << (thread % 64);
+  if (ready) block.ready[thread / 64] |= bit;
+  else block.ready[thread / 64] &= ~bit;
+}
+
+void to_main() { switch_fiber(machine->running->fiber, machine->main); }
+
+void wait_as(State state) {
+  Thread& me = *machine->running;
+  me.state = state;
+  mark(*me.block, me.place.thread.x, false);
+  to_main();
+}
+
+void wake(Thread& thread) {
+  thread.state = READY;
+  mark(*thread.block, thread.place.thread.x, true);
+}
+
+void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+void fail(const char* format, ...) {
+  Report& report = *machine->report;
+  if (!report.failed) {
+    va_list values;
+    va_start(values, format);
+    vsnprintf(report.message, sizeof report.message, format, values);
+    va_end(values);
+  }
+  report.failed = 1;
+}
+
+// --- barriers --------------------------------------------------------------------------------------------------------
+
+void open_barrier_if_complete(Block& block) {
+  if (!block.waiting || block.waiting < block.live) return;
+  block.waiting = 0;
+  ++block.generation;
+  ++machine->report->barriers;
+  machine->idle = 0;
+  for (auto& thread : block.threads) {
+    if (thread->state == AT_BARRIER) wake(*thread);
+  }
+}
+
+// --- warps -----------------------------------------------------------------------------------------------------------
+
+float element(unsigned short bits, Collective kind) {
+  return kind == MMA_BF16 ? ::widened(Bf16{bits}) : ::widened(F16{bits});
+}
+
+// m16n8k16 as the PTX ISA lays its fragments out: lane = 4 group + pair; A holds rows group and group + 8, columns
+// 2 pair and 2 pair + 8; B the columns of A's rows and column group; D rows group and group + 8, columns 2 pair.
+void multiply(Warp& warp) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const Mma& in = *static_cast<const Mma*>(warp.in[lane]);
+    const int group = lane / 4, pair = lane % 4 * 2;
+    for (int i = 0; i < 4; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        const unsigned short bits = in.a[i] >> (16 * half) & 0xffffu;
+        a[group + i % 2 * 8][pair + i / 2 * 8 + half] = element(bits, warp.kind);
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        const unsigned short bits = in.b[i] >> (16 * half) & 0xffffu;
+        b[pair + 8 * i + half][group] = element(bits, warp.kind);
+      }
+    }
+  }
+  float d[16][8] = {};
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      for (int col = 0; col < 8; ++col) d[row][col] += a[row][k] * b[k][col];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const Mma& in = *static_cast<const Mma*>(warp.in[lane]);
+    const int group = lane / 4, pair = lane % 4 * 2;
+    for (int i = 0; i < 4; ++i) in.d[i] += d[group + i / 2 * 8][pair + i % 2];
+  }
+}
+
+void perform_collective(Warp& warp) {
+  Report& report = *machine->report;
+  if (warp.kind == MMA_BF16 || warp.kind == MMA_F16) {
+    ++report.mma;
+    multiply(warp);
+    return;
+  }
+  if (warp.kind == SHUFFLE) ++report.shuffles;
+  if (warp.kind == BALLOT) ++report.ballots;
+  unsigned ballot = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const bool mine = warp.kind == BALLOT && warp.mask >> lane & 1u;
+    if (mine && *static_cast<const unsigned*>(warp.in[lane])) ballot |= 1u << lane;
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(warp.mask >> lane & 1u)) continue;
+    if (warp.kind == BALLOT) *static_cast<unsigned*>(warp.out[lane]) = ballot;
+    if (warp.kind == SHUFFLE) {
+      const int from = static_cast<const int*>(warp.in[lane])[1];
+      if (!(warp.mask >> from & 1u)) fail("lane %d shuffles from lane %d, which is not in the mask", lane, from);
+      else *static_cast<int*>(warp.out[lane]) = *static_cast<const int*>(warp.in[from]);
+    }
+  }
+}
+
+// --- threads and blocks ----------------------------------------------------------------------------------------------
+
+void thread_main() {
+  {
+    Thread& me = *machine->running;
+    tsan_acquire(&me.block->start);
+    me.block->grid->body(me.block->grid->arguments);
+    tsan_release(&machine->end);
+    Block& block = *me.block;
+    me.state = DONE;
+    mark(block, me.place.thread.x, false);
+    --block.live;
+    machine->idle = 0;
+    open_barrier_if_complete(block);
+  }
+  leave_fiber(machine->running->fiber, machine->main);
+}
+
+std::unique_ptr<Thread> spare_thread() {
+  if (machine->spare.empty()) {
+    auto made = std::make_unique<Thread>();
+    allocate_stack(made->fiber, STACK_BYTES);
+    return made;
+  }
+  auto taken = std::move(machine->spare.back());
+  machine->spare.pop_back();
+  return taken;
+}
+
+std::unique_ptr<Block> begin_block(const Grid& grid, int index) {
+  auto block = std::make_unique<Block>();
+  block->grid = &grid;
+  block->live = grid.threads;
+  block->warps.resize((grid.threads + 31) / 32);
+  block->shared = static_cast<unsigned char*>(malloc(grid.shared_bytes));
+  memset(block->shared, 0xff, grid.shared_bytes);  // NaN, in every format
+  tsan_release(&block->start);
+  for (int i = 0; i < grid.threads; ++i) {
+    auto thread = spare_thread();
+    thread->block = block.get();
+    thread->state = READY;
+    thread->copies_begun = thread->copies_done = 0;
+    thread->groups.clear();
+    thread->place = {{unsigned(i)}, {unsigned(index)}, {unsigned(grid.threads)}, {unsigned(grid.blocks)}};
+    begin_fiber(thread->fiber, thread_main);
+    mark(*block, i, true);
+    block->threads.push_back(std::move(thread));
+  }
+  ++machine->report->blocks;
+  return block;
+}
+
+void end_block(Block& block) {
+  for (auto& thread : block.threads) {
+    end_fiber(thread->fiber);
+    machine->spare.push_back(std::move(thread));
+  }
+  if (TSAN) machine->freed_later.push_back(block.shared);  // it knows of no order between the block's end and this
+  else free(block.shared);
+}
+
+bool has_ready(const Block& block) {
+  for (uint64_t word : block.ready) {
+    if (word) return true;
+  }
+  return false;
+}
+
+// Yielded threads are ready again once nobody else of their block is.
+bool can_run(Block& block) {
+  if (has_ready(block)) return true;
+  if (!block.yielded) return false;
+  block.yielded = 0;
+  for (auto& thread : block.threads) {
+    if (thread->state == YIELDED) wake(*thread);
+  }
+  return true;
+}
+
+Thread& pick_thread(Block& block) {
+  const int order = machine->config.order, count = int(block.threads.size());
+  const int start = order == RANDOM ? int(machine->draw(count)) : order == REVERSE ? count - 1 : 0;
+  const int step = order == REVERSE ? count - 1 : 1;
+  int at = start;
+  while (!(block.ready[at / 64] >> (at % 64) & 1u)) at = (at + step) % count;
+  return *block.threads[at];
+}
+
+// The block to go on with: the same until it yields or waits, then the next (or any, in random order) that can run.
+int pick_block(int current) {
+  Machine& m = *machine;
+  const int count = int(m.blocks.size());
+  if (!m.moves_on && current < count && has_ready(*m.blocks[current])) return current;
+  m.moves_on = false;
+  const int step = m.config.order == REVERSE ? count - 1 : 1;
+  int at = m.config.order == RANDOM ? int(m.draw(count)) : (current + step) % count;
+  for (int tried = 0; tried < count; ++tried, at = (at + step) % count) {
+    if (can_run(*m.blocks[at])) return at;
+  }
+  return -1;
+}
+
+void tell_deadlock(const char* why) {
+  const Block& block = *machine->blocks[0];
+  int in_warp = 0;
+  for (auto& thread : block.threads) in_warp += thread->state == IN_WARP;
+  fail("deadlock (%s): of %d live threads of a block %d wait at a barrier and %d for their warp", why, block.live,
+       block.waiting, in_warp);
+}
+
+// Takes the next block of a grid whose emulated multiprocessors are not all in use.
+void refill(const Grid* grids, int number) {
+  Machine& m = *machine;
+  for (int g = 0; g < number; ++g) {
+    int resident = 0;
+    for (auto& block : m.blocks) resident += block->grid == &grids[g];
+    for (; resident < m.config.multiprocessors && m.next_block[g] < grids[g].blocks; ++resident) {
+      m.blocks.push_back(begin_block(grids[g], m.next_block[g]++));
+    }
+  }
+}
+
+void run(const Grid* grids, int number) {
+  Machine& m = *machine;
+  refill(grids, number);
+  int current = 0;
+  while (!m.blocks.empty() && !m.report->failed) {
+    current = pick_block(current);
+    if (current < 0) return tell_deadlock("nobody can go on");
+    if (m.idle > 2000 + 200 * (long long)m.blocks.size()) return tell_deadlock("all who can go on wait for a flag");
+    if (++m.report->switches > MOST_SWITCHES) return fail("the kernel does not end");
+    m.running = &pick_thread(*m.blocks[current]);
+    place = &m.running->place;
+    switch_fiber(m.main, m.running->fiber);
+    if (m.blocks[current]->live == 0) {
+      end_block(*m.blocks[current]);
+      m.blocks.erase(m.blocks.begin() + current);
+      refill(grids, number);
+      current = 0;
+    }
+  }
+}
+
+}  // namespace
+
+// --- what kernels call -----------------------------------------------------------------------------------------------
+
+unsigned char* shared_memory() { return machine->running->block->shared; }
+Report& counted() { return *machine->report; }
+bool copies_are_late() { return machine->config.late; }
+
+void yield(bool changes) {
+  Thread& me = *machine->running;
+  if (changes) machine->idle = 0;
+  machine->moves_on = true;
+  ++me.block->yielded;
+  wait_as(YIELDED);
+}
+
+void back_off() {
+  ++machine->idle;
+  yield(false);
+}
+
+void barrier(const char* file, int line) {
+  Block& block = *machine->running->block;
+  if (block.waiting && (block.line != line || strcmp(block.file, file))) {
+    fail("divergent barrier: threads of a block wait at %s:%d and at %s:%d", block.file, block.line, file, line);
+    to_main();
+  }
+  block.file = file, block.line = line;
+  char* order = &block.order[block.generation % 2];
+  tsan_release(order);
+  ++block.waiting;
+  machine->running->state = AT_BARRIER;
+  mark(block, machine->running->place.thread.x, false);
+  open_barrier_if_complete(block);
+  if (machine->running->state == AT_BARRIER) to_main();
+  tsan_acquire(order);
+}
+
+void collective(Collective kind, unsigned mask, const void* in, void* out) {
+  Thread& me = *machine->running;
+  const int lane = me.place.thread.x % 32, first = int(me.place.thread.x) - lane;
+  Warp& warp = me.block->warps[first / 32];
+  if (!(mask >> lane & 1u) || (warp.arrived && (warp.kind != kind || warp.mask != mask))) {
+    fail("divergent warp: lane %d calls collective %d with mask %08x, others %d with %08x", lane, kind, mask, warp.kind,
+         warp.mask);
+    to_main();
+  }
+  warp.kind = kind, warp.mask = mask, warp.in[lane] = in, warp.out[lane] = out;
+  warp.arrived |= 1u << lane;
+  char* order = &warp.order[warp.generation % 2];
+  if (kind == SYNC_WARP) tsan_release(order);
+  if (warp.arrived != mask) {
+    wait_as(IN_WARP);
+  } else {
+    perform_collective(warp);
+    warp.arrived = 0;
+    ++warp.generation;
+    for (int i = 0; i < 32; ++i) {
+      if (mask >> i & 1u && i != lane) wake(*me.block->threads[first + i]);
+    }
+  }
+  if (kind == SYNC_WARP) tsan_acquire(order);
+}
+
+void begin_copy(const Copy& copy) {
+  Thread& me = *machine->running;
+  if (me.copies_begun - me.copies_done >= MOST_COPIES) {
+    fail("a thread has more than %d asynchronous copies under way", MOST_COPIES);
+    to_main();
+  }
+  me.copies[me.copies_begun++ % MOST_COPIES] = copy;
+}
+
+void commit_copies() { machine->running->groups.push_back(machine->running->copies_begun); }
+
+const Copy* due_copy(int pending_groups) {
+  Thread& me = *machine->running;
+  while (int(me.groups.size()) > pending_groups) {
+    if (me.copies_done < me.groups.front()) return &me.copies[me.copies_done++ % MOST_COPIES];
+    me.groups.pop_front();
+  }
+  return nullptr;
+}
+
+void launch(const Grid* grids, int number, const Config& config, Report& report) {
+  Machine m = {};
+  machine = &m;
+  m.config = config;
+  m.report = &report;
+  m.random = config.seed * 2 + 0x9e3779b97f4a7c15ULL;
+  m.next_block.assign(number, 0);
+  mutant = config.mutant;
+  ++report.launches;
+  begin_main(m.main);
+  run(grids, number);
+  tsan_acquire(&m.end);
+  for (auto& block : m.blocks) end_block(*block);
+  for (unsigned char* memory : m.freed_later) free(memory);
+  for (auto& thread : m.spare) free_stack(thread->fiber, STACK_BYTES);
+  machine = nullptr;
+}
+
+}  // namespace sim
