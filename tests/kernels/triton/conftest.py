@@ -46,3 +46,13 @@ def _dense(store, turned=False, **sites):
 def kernels():
     """``run`` a call of the kernels, and make their ``dense`` experts of a store."""
     return SimpleNamespace(run=_run, dense=_dense)
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_is_nan():
+    """Fill what is allocated and not written with NaN, or the largest integer: reading it must be seen."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -78,7 +78,9 @@ def test_tokens_without_experts_are_zero(kernels, decode_tokens):
     x_TH = x_of(3, 56, torch.float32)
     nothing = Routing.dense(torch.zeros(3, 3))
     for boundary in ("topk", "sorted"):
-        out_TH = kernels.run(kernels.dense(odd_store(torch.float32)), x_TH, nothing, boundary, decode_tokens=decode_tokens)
+        out_TH = kernels.run(
+            kernels.dense(odd_store(torch.float32)), x_TH, nothing, boundary, decode_tokens=decode_tokens
+        )
         assert torch.equal(out_TH, torch.zeros(3, 56))
 
 
