@@ -68,7 +68,7 @@ def combine_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add up each token's rows: those of its SLOTS slots, or (SLOTS 0) those that ``which`` names between its bounds."""
+    """Add up each token's rows: those of its SLOTS slots, or (SLOTS 0) those that ``which`` names within its bounds."""
     token = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     here = token < tokens
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -121,10 +121,7 @@ def decode_up_kernel(
         return
     OUTPUTS: tl.constexpr = 2 * WIDTH if GATED else WIDTH
     STEP: tl.constexpr = (HIDDEN + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
-    if SLOTS > 0:
-        token = (slot // SLOTS).to(tl.int64)
-    else:
-        token = tl.load(token_ptr + slot)
+    token = (slot // SLOTS).to(tl.int64) if SLOTS > 0 else tl.load(token_ptr + slot)
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < OUTPUTS
     codes, scale, zero = expert_parts(codes_ptr, scale_ptr, zero_ptr, expert, OUTPUTS, HIDDEN, FORM, GROUP)

@@ -88,7 +88,7 @@ def _empty(like: Tensor, assignments: int, experts: int, tiles: Tiles) -> Blocks
 
 def _power(slots: int) -> int:
     """Return how many slots a program looks at in one step."""
-    return min(ROWS.block_n, max(16, triton.next_power_of_2(slots)))
+    return min(ROWS.block_n, max(16, 1 << max(slots - 1, 0).bit_length()))
 
 
 @triton.jit

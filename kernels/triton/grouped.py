@@ -98,7 +98,7 @@ def hidden_of(x_TH: Tensor, experts: Experts, blocks: Blocks, tiles: Tiles) -> T
 def down_of(
     hidden_NF: Tensor, weight_N: Tensor, out: Tensor, experts: Experts, blocks: Blocks, tiles: Tiles, atomic: bool
 ) -> None:
-    """Write weight * down(hidden) in float32 to the rows of assignments of ``out`` [N, H]; or add it to those of tokens.
+    """Write weight * down(hidden) in float32 to the rows of assignments of ``out`` [N, H], or add it to tokens.
 
     With ``atomic`` the rows of ``out`` [T, H] are tokens, and the order of additions is not fixed.
     """

@@ -1,7 +1,8 @@
 """Floating point in triton's interpreter as devices have it: bfloat16 (which it multiplies as bit patterns) and float8.
 
 Numbers are widened to float32, computed, and rounded to nearest, ties to even. What is not mended here refuses
-bfloat16 instead of computing nonsense; kernels convert to float32 right after they load.
+bfloat16 instead of computing nonsense (functions such as exp take none by triton's own rules); kernels convert to
+float32 right after they load.
 """
 
 from __future__ import annotations
@@ -18,13 +19,10 @@ from triton.runtime import interpreter
 METHODS = (
     "create_dot",
     "binary_op",
-    "unary_op",
     "ternary_op",
     "cast_impl",
     "create_fp_to_fp",
     "create_fma",
-    "create_erf",
-    "create_rsqrt",
 )
 
 FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
@@ -78,11 +76,9 @@ def replacements(
     builder = interpreter.InterpreterBuilder
     yield builder, "create_dot", _dot(builder.create_dot, count_flops)
     yield builder, "binary_op", _binary(builder.binary_op)
-    yield builder, "unary_op", _unary(builder.unary_op)
     for name in ("cast_impl", "create_fp_to_fp"):
         yield builder, name, _cast(getattr(builder, name))
-    for name in ("create_fma", "create_erf", "create_rsqrt"):
-        yield builder, name, _refusing(getattr(builder, name), error)
+    yield builder, "create_fma", _refusing(builder.create_fma, error)
     yield builder, "ternary_op", _ternary(builder.ternary_op, error)
     interface = interpreter.ReduceScanOpInterface
     yield interface, "check_tensor", _reduction(interface.check_tensor, error)
@@ -110,15 +106,6 @@ def _binary(original: Callable[..., Any]) -> Callable[..., Any]:
         return _stored(made, tl.bfloat16)
 
     return binary
-
-
-def _unary(original: Callable[..., Any]) -> Callable[..., Any]:
-    def unary(builder: Any, value: Any, operation: Any) -> Any:
-        if not _is_bfloat16(value):
-            return original(builder, value, operation)
-        return _stored(operation(widened(value.data)), tl.bfloat16)
-
-    return unary
 
 
 def _cast(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""How a kernel is cut into programs: the space of tiles, and which of it a layer on a device takes. No torch, no triton.
+"""How a kernel is cut into programs: the space of tiles, and which of it a layer takes. Imports no torch, no triton.
 
 Choosing is a pure function of sizes and of static bars: the shared memory that a tile needs, and what a compiler said
 of registers that did not suffice. Nothing here is tuned by a clock: the order of preference follows from arithmetic

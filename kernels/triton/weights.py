@@ -160,10 +160,7 @@ def expert_parts(
     GROUP: tl.constexpr,
 ):
     """Return where codes, scales and zeros of one expert begin; offsets are 64 bit, since a layer may pass 2^31."""
-    if FORM == "int4" or FORM == "mxfp4":
-        per_row: tl.constexpr = (INPUTS + 1) // 2
-    else:
-        per_row: tl.constexpr = INPUTS
-    of_codes = expert.to(tl.int64) * (OUTPUTS * per_row)
+    BYTES: tl.constexpr = (INPUTS + 1) // 2 if FORM == "int4" or FORM == "mxfp4" else INPUTS
+    of_codes = expert.to(tl.int64) * (OUTPUTS * BYTES)
     of_scales = expert.to(tl.int64) * (OUTPUTS * (INPUTS // GROUP))
     return codes_ptr + of_codes, scale_ptr + of_scales, zero_ptr + of_scales

@@ -1,0 +1,146 @@
+"""``triton``: our Triton kernels; on a GPU, or without one through Triton's interpreter, under a guard and untimed.
+
+Many tokens go through two grouped products over blocks of assignments that are sorted on the device, few through split
+products of single tokens. Nothing comes back to the host, so a call may be captured into a graph. The kernels are in
+``kernels/triton``; what is verified of them, and how, is in docs/gpu-kernels.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..contracts import Availability, Evidence, Execution, LayerSpec, MoebenchError, Refusal
+from ..kernels import devices
+from . import rules
+from .convert import to_topk
+from .packed import MATMULS
+from .plugins import Triton as Params
+from .session import Executor, Session, open_session
+from .triton_weights import element_size, experts_of, packed_form
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..kernels.triton.layer import Plan
+    from ..moe.experts import ExpertStore
+
+DTYPES = ("float32", "bfloat16", "float16")
+LEAVES_OUT = ("gate",)
+"""The features of sparsity that the kernels have (``rules.FEATURES``)."""
+
+ABSENT = "triton is not installed; pip install 'moebench[gpu]'"
+NOT_INTERPRETED = "this process compiles its kernels; start it with TRITON_INTERPRET=1 in its environment."
+
+
+class TritonExecutor(Executor):
+    """One layer: the kernels of a grouped call, or those of a call of few tokens."""
+
+    def __init__(self, store: ExpertStore, spec: LayerSpec, params: Params, turned: bool) -> None:
+        self.packed = bool(packed_form(spec))
+        super().__init__(store, spec)
+        from ..kernels.triton import layer, tiles
+
+        self.params, self.layer, self.tiles = params, layer, tiles
+        self.experts = experts_of(store, spec, turned)
+        self.kernels = ("count_kernel", "place_kernel", "gate_up_kernel", "down_kernel")
+        if params.combine == "deterministic":
+            self.kernels += ("combine_kernel",)
+        if params.decode_tokens:
+            self.kernels += ("decode_up_kernel", "decode_down_kernel")
+
+    def add(self, y_TH: Tensor, x_TH: Tensor, inputs: Sequence[Any]) -> None:
+        """Write the experts' sum, which is to be added to zeros."""
+        x_TH = x_TH.detach().contiguous()
+        out_TH = y_TH if y_TH.is_contiguous() else x_TH.new_empty(y_TH.shape)
+        if self.spec.boundary == "sorted":
+            token_N, offsets_E1, weight_N = (tensor.contiguous() for tensor in inputs)
+            plan = self.plan(x_TH, len(token_N))
+            self.layer.sorted_layer(x_TH, token_N, offsets_E1, weight_N.detach().float(), self.experts, out_TH, plan)
+        else:
+            indices_TK, weights_TK = (tensor.contiguous() for tensor in to_topk(inputs, self.spec, len(x_TH)))
+            plan = self.plan(x_TH, indices_TK.numel())
+            self.layer.topk_layer(x_TH, indices_TK, weights_TK.detach().float(), self.experts, out_TH, plan)
+        if out_TH is not y_TH:
+            y_TH.copy_(out_TH)
+
+    def plan(self, x_TH: Tensor, assignments: int) -> Plan:
+        """Return how a call is run: by sizes alone, so that calls of one size are alike."""
+        experts, tiles, params = self.experts, self.tiles, self.params
+        if x_TH.device.type == "cpu":
+            first = tiles.interpreted(experts.width, experts.hidden_size)
+            second = tiles.interpreted(experts.hidden_size, experts.width)
+            decode = replace(second, block_m=1)
+        else:
+            limit = _shared_limit(x_TH)
+            ask = partial(tiles.candidates, element_size(self.spec), assignments, experts.num_experts)
+            first = ask(matrices=2 if experts.gated else 1, shared_limit=limit)[0]
+            second = next(one for one in ask(matrices=1, shared_limit=limit) if one.block_m == first.block_m)
+            decode = tiles.SPARSE_DECODE if experts.gate_up.form == "turned" else tiles.DECODE
+        return self.layer.Plan(first, second, params.combine, params.decode_tokens, decode)
+
+    def resident_bytes(self) -> int:
+        """Return the bytes of the weights as the kernels read them."""
+        return self.experts.nbytes
+
+
+def _shared_limit(x_TH: Tensor) -> int:
+    """Return how many bytes of shared memory a program may have on the device of ``x_TH``."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(x_TH.device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+class Triton:
+    """The backend."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+
+    def availability(self) -> Availability:
+        """It is measured on a GPU; without one it is interpreted and compiled, and not timed."""
+        if importlib.util.find_spec("triton") is None:
+            return Availability(False, ABSENT)
+        missing = devices.missing("CUDA", "ROCm")
+        if not missing:
+            return Availability(True, devices=("cuda",), evidence=(Evidence.MEASURED_GPU,))
+        return Availability(True, missing, evidence=(Evidence.INTERPRETED, Evidence.STATIC_COMPILE))
+
+    def own_form(self, spec: LayerSpec) -> str:
+        """Say which copies ``load`` makes of dense weights: layers with the same answer share them."""
+        return "turned" if self.skips(spec) else ""
+
+    def skips(self, spec: LayerSpec) -> bool:
+        """Whether unused channels are left in memory: of dense weights, where all calls have few tokens."""
+        few = spec.tokens is not None and spec.tokens <= self.params.decode_tokens
+        asked = spec.sparsity
+        return few and asked is not None and bool(asked.sites) and "gate" not in asked.sites and not packed_form(spec)
+
+    def supports(self, spec: LayerSpec) -> Execution | Refusal:
+        """Take layers of FFN experts, forward only, of any sizes; codes that no kernel reads are dequantized."""
+        refused = rules.refusal(spec, "triton", DTYPES, leaves_out=LEAVES_OUT)
+        if refused is not None:
+            return refused
+        packed = bool(packed_form(spec))
+        answer = rules.execution(spec, ("topk", "sorted"), packed, MATMULS if packed else ())
+        return replace(answer, sparse="skip") if self.skips(spec) else answer
+
+    def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:
+        """Load layers; dense weights in the case's dtype are used where they lie, unless channels are skipped."""
+        from ..kernels.triton.grouped import down_kernel
+        from ..kernels.triton.launch import is_interpreted
+
+        interpreted = is_interpreted(down_kernel)
+        if not interpreted and devices.missing("CUDA", "ROCm"):
+            raise MoebenchError(f"{self.availability().reason}: {NOT_INTERPRETED}")
+        turned = any(self.skips(spec) for spec in specs.values())
+
+        def make(store: ExpertStore, spec: LayerSpec) -> TritonExecutor:
+            return TritonExecutor(store, spec, self.params, turned)
+
+        notes = "interpreted, under the guard" if interpreted else ""
+        return open_session(make, layers, specs, notes, sparse="skip" if turned else "mask")
