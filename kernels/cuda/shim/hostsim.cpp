@@ -65,7 +65,7 @@ struct Machine {
   Config config;
   Report* report;
   std::vector<std::unique_ptr<Block>> blocks;  // that run now
-  std::vector<std::unique_ptr<Thread>> spare;
+  std::vector<std::unique_ptr<Thread>> spare, ended;
   std::vector<unsigned char*> freed_later;
   std::vector<int> next_block;  // of each grid
   Fiber main;
@@ -244,12 +244,15 @@ std::unique_ptr<Block> begin_block(const Grid& grid, int index) {
   return block;
 }
 
+// ThreadSanitizer knows of no order between a block's end and what comes next on its multiprocessor, and must not be
+// told of any: so that it sees no race where memory is used again, none is until the launch has ended.
 void end_block(Block& block) {
   for (auto& thread : block.threads) {
     end_fiber(thread->fiber);
-    machine->spare.push_back(std::move(thread));
+    if (TSAN) free_stack(thread->fiber, STACK_BYTES);
+    (TSAN ? machine->ended : machine->spare).push_back(std::move(thread));
   }
-  if (TSAN) machine->freed_later.push_back(block.shared);  // it knows of no order between the block's end and this
+  if (TSAN) machine->freed_later.push_back(block.shared);
   else free(block.shared);
 }
 
@@ -340,7 +343,8 @@ void run(const Grid* grids, int number) {
 // --- what kernels call -----------------------------------------------------------------------------------------------
 
 unsigned char* shared_memory() { return machine->running->block->shared; }
-Report& counted() { return *machine->report; }
+void count_bytes(int bytes) { machine->report->async_bytes += bytes; }
+void count_atomic() { ++machine->report->atomics; }
 bool copies_are_late() { return machine->config.late; }
 
 void yield(bool changes) {

@@ -54,7 +54,8 @@ unsigned char* shared_memory();
 void barrier(const char* file, int line);
 void yield(bool changes);  // another block may go first; `changes`: what follows is no mere look
 void back_off();
-Report& counted();
+void count_bytes(int bytes);  // of asynchronous copies
+void count_atomic();
 
 enum Collective { SYNC_WARP, SHUFFLE, BALLOT, MMA_BF16, MMA_F16 };
 struct Mma {
@@ -152,7 +153,7 @@ inline void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], F
 
 inline void cp_async16(void* shared, const void* global, int bytes) {
   const sim::Copy copy = {shared, global, bytes};
-  sim::counted().async_bytes += bytes;
+  sim::count_bytes(bytes);
   if (sim::copies_are_late()) sim::begin_copy(copy);
   else sim::perform(copy);
 }
@@ -174,18 +175,18 @@ inline void store_release(unsigned long long* to, unsigned long long value) {
 }
 inline int fetch_add(int* to, int value) {
   sim::yield(true);
-  ++sim::counted().atomics;
+  sim::count_atomic();
   return __atomic_fetch_add(to, value, __ATOMIC_ACQ_REL);
 }
 inline unsigned long long load_acquire_system(const unsigned long long* from) { return load_acquire(from); }
 inline void store_release_system(unsigned long long* to, unsigned long long value) { store_release(to, value); }
 inline void add_release_system(unsigned long long* to, unsigned long long value) {
   sim::yield(true);
-  ++sim::counted().atomics;
+  sim::count_atomic();
   __atomic_fetch_add(to, value, __ATOMIC_RELEASE);
 }
 inline void add_float(float* to, float value) {
-  ++sim::counted().atomics;
+  sim::count_atomic();
   unsigned before, after, *bits = reinterpret_cast<unsigned*>(to);
   before = __atomic_load_n(bits, __ATOMIC_RELAXED);
   do {
