@@ -43,6 +43,7 @@ struct Thread {
 struct Warp {
   unsigned arrived = 0, mask = 0;
   Collective kind = SYNC_WARP;
+  int line = 0;
   const void* in[32];
   void* out[32];
   char order[2] = {};  // stand for the order that __syncwarp gives, to ThreadSanitizer
@@ -377,16 +378,16 @@ void barrier(const char* file, int line) {
   tsan_acquire(order);
 }
 
-void collective(Collective kind, unsigned mask, const void* in, void* out) {
+void collective(Collective kind, unsigned mask, int line, const void* in, void* out) {
   Thread& me = *machine->running;
   const int lane = me.place.thread.x % 32, first = int(me.place.thread.x) - lane;
   Warp& warp = me.block->warps[first / 32];
-  if (!(mask >> lane & 1u) || (warp.arrived && (warp.kind != kind || warp.mask != mask))) {
-    fail("divergent warp: lane %d calls collective %d with mask %08x, others %d with %08x", lane, kind, mask, warp.kind,
-         warp.mask);
+  if (!(mask >> lane & 1u) || (warp.arrived && (warp.kind != kind || warp.mask != mask || warp.line != line))) {
+    fail("divergent warp: lane %d calls a collective at line %d with mask %08x, others at line %d with %08x", lane, line,
+         mask, warp.line, warp.mask);
     to_main();
   }
-  warp.kind = kind, warp.mask = mask, warp.in[lane] = in, warp.out[lane] = out;
+  warp.kind = kind, warp.mask = mask, warp.line = line, warp.in[lane] = in, warp.out[lane] = out;
   warp.arrived |= 1u << lane;
   char* order = &warp.order[warp.generation % 2];
   if (kind == SYNC_WARP) tsan_release(order);

@@ -80,6 +80,10 @@ class Script:
             self.tensors.append(tensor)
         return self.places[key]
 
+    def found(self, outcome, tensor):
+        """Return what a schedule left in the buffer of ``tensor``."""
+        return outcome.buffers[self._place(tensor)]
+
     def run(self, built, schedules, folder, seconds=SECONDS):
         """Run the steps under each schedule in one process of the program ``built``."""
         (folder / "in").write_bytes(self.bytes)
