@@ -22,6 +22,8 @@ from .layer import Launch, Tiles
 
 FLAGS = ("-std=c++20", "-O2", "-DMOE_HOSTSIM", "-Wno-unknown-pragmas", "-fPIC")
 
+SOURCES = Path(__file__).parent
+
 SIGNATURES = {**layer.SIGNATURES, **symmetric.SIGNATURES}
 
 ORDERS = ("forward", "reverse", "random")
@@ -113,7 +115,7 @@ class Shim:
 
     def __init__(self, tiles: Tiles) -> None:
         self.tiles = tiles
-        self.library = build.load(built(tiles, f"hostsim{build.SUFFIX}", Path(__file__).parent, ("-shared",)))
+        self.library = build.load(built(tiles, f"hostsim{build.SUFFIX}", SOURCES, ("-shared",)))
         self.library.sim_launch.argtypes = [POINTER(NamedGrid), c_int, POINTER(Config), POINTER(Report)]
 
     def launch(self, together: Sequence[Launch], schedule: Schedule, report: Report) -> None:

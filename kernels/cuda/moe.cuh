@@ -37,7 +37,7 @@ __device__ int next_task(const Layer<T>& of, const Tasks<T>& tasks) {
   unsigned long long found = load_acquire(slot);
   while ((found >> 32) != (tasks.tag >> 32)) {
     backoff();
-    found = load_acquire(slot);
+    found = load_acquire(slot);  // again
   }
   return tasks.ready + static_cast<int>(found & 0xffffffffu);
 }
@@ -83,8 +83,7 @@ __device__ void persistent(const Layer<T>& of) {
   for (;;) {
     if (threadIdx.x == 0) s.task = next_task(of, tasks);
     __syncthreads();
-    const int task = s.task;
-    __syncthreads();  // all have read it
+    const int task = s.task;  // every task passes a barrier before thread 0 takes the next one
     if (task < 0) break;
     if (task < tasks.gate_up) {
       run_gate_up(s, of, tasks, task);

@@ -55,7 +55,7 @@ __device__ void send_rows(const Symmetric<T>& of, int peer, int expert, unsigned
     const T* from = layer.x_TH + layer.token_N[first + r] * layer.hidden;
     for (int h = threadIdx.x; h < layer.hidden; h += THREADS) to[static_cast<long long>(r) * layer.hidden + h] = from[h];
   }
-  __syncthreads();
+  __syncthreads();  // all rows are written
   if (threadIdx.x == 0) {
     of.expected[everywhere] += static_cast<unsigned long long>(ceil_div(rows, BM)) * of.hidden_tiles();
     store_release_system(of.flag(peer, 0, of.rank, expert), epoch << 32 | static_cast<unsigned>(rows));
@@ -81,9 +81,7 @@ __device__ int rows_of_block(Shared& s, const Symmetric<T>& of, int peer, int ex
     s.rows = found >> 32 == epoch ? static_cast<int>(found & 0xffffffffu) - block * BM : 0;
   }
   __syncthreads();
-  const int rows = s.rows;
-  __syncthreads();
-  return min_of(BM, rows);
+  return min_of(BM, s.rows);
 }
 
 template <class T>
@@ -169,8 +167,7 @@ __device__ void symmetric(const Symmetric<T>& of) {
   for (;;) {
     if (threadIdx.x == 0) s.task = fetch_add(of.layer.state + HEAD, 1);
     __syncthreads();
-    const int task = s.task;
-    __syncthreads();
+    const int task = s.task;  // every task passes a barrier before thread 0 takes the next one
     if (task >= combines + of.layer.token_tiles()) break;
     if (task < packets) {
       send_rows(of, (of.rank + task / of.experts) % of.ranks, task % of.experts, epoch);

@@ -138,7 +138,7 @@ __device__ void multiply(Shared& s, float (&sum)[MATS][MT][NT][4], const Operand
     cp_async_commit();  // an empty group keeps the count of groups equal to that of steps
     multiply_stage<T, MATS>(s, sum, step % STAGES);
   }
-  __syncthreads();
+  __syncthreads();  // the stages are free again
 }
 
 // Calls use(row, col, m, n, i) for each sum [m][n][i] of this thread that lies within rows x cols of the tile.

@@ -43,6 +43,7 @@ struct Thread {
 struct Warp {
   unsigned arrived = 0, mask = 0;
   Collective kind = SYNC_WARP;
+  int line = 0;
   const void* in[32];
   void* out[32];
   char order[2] = {};  // stand for the order that __syncwarp gives, to ThreadSanitizer
@@ -65,7 +66,7 @@ struct Machine {
   Config config;
   Report* report;
   std::vector<std::unique_ptr<Block>> blocks;  // that run now
-  std::vector<std::unique_ptr<Thread>> spare;
+  std::vector<std::unique_ptr<Thread>> spare, ended;
   std::vector<unsigned char*> freed_later;
   std::vector<int> next_block;  // of each grid
   Fiber main;
@@ -244,12 +245,15 @@ std::unique_ptr<Block> begin_block(const Grid& grid, int index) {
   return block;
 }
 
+// ThreadSanitizer knows of no order between a block's end and what comes next on its multiprocessor, and must not be
+// told of any: so that it sees no race where memory is used again, none is until the launch has ended.
 void end_block(Block& block) {
   for (auto& thread : block.threads) {
     end_fiber(thread->fiber);
-    machine->spare.push_back(std::move(thread));
+    if (TSAN) free_stack(thread->fiber, STACK_BYTES);
+    (TSAN ? machine->ended : machine->spare).push_back(std::move(thread));
   }
-  if (TSAN) machine->freed_later.push_back(block.shared);  // it knows of no order between the block's end and this
+  if (TSAN) machine->freed_later.push_back(block.shared);
   else free(block.shared);
 }
 
@@ -340,7 +344,8 @@ void run(const Grid* grids, int number) {
 // --- what kernels call -----------------------------------------------------------------------------------------------
 
 unsigned char* shared_memory() { return machine->running->block->shared; }
-Report& counted() { return *machine->report; }
+void count_bytes(int bytes) { machine->report->async_bytes += bytes; }
+void count_atomic() { ++machine->report->atomics; }
 bool copies_are_late() { return machine->config.late; }
 
 void yield(bool changes) {
@@ -373,16 +378,16 @@ void barrier(const char* file, int line) {
   tsan_acquire(order);
 }
 
-void collective(Collective kind, unsigned mask, const void* in, void* out) {
+void collective(Collective kind, unsigned mask, int line, const void* in, void* out) {
   Thread& me = *machine->running;
   const int lane = me.place.thread.x % 32, first = int(me.place.thread.x) - lane;
   Warp& warp = me.block->warps[first / 32];
-  if (!(mask >> lane & 1u) || (warp.arrived && (warp.kind != kind || warp.mask != mask))) {
-    fail("divergent warp: lane %d calls collective %d with mask %08x, others %d with %08x", lane, kind, mask, warp.kind,
-         warp.mask);
+  if (!(mask >> lane & 1u) || (warp.arrived && (warp.kind != kind || warp.mask != mask || warp.line != line))) {
+    fail("divergent warp: lane %d calls a collective at line %d with mask %08x, others at line %d with %08x", lane, line,
+         mask, warp.line, warp.mask);
     to_main();
   }
-  warp.kind = kind, warp.mask = mask, warp.in[lane] = in, warp.out[lane] = out;
+  warp.kind = kind, warp.mask = mask, warp.line = line, warp.in[lane] = in, warp.out[lane] = out;
   warp.arrived |= 1u << lane;
   char* order = &warp.order[warp.generation % 2];
   if (kind == SYNC_WARP) tsan_release(order);

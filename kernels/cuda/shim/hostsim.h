@@ -54,14 +54,15 @@ unsigned char* shared_memory();
 void barrier(const char* file, int line);
 void yield(bool changes);  // another block may go first; `changes`: what follows is no mere look
 void back_off();
-Report& counted();
+void count_bytes(int bytes);  // of asynchronous copies
+void count_atomic();
 
 enum Collective { SYNC_WARP, SHUFFLE, BALLOT, MMA_BF16, MMA_F16 };
 struct Mma {
   float* d;
   const unsigned *a, *b;
 };
-void collective(Collective kind, unsigned mask, const void* in, void* out);
+void collective(Collective kind, unsigned mask, int line, const void* in, void* out);
 
 struct Copy {
   void* to;
@@ -122,37 +123,42 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 // --- warps -----------------------------------------------------------------------------------------------------------
 
-inline void __syncwarp(unsigned mask = 0xffffffffu) { sim::collective(sim::SYNC_WARP, mask, nullptr, nullptr); }
-inline unsigned __ballot_sync(unsigned mask, bool holds) {
+// Lanes must meet at the same call; that of a caller is told by its line.
+inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
+  sim::collective(sim::SYNC_WARP, mask, line, nullptr, nullptr);
+}
+inline unsigned __ballot_sync(unsigned mask, bool holds, int line = __builtin_LINE()) {
   const unsigned in = holds;
   unsigned out = 0;
-  sim::collective(sim::BALLOT, mask, &in, &out);
+  sim::collective(sim::BALLOT, mask, line, &in, &out);
   return out;
 }
-inline int __shfl_sync(unsigned mask, int value, int lane) {
+inline int __shfl_sync(unsigned mask, int value, int lane, int line = __builtin_LINE()) {
   const int in[2] = {value, lane & 31};
   int out = 0;
-  sim::collective(sim::SHUFFLE, mask, in, &out);
+  sim::collective(sim::SHUFFLE, mask, line, in, &out);
   return out;
 }
-inline int __shfl_up_sync(unsigned mask, int value, int step) {
+inline int __shfl_up_sync(unsigned mask, int value, int step, int line = __builtin_LINE()) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  return __shfl_sync(mask, value, lane < step ? lane : lane - step);
+  return __shfl_sync(mask, value, lane < step ? lane : lane - step, line);
 }
-inline void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Bf16) {
+inline void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Bf16,
+                int line = __builtin_LINE()) {
   const sim::Mma in = {d, a, b};
-  sim::collective(sim::MMA_BF16, 0xffffffffu, &in, nullptr);
+  sim::collective(sim::MMA_BF16, 0xffffffffu, line, &in, nullptr);
 }
-inline void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], F16) {
+inline void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], F16,
+                int line = __builtin_LINE()) {
   const sim::Mma in = {d, a, b};
-  sim::collective(sim::MMA_F16, 0xffffffffu, &in, nullptr);
+  sim::collective(sim::MMA_F16, 0xffffffffu, line, &in, nullptr);
 }
 
 // --- asynchronous copies ---------------------------------------------------------------------------------------------
 
 inline void cp_async16(void* shared, const void* global, int bytes) {
   const sim::Copy copy = {shared, global, bytes};
-  sim::counted().async_bytes += bytes;
+  sim::count_bytes(bytes);
   if (sim::copies_are_late()) sim::begin_copy(copy);
   else sim::perform(copy);
 }
@@ -174,18 +180,18 @@ inline void store_release(unsigned long long* to, unsigned long long value) {
 }
 inline int fetch_add(int* to, int value) {
   sim::yield(true);
-  ++sim::counted().atomics;
+  sim::count_atomic();
   return __atomic_fetch_add(to, value, __ATOMIC_ACQ_REL);
 }
 inline unsigned long long load_acquire_system(const unsigned long long* from) { return load_acquire(from); }
 inline void store_release_system(unsigned long long* to, unsigned long long value) { store_release(to, value); }
 inline void add_release_system(unsigned long long* to, unsigned long long value) {
   sim::yield(true);
-  ++sim::counted().atomics;
+  sim::count_atomic();
   __atomic_fetch_add(to, value, __ATOMIC_RELEASE);
 }
 inline void add_float(float* to, float value) {
-  ++sim::counted().atomics;
+  sim::count_atomic();
   unsigned before, after, *bits = reinterpret_cast<unsigned*>(to);
   before = __atomic_load_n(bits, __ATOMIC_RELAXED);
   do {
