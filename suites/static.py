@@ -88,15 +88,13 @@ def _bounds(config: SuiteConfig, model: Choice, dtype: str) -> Iterator[Planned]
                 config,
                 protocol="once",
                 model=model,
+                backend=Choice("roofline", {"device": name}),
                 tokens=tokens,
                 dtype=dtype,
                 evidence=Evidence.MODEL,
-                workload={"device": name},
             )
-            known = dtype in device(name).flops
-            yield Planned(
-                case, None if known else f"no peak of {dtype} is known of {name}; use axes.dtype=bfloat16.", seconds=1.0
-            )
+            refusal = f"no peak of {dtype} is known of {name}; use axes.dtype=bfloat16."
+            yield Planned(case, None if dtype in device(name).flops else refusal, seconds=1.0)
 
 
 def _missing(kernel: Kernel) -> str | None:

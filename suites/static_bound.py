@@ -39,7 +39,7 @@ class BoundTrial:
 
     def __init__(self, case: Case, shape: ModelShape) -> None:
         self.case, self.shape = case, shape
-        self.device: Device = device(case.workload["device"])
+        self.device: Device = device(case.backend.params["device"])
         self._cost = balanced_cost(shape, case.tokens, ELEMENT_SIZE[case.dtype])
 
     def begin_turn(self) -> None:

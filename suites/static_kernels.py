@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..backends.plugins import Triton
 from ..kernels.cuda.layer import Tiles as CudaTiles
 from ..kernels.targets import Target
 from ..kernels.triton import tiles as triton
 from ..kernels.triton.tiles import Tiles
 from ..moe.shapes import ModelShape
-from .base import DECODE_TOKENS, ELEMENT_SIZE
+from .base import ELEMENT_SIZE
 
 HALF = ("bfloat16", "float16")
 
@@ -80,7 +81,7 @@ def parse_tile(text: str) -> Tiles:
 
 def calls_of(tokens: int) -> Literal["few", "many"]:
     """Return which kernels a call of ``tokens`` launches."""
-    return "few" if tokens <= DECODE_TOKENS else "many"
+    return "few" if tokens <= Triton().decode_tokens else "many"
 
 
 def tiles_of(kernel: Kernel, shape: ModelShape, tokens: int, dtype: str, given: Sequence[str]) -> Iterator[str]:
@@ -98,10 +99,12 @@ def tiles_of(kernel: Kernel, shape: ModelShape, tokens: int, dtype: str, given: 
 
 
 def unfit(kernel: Kernel, tile: str, dtype: str, target: Target) -> str | None:
-    """Return why no backend launches ``kernel`` with this tile on ``target``, or None: its pipeline does not fit."""
+    """Return why no backend launches ``kernel`` with this tile on ``target``, or None where its pipeline fits."""
     if kernel.matrices == 0:
         return None
     needed = parse_tile(tile).shared_bytes(kernel.matrices, max(ELEMENT_SIZE[dtype], 2))
     if needed <= target.shared_per_block:
         return None
-    return f"{needed} bytes of shared memory are more than the {target.shared_per_block} that a block has on {target.name}."
+    return (
+        f"a block of {target.name} has {target.shared_per_block} bytes of shared memory, of which {needed} are needed."
+    )

@@ -1,4 +1,4 @@
-"""The trial of a compiled kernel: its only step compiles and reads it, and the bars that code must pass are its oracle."""
+"""The trial of a compiled kernel: its only step compiles and reads it; bars that code must pass are its oracle."""
 
 from __future__ import annotations
 
