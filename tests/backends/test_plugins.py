@@ -56,7 +56,8 @@ def test_executions_say_what_will_run(name):
     sparse = "skip" if name == "column_skip" else "mask"
     assert supports(name, layer()) == Execution()
     assert supports(name, layer(boundary="sorted")).boundary == boundary
-    assert supports(name, layer(scheme=INT4)).weights == "dequantized"
+    weights = "packed" if name == "triton" else "dequantized"
+    assert supports(name, layer(scheme=INT4)).weights == weights
     assert supports(name, layer(sparsity=SparsitySpec(("input",)))).sparse == sparse
     selected = layer(boundary="logits", selection=Selection("softmax", 2, renormalize=False))
     assert supports(name, selected).boundary == "topk"
