@@ -46,24 +46,39 @@ class TritonExecutor(Executor):
 
         self.params, self.layer, self.tiles = params, layer, tiles
         self.experts = experts_of(store, spec, turned)
+        self.leaves = (store.gate_up, store.down)
         self.kernels = ("count_kernel", "place_kernel", "gate_up_kernel", "down_kernel")
         if params.combine == "deterministic":
             self.kernels += ("combine_kernel",)
         if params.decode_tokens:
             self.kernels += ("decode_up_kernel", "decode_down_kernel")
 
+    def __call__(self, x_TH: Tensor, *inputs: Any, out_TH: Tensor | None = None) -> Tensor:
+        """Return y_TH as every executor does; new outputs of a layer with a backward are open to autograd."""
+        if out_TH is not None or not self.spec.backward:
+            return super().__call__(x_TH, *inputs, out_TH=out_TH)
+        from .triton_backward import differentiable
+
+        return differentiable(self, x_TH, self.boundary_inputs(x_TH, inputs))
+
+    def boundary_inputs(self, x_TH: Tensor, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Return (token_N, offsets_E1, weight_N), or (indices_TK, weights_TK), all in one piece."""
+        given = inputs if self.spec.boundary == "sorted" else to_topk(inputs, self.spec, len(x_TH))
+        return tuple(tensor.contiguous() for tensor in given)
+
     def add(self, y_TH: Tensor, x_TH: Tensor, inputs: Sequence[Any]) -> None:
         """Write the experts' sum, which is to be added to zeros."""
-        x_TH = x_TH.detach().contiguous()
+        self.run(y_TH, x_TH.detach().contiguous(), self.boundary_inputs(x_TH, inputs))
+
+    def run(self, y_TH: Tensor, x_TH: Tensor, inputs: tuple[Tensor, ...]) -> None:
+        """Write the experts' sum to ``y_TH``, of inputs as ``boundary_inputs`` returns them."""
         out_TH = y_TH if y_TH.is_contiguous() else x_TH.new_empty(y_TH.shape)
+        weights = inputs[-1].detach().float()
+        plan = self.plan(x_TH, weights.numel())
         if self.spec.boundary == "sorted":
-            token_N, offsets_E1, weight_N = (tensor.contiguous() for tensor in inputs)
-            plan = self.plan(x_TH, len(token_N))
-            self.layer.sorted_layer(x_TH, token_N, offsets_E1, weight_N.detach().float(), self.experts, out_TH, plan)
+            self.layer.sorted_layer(x_TH, inputs[0], inputs[1], weights, self.experts, out_TH, plan)
         else:
-            indices_TK, weights_TK = (tensor.contiguous() for tensor in to_topk(inputs, self.spec, len(x_TH)))
-            plan = self.plan(x_TH, indices_TK.numel())
-            self.layer.topk_layer(x_TH, indices_TK, weights_TK.detach().float(), self.experts, out_TH, plan)
+            self.layer.topk_layer(x_TH, inputs[0], weights, self.experts, out_TH, plan)
         if out_TH is not y_TH:
             y_TH.copy_(out_TH)
 
@@ -121,10 +136,12 @@ class Triton:
         return few and asked is not None and bool(asked.sites) and "gate" not in asked.sites and not packed_form(spec)
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
-        """Take layers of FFN experts, forward only, of any sizes; codes that no kernel reads are dequantized."""
-        refused = rules.refusal(spec, "triton", DTYPES, leaves_out=LEAVES_OUT)
+        """Take layers of FFN experts of any sizes, dense ones with a backward; other codes are dequantized."""
+        refused = rules.refusal(spec, "triton", DTYPES, backward=True, leaves_out=LEAVES_OUT)
         if refused is not None:
             return refused
+        if spec.backward and spec.sparsity is not None:
+            return Refusal("triton has no backward through channels that are left out; use eager or grouped")
         packed = bool(packed_form(spec))
         answer = rules.execution(spec, ("topk", "sorted"), packed, MATMULS if packed else ())
         return replace(answer, sparse="skip") if self.skips(spec) else answer

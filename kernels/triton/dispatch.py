@@ -26,13 +26,15 @@ class Blocks(NamedTuple):
     """Where each position's row of x lies, and whose weights each block reads; int32, on the device.
 
     ``assignment_P`` is the slot (or the sorted assignment) of a position, ``num_assignments`` where it is padding, for
-    which ``token_P`` is not written. ``expert_B`` is written for the first ``blocks_1[0]`` blocks.
+    which ``token_P`` is not written. ``expert_B`` is written for the first ``blocks_1[0]`` blocks. ``range_E2`` is each
+    expert's first block and how many it has.
     """
 
     assignment_P: Tensor
     token_P: Tensor
     expert_B: Tensor
     blocks_1: Tensor
+    range_E2: Tensor
     num_assignments: int
 
 
@@ -50,7 +52,7 @@ def blocks_of_slots(indices_TK: Tensor, experts: int, tiles: Tiles) -> Blocks:
     launch(
         place_kernel,
         (experts,),
-        (indices_TK, count_E, *blocks[:4], slots, indices_TK.shape[1]),
+        (indices_TK, count_E, *blocks[:5], slots, indices_TK.shape[1]),
         ROWS,
         EXPERTS=experts,
         EXPERTS_POWER=triton.next_power_of_2(experts),
@@ -67,7 +69,7 @@ def blocks_of_sorted(token_N: Tensor, offsets_E1: Tensor, tiles: Tiles) -> Block
     launch(
         cut_kernel,
         (experts,),
-        (token_N, offsets_E1, *blocks[:4], assignments),
+        (token_N, offsets_E1, *blocks[:5], assignments),
         ROWS,
         EXPERTS=experts,
         EXPERTS_POWER=triton.next_power_of_2(experts),
@@ -81,9 +83,9 @@ def _empty(like: Tensor, assignments: int, experts: int, tiles: Tiles) -> Blocks
     import torch
 
     most = most_blocks(assignments, experts, tiles.block_m)
-    sizes = (most * tiles.block_m, most * tiles.block_m, most, 1)
-    made = [like.new_empty(size, dtype=torch.int32) for size in sizes]
-    return Blocks(made[0], made[1], made[2], made[3], assignments)
+    shapes = ((most * tiles.block_m,), (most * tiles.block_m,), (most,), (1,), (experts, 2))
+    made = [like.new_empty(shape, dtype=torch.int32) for shape in shapes]
+    return Blocks(made[0], made[1], made[2], made[3], made[4], assignments)
 
 
 def _power(slots: int) -> int:
@@ -115,8 +117,10 @@ def first_block(counts, experts, expert, blocks_ptr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def name_blocks(expert_ptr, expert, first, mine, BLOCK_N: tl.constexpr):
-    """Write whose weights an expert's blocks read."""
+def name_blocks(expert_ptr, range_ptr, expert, first, mine, BLOCK_N: tl.constexpr):
+    """Write whose weights an expert's blocks read, and which blocks they are."""
+    tl.store(range_ptr + 2 * expert, first)
+    tl.store(range_ptr + 2 * expert + 1, mine)
     for start in range(0, mine, BLOCK_N):
         block = start + tl.arange(0, BLOCK_N)
         tl.store(expert_ptr + first + block, tl.zeros((BLOCK_N,), tl.int32) + expert, mask=block < mine)
@@ -137,6 +141,7 @@ def place_kernel(
     token_ptr,
     expert_ptr,
     blocks_ptr,
+    range_ptr,
     slots,
     slots_per_token,
     EXPERTS: tl.constexpr,
@@ -159,7 +164,7 @@ def place_kernel(
         tl.store(token_ptr + position, slot // slots_per_token, mask=here > 0)
         place += tl.sum(here, axis=0)
     pad_block(assignment_ptr, place, (first + mine) * BLOCK_M, slots, BLOCK_M)
-    name_blocks(expert_ptr, expert, first, mine, BLOCK_N)
+    name_blocks(expert_ptr, range_ptr, expert, first, mine, BLOCK_N)
 
 
 @triton.jit
@@ -170,6 +175,7 @@ def cut_kernel(
     token_ptr,
     expert_ptr,
     blocks_ptr,
+    range_ptr,
     assignments,
     EXPERTS: tl.constexpr,
     EXPERTS_POWER: tl.constexpr,
@@ -191,4 +197,4 @@ def cut_kernel(
         tl.store(assignment_ptr + first * BLOCK_M + place, begin + place, mask=inside)
         tl.store(token_ptr + first * BLOCK_M + place, token, mask=inside)
     pad_block(assignment_ptr, first * BLOCK_M + count, (first + mine) * BLOCK_M, assignments, BLOCK_M)
-    name_blocks(expert_ptr, expert, first, mine, BLOCK_N)
+    name_blocks(expert_ptr, range_ptr, expert, first, mine, BLOCK_N)

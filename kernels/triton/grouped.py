@@ -6,7 +6,7 @@ multiplied as they are, not as TF32. Shape letters: T tokens, N assignments, E e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import triton
@@ -15,8 +15,9 @@ import triton.language as tl
 from .dispatch import Blocks
 from .elementwise import activated, used
 from .launch import launch
+from .products import fp8_rows, step
 from .tiles import Tiles
-from .weights import Matrices, expert_parts, tile
+from .weights import FP8_BLOCK, Matrices, expert_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,10 @@ class Experts:
     input: Site | None = None
     gate: Site | None = None
     hidden: Site | None = None
+
+    def __post_init__(self) -> None:
+        if self.input is not None and self.gate_up.form == "fp8_block":
+            raise ValueError("fp8_block rounds activations before a threshold could see them; use another form")
 
     @property
     def hidden_size(self) -> int:
@@ -79,7 +84,8 @@ def hidden_of(x_TH: Tensor, experts: Experts, blocks: Blocks, tiles: Tiles) -> T
     hidden_NF = x_TH.new_empty(blocks.num_assignments, experts.width)
     site_args, rules = experts.sites(x_TH, "input", "gate", "hidden")
     grid = (len(blocks.expert_B), triton.cdiv(experts.width, tiles.block_n))
-    args = (x_TH, *experts.gate_up.pointers, hidden_NF, *blocks[:4], *site_args, blocks.num_assignments)
+    tiles, read = _read(x_TH, experts.gate_up, tiles)
+    args = (*read, *experts.gate_up.pointers, hidden_NF, *blocks[:4], *site_args, blocks.num_assignments)
     launch(
         gate_up_kernel,
         grid,
@@ -103,7 +109,8 @@ def down_of(
     With ``atomic`` the rows of ``out`` [T, H] are tokens, and the order of additions is not fixed.
     """
     grid = (len(blocks.expert_B), triton.cdiv(experts.hidden_size, tiles.block_n))
-    args = (hidden_NF, *experts.down.pointers, weight_N, out, *blocks[:4], blocks.num_assignments)
+    tiles, read = _read(hidden_NF, experts.down, tiles)
+    args = (*read, *experts.down.pointers, weight_N, out, *blocks[:4], blocks.num_assignments)
     launch(
         down_kernel,
         grid,
@@ -116,15 +123,29 @@ def down_of(
     )
 
 
+def _read(x_NI: Tensor, matrices: Matrices, tiles: Tiles) -> tuple[Tiles, tuple[Tensor, Tensor]]:
+    """Return the tiles, and (activations, their scales) as a product with ``matrices`` reads them."""
+    if matrices.form == "fp8_block":
+        return replace(tiles, block_k=FP8_BLOCK), fp8_rows(x_NI)
+    if matrices.form == "mxfp4_scaled" and str(x_NI.dtype) != "torch.bfloat16":
+        raise ValueError(f"mxfp4_scaled multiplies bfloat16 activations, not {x_NI.dtype}; use the form mxfp4")
+    return tiles, (x_NI, x_NI)
+
+
 @triton.jit
-def product(a, b, total):
-    """Return total + a b^T, of a [BLOCK_M, BLOCK_K] and b [BLOCK_N, BLOCK_K] rounded to the dtype of a."""
-    return tl.dot(a, tl.trans(b.to(a.dtype)), total, input_precision="ieee")
+def scales_of(scale_ptr, row, start, real, INPUTS: tl.constexpr, FORM: tl.constexpr):
+    """Return what one step's activations are multiplied by; without meaning where they are no codes."""
+    if FORM == "fp8_block":
+        scale = tl.load(scale_ptr + row.to(tl.int64) * (INPUTS // 128) + start // 128, mask=real, other=0.0)
+    else:
+        scale = 0.0
+    return scale
 
 
 @triton.jit
 def gate_up_kernel(
     x_ptr,
+    x_scale_ptr,
     codes_ptr,
     scale_ptr,
     zero_ptr,
@@ -177,12 +198,12 @@ def gate_up_kernel(
         if INPUT_RULE != "all":
             keep = used(x.to(tl.float32), input_weight_ptr, channel[None, :], here, input_threshold, INPUT_RULE)
             x = tl.where(keep, x, 0.0).to(x.dtype)
-        w = tile(codes, scale, zero, unit, start, inside, known, OUTPUTS, HIDDEN, FORM, GROUP, SHIFTED, BLOCK_K)
-        first = product(x, w, first)
+        xs = scales_of(x_scale_ptr, token, start, real, HIDDEN, FORM)
+        w = (codes, scale, zero)
+        first = step(x, xs, *w, unit, start, inside, known, first, OUTPUTS, HIDDEN, FORM, GROUP, SHIFTED, BLOCK_K)
         if GATED:
             up = unit + WIDTH
-            w = tile(codes, scale, zero, up, start, inside, known, OUTPUTS, HIDDEN, FORM, GROUP, SHIFTED, BLOCK_K)
-            second = product(x, w, second)
+            second = step(x, xs, *w, up, start, inside, known, second, OUTPUTS, HIDDEN, FORM, GROUP, SHIFTED, BLOCK_K)
     here = real[:, None] & inside[None, :]
     hidden = activated(first, ACTIVATION)
     if GATED:
@@ -197,6 +218,7 @@ def gate_up_kernel(
 @triton.jit
 def down_kernel(
     hidden_ptr,
+    hidden_scale_ptr,
     codes_ptr,
     scale_ptr,
     zero_ptr,
@@ -235,8 +257,9 @@ def down_kernel(
         known = unit < WIDTH
         here = real[:, None] & known[None, :]
         hidden = tl.load(hidden_ptr + row * WIDTH + unit[None, :], mask=here, other=0.0)
-        w = tile(codes, scale, zero, output, start, inside, known, HIDDEN, WIDTH, FORM, GROUP, SHIFTED, BLOCK_K)
-        total = product(hidden, w, total)
+        hs = scales_of(hidden_scale_ptr, assignment, start, real, WIDTH, FORM)
+        w = (codes, scale, zero)
+        total = step(hidden, hs, *w, output, start, inside, known, total, HIDDEN, WIDTH, FORM, GROUP, SHIFTED, BLOCK_K)
     total *= tl.load(weight_ptr + assignment, mask=real, other=0.0)[:, None]
     here = real[:, None] & inside[None, :]
     if ATOMIC:

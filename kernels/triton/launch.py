@@ -66,6 +66,8 @@ def is_interpreted(kernel: Any) -> bool:
 def _interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: Mapping[str, Any]) -> None:
     if _collecting:
         raise MoebenchError("interpreted kernels cannot be compiled; start a process without TRITON_INTERPRET.")
+    if constants.get("FORM") == "mxfp4_scaled":
+        raise MoebenchError("triton's interpreter has no tl.dot_scaled; compile this kernel, or use the form mxfp4.")
     with guard.watching(kernel.__name__):
         kernel[grid](*args, **constants)
 

@@ -47,7 +47,7 @@ def topk_layer(
 
     ``x_TH`` and ``out_TH`` of one dtype, ``indices_TK`` int64, ``weights_TK`` float32; all contiguous, on one device.
     """
-    if len(x_TH) <= plan.decode_tokens:
+    if _goes_slot_by_slot(x_TH, experts, plan):
         slots = Slots(indices_TK, weights_TK, per_token=indices_TK.shape[1])
         parts_NPH = decoded_rows(x_TH, slots, experts, plan.decode, plan.splits)
         combine_slots(parts_NPH, indices_TK, experts.num_experts, out_TH)
@@ -62,7 +62,7 @@ def sorted_layer(
     x_TH: Tensor, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor, experts: Experts, out_TH: Tensor, plan: Plan
 ) -> None:
     """Write sum_n w_n f_e(x_t) to ``out_TH``: ``token_N`` int64, ``offsets_E1`` int32, ``weight_N`` float32."""
-    if len(x_TH) <= plan.decode_tokens:
+    if _goes_slot_by_slot(x_TH, experts, plan):
         slots = Slots(_experts_of(token_N, offsets_E1), weight_N, token_N)
         combine_sorted(decoded_rows(x_TH, slots, experts, plan.decode, plan.splits), token_N, out_TH)
         return
@@ -70,6 +70,11 @@ def sorted_layer(
     rows = _rows(x_TH, weight_N, experts, blocks, out_TH, plan)
     if rows is not None:
         combine_sorted(rows, token_N, out_TH)
+
+
+def _goes_slot_by_slot(x_TH: Tensor, experts: Experts, plan: Plan) -> bool:
+    as_codes = experts.gate_up.multiplied_as_codes or experts.down.multiplied_as_codes
+    return len(x_TH) <= plan.decode_tokens and not as_codes
 
 
 def _experts_of(token_N: Tensor, offsets_E1: Tensor) -> Tensor:

@@ -62,6 +62,9 @@ DECODE = Tiles(1, 32, 128, 4, 2)
 SPARSE_DECODE = Tiles(1, 128, 32, 4, 2)
 """Tiles of products with one token, by rows of the weights and by their columns."""
 
+GRADIENT = Tiles(64, 64, 64, 4, 2)
+"""Tiles of a weight's gradient: ``block_m`` of its rows x ``block_n`` of its columns, a block of assignments a step."""
+
 ENOUGH_PROGRAMS, MOST_SPLITS = 256, 8
 """With fewer programs than this a product is split over its inputs, into at most so many parts."""
 

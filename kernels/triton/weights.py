@@ -3,8 +3,9 @@
 Formats, each with the codes [E, O, I] of a matrix [out, in]: ``dense`` (float32, float16, bfloat16; ``turned`` holds
 [E, I, O]); ``int8`` (signed codes c) and ``int4`` (two q = c + 8 in a byte, the first in the low nibble) with
 w = c * scale + zero for each row and group; ``fp8`` (e4m3) with a float32 scale for each row; ``mxfp4`` (E2M1 codes as
-int4's, a power of two for each 32: OCP Microscaling Formats 1.0). Shape letters: E experts, O outputs, I inputs,
-G groups.
+int4's, a power of two for each 32: OCP Microscaling Formats 1.0); and two that are multiplied as codes (products.py):
+``fp8_block`` (e4m3, a float32 scale for 128 x 128 weights) and ``mxfp4_scaled`` (stored as ``mxfp4``). Shape letters:
+E experts, O outputs, I inputs, G groups.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ import triton.language as tl
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FP8_BLOCK = 128
+"""Rows and columns that share a scale in form ``fp8_block``."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,30 @@ class Matrices:
         turned_EIO = weights_EOI.detach().transpose(1, 2).contiguous()
         return cls(turned_EIO, "turned", weights_EOI.shape[1], weights_EOI.shape[2])
 
+    @classmethod
+    def fp8_blocks(cls, weights_EOI: Tensor) -> Matrices:
+        """Return dense weights in e4m3, each block of 128 x 128 by its largest magnitude; blocks divide both sizes."""
+        import torch
+
+        experts, outputs, inputs = weights_EOI.shape
+        if outputs % FP8_BLOCK or inputs % FP8_BLOCK:
+            raise ValueError(f"blocks of {FP8_BLOCK} do not divide {outputs} and {inputs}; use another form of weights")
+        shape = (experts, outputs // FP8_BLOCK, FP8_BLOCK, inputs // FP8_BLOCK, FP8_BLOCK)
+        blocks = weights_EOI.detach().float().reshape(shape)
+        scales = blocks.abs().amax((2, 4), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+        codes = (blocks / torch.where(scales > 0, scales, torch.ones_like(scales))).to(torch.float8_e4m3fn)
+        scales_EGG = scales.reshape(experts, shape[1], shape[3])
+        return cls(codes.reshape(weights_EOI.shape), "fp8_block", outputs, inputs, scales_EGG, group=FP8_BLOCK)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+
+    @property
+    def multiplied_as_codes(self) -> bool:
+        """Whether products take the codes themselves, as those of single tokens do not."""
+        return self.form in ("fp8_block", "mxfp4_scaled")
 
     @property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +185,9 @@ def expert_parts(
     GROUP: tl.constexpr,
 ):
     """Return where codes, scales and zeros of one expert begin; offsets are 64 bit, since a layer may pass 2^31."""
-    BYTES: tl.constexpr = (INPUTS + 1) // 2 if FORM == "int4" or FORM == "mxfp4" else INPUTS
+    HALVED: tl.constexpr = FORM == "int4" or FORM == "mxfp4" or FORM == "mxfp4_scaled"
+    BYTES: tl.constexpr = (INPUTS + 1) // 2 if HALVED else INPUTS
+    ROWS: tl.constexpr = OUTPUTS // GROUP if FORM == "fp8_block" else OUTPUTS
     of_codes = expert.to(tl.int64) * (OUTPUTS * BYTES)
-    of_scales = expert.to(tl.int64) * (OUTPUTS * (INPUTS // GROUP))
+    of_scales = expert.to(tl.int64) * (ROWS * (INPUTS // GROUP))
     return codes_ptr + of_codes, scale_ptr + of_scales, zero_ptr + of_scales

@@ -56,7 +56,8 @@ def test_executions_say_what_will_run(name):
     sparse = "skip" if name == "column_skip" else "mask"
     assert supports(name, layer()) == Execution()
     assert supports(name, layer(boundary="sorted")).boundary == boundary
-    assert supports(name, layer(scheme=INT4)).weights == "dequantized"
+    weights = "packed" if name == "triton" else "dequantized"
+    assert supports(name, layer(scheme=INT4)).weights == weights
     assert supports(name, layer(sparsity=SparsitySpec(("input",)))).sparse == sparse
     selected = layer(boundary="logits", selection=Selection("softmax", 2, renormalize=False))
     assert supports(name, selected).boundary == "topk"
@@ -139,7 +140,8 @@ REFUSED = [
     ("compiled", layer(scheme=W8A8), "tokens as they are, not rounded to 8 bits; use eager or grouped"),
     ("triton", layer("float64"), "float32, bfloat16, float16, not float64"),
     ("triton", layer(kinds=("ffn", "copy")), "no 'copy' experts; fold them"),
-    ("triton", layer(backward=True), "no backward"),
+    ("triton", layer(backward=True, sparsity=SparsitySpec(("input",))), "no backward through channels"),
+    ("triton", layer("bfloat16", INT8, backward=True), "quantized weights have no gradient"),
     ("triton", layer("bfloat16", W8A8), "tokens as they are, not rounded to 8 bits"),
     ("triton", layer(sparsity=SparsitySpec(("input",), rule="topk")), "a number of channels per token"),
     ("reference", layer(scheme=W8A8, kinds=("sequence",) * 4, heads=4), "rounds no tokens of attentions"),

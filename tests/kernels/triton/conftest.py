@@ -1,4 +1,4 @@
-"""What the interpreted tests share. Without TRITON_INTERPRET=1 they are not collected: see test_triton_interpreted.py."""
+"""What the interpreted tests share; without TRITON_INTERPRET=1 none is collected (see test_triton_interpreted.py)."""
 
 from __future__ import annotations
 

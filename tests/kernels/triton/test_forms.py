@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from moebench.contracts import Scheme, SparsitySpec
+from moebench.contracts import MoebenchError, Scheme, SparsitySpec
 from moebench.kernels.triton import guard
 from moebench.kernels.triton.grouped import Experts, Site
+from moebench.kernels.triton.tiles import Tiles
 from moebench.kernels.triton.weights import Matrices
 from moebench.moe.blocks import codecs
 from moebench.moe.blocks.microscaling import Mxfp4Tensor
@@ -83,6 +84,66 @@ def test_codes_that_no_kernel_reads_are_dequantized(lab):
     assert session.executed().weights == "dequantized"
     x_TH, routing = x_of(2, H, torch.float32), routed(2)
     assert compare(session.layer(0)(x_TH, *routing.padded()), reference(store, routing, x_TH), torch.float32).ok
+
+
+def fp8(x_NI):
+    """Activations in groups of 128 as torch rounds them: codes, and what they stand for in float64."""
+    groups = x_NI.float().unflatten(1, (-1, 128))
+    scales = groups.abs().amax(2, keepdim=True) / 448
+    codes = (groups / torch.where(scales > 0, scales, 1.0)).to(torch.float8_e4m3fn)
+    return codes.flatten(1), scales.squeeze(2), (codes.double() * scales.double()).flatten(1)
+
+
+def test_codes_are_multiplied_by_codes():
+    """W8A8 in blocks of 128: each product against float64 on the codes that it reads, which are torch's bit for bit."""
+    from moebench.kernels.triton import grouped, products
+    from moebench.kernels.triton.dispatch import blocks_of_slots
+
+    generator = torch.Generator().manual_seed(4)
+    gate_up, down = (torch.randn(s, generator=generator) / 16 for s in ((2, 256, 256), (2, 256, 128)))
+    experts = Experts(Matrices.fp8_blocks(gate_up), Matrices.fp8_blocks(down))
+    x_TH, tiles = torch.randn(5, 256, generator=generator).bfloat16(), Tiles(16, 128, 128)
+    x_TH[3, :128] = 0
+    indices_TK, weight_S = torch.tensor([[0, 1], [1, 0], [1, 2], [0, 1], [1, 0]]), torch.randn(10, generator=generator)
+    blocks = blocks_of_slots(indices_TK, 2, tiles)
+    codes_TH, scales_TG = products.fp8_rows(x_TH)
+    expected_codes, expected_scales, read_TH = fp8(x_TH)
+    assert torch.equal(codes_TH.view(torch.uint8), expected_codes.view(torch.uint8))
+    assert torch.equal(scales_TG, expected_scales)
+    exact = [
+        one.codes.double() * one.scales.double().repeat_interleave(128, 1).repeat_interleave(128, 2)
+        for one in (experts.gate_up, experts.down)
+    ]
+    hidden_SF = grouped.hidden_of(x_TH, experts, blocks, tiles)
+    row_SH = torch.empty(10, 256)
+    grouped.down_of(hidden_SF, weight_S, row_SH, experts, blocks, tiles, atomic=False)
+    for slot, expert in enumerate(indices_TK.flatten().tolist()):
+        if expert == 2:
+            assert row_SH[slot].isnan().all()
+            continue
+        gate, up = (exact[0][expert] @ read_TH[slot // 2]).chunk(2)
+        hidden = torch.nn.functional.silu(gate) * up
+        assert (hidden_SF[slot].double() - hidden).norm() < 2**-8 * hidden.norm()  # rounded to bfloat16 once
+        row = exact[1][expert] @ fp8(hidden_SF[slot][None])[2][0] * weight_S[slot].double()
+        assert (row_SH[slot].double() - row).norm() < 1e-6 * row.norm()
+
+
+def test_blocks_of_codes_have_their_refusals():
+    with pytest.raises(ValueError, match="blocks of 128 do not divide 96 and 128"):
+        Matrices.fp8_blocks(torch.zeros(1, 96, 128))
+    matrices = Matrices.fp8_blocks(torch.zeros(1, 128, 128))
+    with pytest.raises(ValueError, match="before a threshold could see them"):
+        Experts(matrices, matrices, input=Site(0.1))
+
+
+def test_scaled_codes_are_refused_by_the_interpreter(kernels):
+    codes, scales = torch.zeros(1, 32, 16, dtype=torch.uint8), torch.zeros(1, 32, 1, dtype=torch.uint8)
+    matrices = Matrices(codes, "mxfp4_scaled", 32, 32, scales, group=32)
+    experts, routing = Experts(matrices, matrices, gated=False), Routing.dense(torch.ones(2, 1))
+    with pytest.raises(MoebenchError, match=r"interpreter has no tl\.dot_scaled; compile this kernel"):
+        kernels.run(experts, torch.zeros(2, 32).bfloat16(), routing)
+    with pytest.raises(ValueError, match="multiplies bfloat16 activations, not torch"):
+        kernels.run(experts, torch.zeros(2, 32), routing)
 
 
 # --- leaving out ------------------------------------------------------------------------------------------------------

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from moebench.contracts import Scheme
-from moebench.kernels.triton import combine, decode, dispatch, elementwise, grouped, guard, weights
+from moebench.kernels.triton import combine, decode, dispatch, elementwise, grouped, guard, products, weights
 from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import ExpertStore
 from moebench.moe.oracle import compare, reference
 from moebench.moe.routing import Routing
 
 MODULES = {
-    module.__name__.rsplit(".", 1)[1]: module for module in (combine, decode, dispatch, elementwise, grouped, weights)
+    module.__name__.rsplit(".", 1)[1]: module
+    for module in (combine, decode, dispatch, elementwise, grouped, products, weights)
 }
 
 HERE = "real[:, None] & known[None, :]\n        "
@@ -43,7 +44,7 @@ MUTANTS = {
     "a bound that is one too far": ("grouped", "inside = unit < WIDTH", "inside = unit <= WIDTH"),
     "every expert reads the weights of the first": ("weights", "of_codes = expert", "of_codes = 0 * expert"),
     "up reads the rows of gate": ("grouped", "up = unit + WIDTH", "up = unit + 0 * WIDTH"),
-    "up is added to gate": ("grouped", "second = product(x, w, second)", "second = product(x, w, first)"),
+    "up is added to gate": ("grouped", "known, second, OUTPUTS", "known, first, OUTPUTS"),
     "no weighting": ("grouped", "total *= tl.load(weight_ptr", "total += 0 * tl.load(weight_ptr"),
     "padding is the first slot": (
         "dispatch",
@@ -107,7 +108,11 @@ def layers(kernels):
             yield dtype, right, lambda e=experts, p=plan, d=dtype: kernels.run(e, x_TH.to(d), routing, **p)
         some = routing.part(0, 3)
         right = reference(store, some, x_TH[:3].to(dtype))
-        yield dtype, right, lambda e=experts, d=dtype: kernels.run(e, x_TH[:3].to(d), some, decode_tokens=3, splits=2)
+        yield (
+            dtype,
+            right,
+            lambda e=experts, d=dtype, r=some: kernels.run(e, x_TH[:3].to(d), r, decode_tokens=3, splits=2),
+        )
     store = coded(gate_up[:, :64, :48], down[:, :48, :32])
     session = kernels.backend.load({0: store}, {0: kernels.spec(store)})
     right = reference(store, routing, x_TH[:, :48])
