@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..contracts import Descriptor
 
@@ -50,6 +51,17 @@ class ColumnSkip:
             raise ValueError(f"chunk={self.chunk} must lie between 1 and 256")
 
 
+@dataclass(frozen=True)
+class CudaFused:
+    """``fused`` is one persistent launch of tile tasks, ``two_kernels`` are two plain launches of the same tiles.
+
+    ``deterministic`` adds each token's rows in a fixed order, ``atomic`` as they come.
+    """
+
+    variant: Literal["fused", "two_kernels"] = "fused"
+    combine: Literal["deterministic", "atomic"] = "deterministic"
+
+
 DESCRIPTORS = [
     Descriptor(
         "backend", "reference", "every expert in turn in float32, plainly right", "moebench.backends.reference:create"
@@ -80,5 +92,12 @@ DESCRIPTORS = [
         "a C kernel that reads the weights of kept channels alone",
         "moebench.backends.column_skip:ColumnSkip",
         ColumnSkip,
+    ),
+    Descriptor(
+        "backend",
+        "cuda_fused",
+        "our CUDA kernels of a whole layer; on the CPU through a host shim, untimed",
+        "moebench.backends.cuda_fused:CudaFused",
+        CudaFused,
     ),
 ]
