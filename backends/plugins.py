@@ -73,6 +73,17 @@ def interpreting() -> Mapping[str, str]:
     return {"TRITON_INTERPRET": "1"} if devices.missing("CUDA", "ROCm") else {}
 
 
+@dataclass(frozen=True)
+class CudaFused:
+    """``fused`` is one persistent launch of tile tasks, ``two_kernels`` are two plain launches of the same tiles.
+
+    ``deterministic`` adds each token's rows in a fixed order, ``atomic`` as they come.
+    """
+
+    variant: Literal["fused", "two_kernels"] = "fused"
+    combine: Literal["deterministic", "atomic"] = "deterministic"
+
+
 DESCRIPTORS = [
     Descriptor(
         "backend", "reference", "every expert in turn in float32, plainly right", "moebench.backends.reference:create"
@@ -112,5 +123,12 @@ DESCRIPTORS = [
         Triton,
         requires=("triton",),
         environment=interpreting(),
+    ),
+    Descriptor(
+        "backend",
+        "cuda_fused",
+        "our CUDA kernels of a whole layer; on the CPU through a host shim, untimed",
+        "moebench.backends.cuda_fused:CudaFused",
+        CudaFused,
     ),
 ]

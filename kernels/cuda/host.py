@@ -96,9 +96,7 @@ def built(tiles: Tiles, name: str, sources: Path, flags: Sequence[str]) -> Path:
     version = build.version(program)
     plain = [flag for flag in flags if not flag.startswith(("-fsanitize", "-fno-sanitize", "-shared"))]
     shim = sources / "shim"
-    scheduler = build.cached(
-        "hostsim.o", [program, *FLAGS, *plain, "-c", str(shim / "hostsim.cpp")], read, version
-    )
+    scheduler = build.cached("hostsim.o", [program, *FLAGS, *plain, "-c", str(shim / "hostsim.cpp")], read, version)
     entry = [str(shim / ("entry.cpp" if "-shared" in flags else "replay.cpp"))]
     command = [program, *FLAGS, *tiles.options, *flags, *entry, str(scheduler)]
     return build.cached(name, command, read, version)
@@ -114,7 +112,7 @@ class Shim:
     """The kernels of this folder as a library of the host."""
 
     def __init__(self, tiles: Tiles) -> None:
-        self.tiles = tiles
+        self.told = f"{Path(build.compiler('CXX') or '').name} {' '.join((*FLAGS, *tiles.options))}"
         self.library = build.load(built(tiles, f"hostsim{build.SUFFIX}", SOURCES, ("-shared",)))
         self.library.sim_launch.argtypes = [POINTER(NamedGrid), c_int, POINTER(Config), POINTER(Report)]
 
@@ -125,8 +123,10 @@ class Shim:
         """
         held = [marshalled(one) for one in together]
         grids = (NamedGrid * len(together))(
-            *(NamedGrid(one.kernel.encode(), one.blocks, one.threads, one.shared_bytes, pointers)
-              for one, (_, pointers) in zip(together, held, strict=True))
+            *(
+                NamedGrid(one.kernel.encode(), one.blocks, one.threads, one.shared_bytes, pointers)
+                for one, (_, pointers) in zip(together, held, strict=True)
+            )
         )
         with _LOCK:
             failed = self.library.sim_launch(grids, len(together), schedule.numbers, ctypes.byref(report))

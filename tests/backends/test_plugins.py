@@ -9,7 +9,18 @@ from moebench.backends import compiled
 from moebench.backends.plugins import DESCRIPTORS
 from moebench.contracts import Execution, LayerSpec, MoebenchError, Refusal, Scheme, Selection, SparsitySpec
 
-NAMES = ("reference", "eager", "batched", "grouped", "compiled", "packed", "duplex", "column_skip", "triton")
+NAMES = (
+    "reference",
+    "eager",
+    "batched",
+    "grouped",
+    "compiled",
+    "packed",
+    "duplex",
+    "column_skip",
+    "triton",
+    "cuda_fused",
+)
 INT8, INT4 = Scheme("rtn", 8.0), Scheme("rtn", 4.0, 128, symmetric=False)
 W8A8 = Scheme("rtn", 8.0, act_bits=8)
 INT2 = Scheme("rtn", 2.0, 64, symmetric=False)
@@ -24,7 +35,7 @@ def supports(name, spec, **params):
     return next(d for d in DESCRIPTORS if d.name == name).create(params).supports(spec)
 
 
-def test_the_nine_are_described_in_order():
+def test_all_are_described_in_order():
     assert tuple(d.name for d in DESCRIPTORS) == NAMES
 
 
@@ -51,6 +62,10 @@ def test_executions_say_what_will_run(name):
             "topk",
             "sorted",
         )
+        return
+    if name == "cuda_fused":
+        told = supports(name, layer("bfloat16", INT4, boundary="sorted"))
+        assert told == Execution("dequantized", boundary="sorted")
         return
     boundary = "sorted" if name in ("eager", "grouped", "compiled", "column_skip", "triton") else "topk"
     sparse = "skip" if name == "column_skip" else "mask"
@@ -144,6 +159,12 @@ REFUSED = [
     ("triton", layer("bfloat16", INT8, backward=True), "quantized weights have no gradient"),
     ("triton", layer("bfloat16", W8A8), "tokens as they are, not rounded to 8 bits"),
     ("triton", layer(sparsity=SparsitySpec(("input",), rule="topk")), "a number of channels per token"),
+    ("cuda_fused", layer(), "bfloat16, float16, not float32"),
+    ("cuda_fused", layer("bfloat16", backward=True), "no backward"),
+    ("cuda_fused", layer("bfloat16", W8A8), "tokens as they are, not rounded to 8 bits"),
+    ("cuda_fused", layer("bfloat16", sparsity=SparsitySpec(("input",), rule="topk")), "a number of channels per"),
+    ("cuda_fused", layer("bfloat16", sparsity=SparsitySpec(("input",))), "leaves out no channels"),
+    ("cuda_fused", layer("bfloat16", kinds=("ffn", "copy")), "no 'copy' experts; fold them"),
     ("reference", layer(scheme=W8A8, kinds=("sequence",) * 4, heads=4), "rounds no tokens of attentions"),
 ]
 

@@ -39,45 +39,122 @@ LAST_TILE = "fetch_add(of.finished() + block, 1) == tasks.width_tiles - 1"
 DISPATCHED = "if (dispatch_tile(of, task - tasks.gate_up)) push(of, tasks, tasks.down + task - tasks.gate_up, 1);"
 RAISE = "store_release_system(of.flag(peer, 0, of.rank, expert), epoch << 32 | static_cast<unsigned>(rows));"
 RAISED = "__atomic_store_n(of.flag(peer, 0, of.rank, expert), epoch << 32 | unsigned(rows), __ATOMIC_RELAXED);"
-ALL_HERE = "for (int i = 0; i < packets; ++i) wait_for(of.flag(of.rank, 1, i / of.experts, i % of.experts), of.expected[i]);"
+ALL_HERE = (
+    "for (int i = 0; i < packets; ++i) wait_for(of.flag(of.rank, 1, i / of.experts, i % of.experts), of.expected[i]);"
+)
 
 MUTANTS = (
     # a tile: pipeline, masks, fragments
     Mutant("no_barrier_before_a_stage_is_overwritten", "tile.cuh", "__syncthreads();  // this step's", "", "tsan"),
-    Mutant("copies_waited_for_one_step_late", "tile.cuh", "cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();", "numerics"),
-    Mutant("one_row_too_many", "tile.cuh", "row < rows && col < cols", "row <= rows && col < cols", "asan",
-           said="heap-buffer-overflow", expression=True),
-    Mutant("one_column_too_many", "tile.cuh", "c < of.cols ?", "c <= of.cols ?", "asan", said="heap-buffer-overflow",
-           expression=True),
+    Mutant(
+        "copies_waited_for_one_step_late",
+        "tile.cuh",
+        "cp_async_wait<STAGES - 2>();",
+        "cp_async_wait<STAGES - 1>();",
+        "numerics",
+    ),
+    Mutant(
+        "one_row_too_many",
+        "tile.cuh",
+        "row < rows && col < cols",
+        "row <= rows && col < cols",
+        "asan",
+        said="heap-buffer-overflow",
+        expression=True,
+    ),
+    Mutant(
+        "one_column_too_many",
+        "tile.cuh",
+        "c < of.cols ?",
+        "c <= of.cols ?",
+        "asan",
+        said="heap-buffer-overflow",
+        expression=True,
+    ),
     Mutant("unmasked_depth", "tile.cuh", "valid > 0 ? 16 : 0", "16", "numerics", expression=True),
-    Mutant("unmasked_scalar_tail", "tile.cuh", "i < valid ? from[i].bits : 0", "from[i].bits", "numerics", "odd", expression=True),
+    Mutant(
+        "unmasked_scalar_tail",
+        "tile.cuh",
+        "i < valid ? from[i].bits : 0",
+        "from[i].bits",
+        "numerics",
+        "odd",
+        expression=True,
+    ),
     Mutant("copies_of_unaligned_rows", "tile.cuh", "of.depth % CHUNK == 0", "true", "asan", "odd", "misaligned", True),
-    Mutant("fragment_rows_swapped", "tile.cuh", "a[m][1] = pair_at(lower)", "a[m][1] = pair_at(upper + 8)", "numerics",
-           expression=True),
-    Mutant("divergent_barrier", "tile.cuh", "__syncthreads();  // the stages", "if (threadIdx.x < 40) __syncthreads();", "stuck",
-           said="divergent barrier"),
+    Mutant(
+        "fragment_rows_swapped",
+        "tile.cuh",
+        "a[m][1] = pair_at(lower)",
+        "a[m][1] = pair_at(upper + 8)",
+        "numerics",
+        expression=True,
+    ),
+    Mutant(
+        "divergent_barrier",
+        "tile.cuh",
+        "__syncthreads();  // the stages",
+        "if (threadIdx.x < 40) __syncthreads();",
+        "stuck",
+        said="divergent barrier",
+    ),
     # the tasks: weights, lists, what one block must see of another
     Mutant("weight_forgotten", "layer.cuh", STORE, STORE.replace("value;", "sum[0][m][n][i];"), "numerics"),
-    Mutant("weight_of_another_row", "layer.cuh", STORE,
-           STORE.replace("value;", "of.weight_N[mine.first] * sum[0][m][n][i];"), "numerics"),
-    Mutant("order_counts_itself", "layer.cuh", "((1u << lane) - 1u)", "((2u << lane) - 1u)", "numerics", expression=True),
-    Mutant("lane_skips_a_ballot", "layer.cuh", "before += __popc(__ballot_sync(0xffffffffu, token < first));",
-           "if (lane < 31) before += __popc(__ballot_sync(0xffffffffu, token < first));", "stuck", said="divergent warp"),
+    Mutant(
+        "weight_of_another_row",
+        "layer.cuh",
+        STORE,
+        STORE.replace("value;", "of.weight_N[mine.first] * sum[0][m][n][i];"),
+        "numerics",
+    ),
+    Mutant(
+        "order_counts_itself", "layer.cuh", "((1u << lane) - 1u)", "((2u << lane) - 1u)", "numerics", expression=True
+    ),
+    Mutant(
+        "lane_skips_a_ballot",
+        "layer.cuh",
+        "before += __popc(__ballot_sync(0xffffffffu, token < first));",
+        "if (lane < 31) before += __popc(__ballot_sync(0xffffffffu, token < first));",
+        "stuck",
+        said="divergent warp",
+    ),
     Mutant("rows_counted_off_unwritten", "layer.cuh", "__syncthreads();  // so that what one thread", "", "tsan"),
     Mutant("rows_counted_off_relaxed", "layer.cuh", COUNT, relaxed(COUNT), "tsan"),
     Mutant("rows_counted_off_relaxed_in_two_kernels", "layer.cuh", COUNT, relaxed(COUNT), "tsan", "two_kernels"),
     # the queue: dependencies, release and acquire, what is left for the next launch
-    Mutant("down_released_one_tile_early", "moe.cuh", LAST_TILE, LAST_TILE.replace("- 1", "- 2"), "tsan", expression=True),
-    Mutant("combine_never_released", "moe.cuh", DISPATCHED, "dispatch_tile(of, task - tasks.gate_up);", "stuck",
-           "dropped", "deadlock"),
+    Mutant(
+        "down_released_one_tile_early", "moe.cuh", LAST_TILE, LAST_TILE.replace("- 1", "- 2"), "tsan", expression=True
+    ),
+    Mutant(
+        "combine_never_released",
+        "moe.cuh",
+        DISPATCHED,
+        "dispatch_tile(of, task - tasks.gate_up);",
+        "stuck",
+        "dropped",
+        "deadlock",
+    ),
     Mutant("push_without_release", "moe.cuh", PUSH, RELAXED_PUSH, "tsan"),
-    Mutant("slot_without_acquire", "moe.cuh", "found = load_acquire(slot);  // again",
-           "sim::yield(false); found = __atomic_load_n(slot, __ATOMIC_RELAXED);", "tsan"),
+    Mutant(
+        "slot_without_acquire",
+        "moe.cuh",
+        "found = load_acquire(slot);  // again",
+        "sim::yield(false); found = __atomic_load_n(slot, __ATOMIC_RELAXED);",
+        "tsan",
+    ),
     Mutant("stale_slot_taken", "moe.cuh", "(found >> 32) != (tasks.tag >> 32)", "found == 0", "tsan", expression=True),
-    Mutant("tail_not_reset", "moe.cuh", "state[HEAD] = state[TAIL] = state[EXITED] = 0;", "state[HEAD] = state[EXITED] = 0;",
-           "asan", said="heap-buffer-overflow"),
+    Mutant(
+        "tail_not_reset",
+        "moe.cuh",
+        "state[HEAD] = state[TAIL] = state[EXITED] = 0;",
+        "state[HEAD] = state[EXITED] = 0;",
+        "asan",
+        said="heap-buffer-overflow",
+    ),
     # several devices
-    Mutant("flag_raised_before_rows_are_there", "symmetric.cuh", "__syncthreads();  // all rows", "", "tsan", "devices"),
+    Mutant(
+        "flag_raised_before_rows_are_there", "symmetric.cuh", "__syncthreads();  // all rows", "", "tsan", "devices"
+    ),
     Mutant("flag_raised_without_release", "symmetric.cuh", RAISE, RAISED, "tsan", "devices"),
     Mutant("results_not_waited_for", "symmetric.cuh", ALL_HERE, "", "numerics", "devices"),
 )

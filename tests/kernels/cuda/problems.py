@@ -54,7 +54,9 @@ class Layer:
 
         self.x_TH = normal(tokens, hidden)
         gate_up = normal(experts, rows, hidden) / hidden**0.5
-        self.store = ExpertStore(gate_up, normal(experts, hidden, width) / width**0.5, ("ffn",) * experts, activation, gated)
+        self.store = ExpertStore(
+            gate_up, normal(experts, hidden, width) / width**0.5, ("ffn",) * experts, activation, gated
+        )
         self.routings = routings
         self.sizes = Sizes(tokens, experts, hidden, width, max(len(one.token_N) for one in routings))
 
@@ -69,8 +71,18 @@ class Layer:
             token_N, offsets_E1, weight_N = one.sorted()
             hidden_NF = torch.full((of.assignments, of.width), nan, dtype=self.torch_dtype)
             self.outs.append(torch.full(self.x_TH.shape, nan, dtype=self.torch_dtype))
-            lists = torch.full((of.assignments,), -1, dtype=torch.int32), torch.full((of.tokens, 2), -1, dtype=torch.int32)
-            inputs = (self.x_TH, self.store.gate_up, self.store.down, token_N.contiguous(), offsets_E1, weight_N.contiguous())
+            lists = (
+                torch.full((of.assignments,), -1, dtype=torch.int32),
+                torch.full((of.tokens, 2), -1, dtype=torch.int32),
+            )
+            inputs = (
+                self.x_TH,
+                self.store.gate_up,
+                self.store.down,
+                token_N.contiguous(),
+                offsets_E1,
+                weight_N.contiguous(),
+            )
             numbers = (ACTIVATIONS.index(self.store.activation), int(self.store.gated), int(atomic))
             arguments = (*inputs, hidden_NF, partial, *lists, state, slots, self.outs[-1])
             arguments += (of.tokens, of.experts, of.hidden, of.width, *numbers)
@@ -90,8 +102,17 @@ class Devices:
 
     def __init__(self, ranks, own, tokens, hidden, width, dtype="bfloat16", calls=2, tiles=SMALL):
         self.layers = [
-            Layer([routing(kind, tokens, ranks * own, 7 * call + rank) for call, kind in enumerate(("two", "dynamic_k")[:calls])],
-                  hidden, width, dtype, seed=1, tiles=tiles)
+            Layer(
+                [
+                    routing(kind, tokens, ranks * own, 7 * call + rank)
+                    for call, kind in enumerate(("two", "dynamic_k")[:calls])
+                ],
+                hidden,
+                width,
+                dtype,
+                seed=1,
+                tiles=tiles,
+            )
             for rank in range(ranks)
         ]
         for rank, layer in enumerate(self.layers):  # the same experts, other tokens
@@ -115,10 +136,22 @@ class Devices:
                 mine = slice(rank * self.own, (rank + 1) * self.own)
                 weights = layer.store.gate_up[mine].clone(), layer.store.down[mine].clone()
                 hidden_NF = torch.full((units * self.tiles.bm, of.width), nan, dtype=first.torch_dtype)
-                lists = torch.full((max(1, len(token_N)),), -1, dtype=torch.int32), torch.full((of.tokens, 2), -1, dtype=torch.int32)
+                lists = (
+                    torch.full((max(1, len(token_N)),), -1, dtype=torch.int32),
+                    torch.full((of.tokens, 2), -1, dtype=torch.int32),
+                )
                 self.outs[rank].append(torch.full(layer.x_TH.shape, nan, dtype=first.torch_dtype))
                 arguments = (layer.x_TH, *weights, token_N.contiguous(), offsets_E1, weight_N.contiguous(), hidden_NF)
-                arguments += (*lists, *kept[rank], buffers, flags, self.outs[rank][-1], of.tokens, everywhere, of.hidden)
+                arguments += (
+                    *lists,
+                    *kept[rank],
+                    buffers,
+                    flags,
+                    self.outs[rank][-1],
+                    of.tokens,
+                    everywhere,
+                    of.hidden,
+                )
                 arguments += (of.width, 0, 1, self.ranks, rank, self.shape.capacity)
                 shared = self.tiles.shared_bytes(everywhere)
                 together.append(Launch(f"moe_symmetric_{layer.dtype}", blocks, self.tiles.threads, shared, arguments))

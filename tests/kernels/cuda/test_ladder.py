@@ -7,6 +7,7 @@ from mutants import MUTANTS
 
 from moebench.kernels.cuda import host
 
+pytestmark = pytest.mark.skipif(bool(host.missing()), reason=host.missing() or "-")
 SEVERAL = [host.Schedule(order, late, 3, 1) for order in host.ORDERS for late in (False, True)]
 ONE = [host.Schedule("random", True, 3, 5)]
 
