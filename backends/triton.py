@@ -90,9 +90,10 @@ class TritonExecutor(Executor):
             second = tiles.interpreted(experts.hidden_size, experts.width)
             decode = replace(second, block_m=1)
         else:
-            limit = _shared_limit(x_TH)
+            limit, matrices = _shared_limit(x_TH), 2 if experts.gated else 1
+            barred = tiles.BARRED.get((_target(x_TH), matrices), ())
             ask = partial(tiles.candidates, element_size(self.spec), assignments, experts.num_experts)
-            first = ask(matrices=2 if experts.gated else 1, shared_limit=limit)[0]
+            first = ask(matrices=matrices, shared_limit=limit, barred=barred)[0]
             second = next(one for one in ask(matrices=1, shared_limit=limit) if one.block_m == first.block_m)
             decode = tiles.SPARSE_DECODE if experts.gate_up.form == "turned" else tiles.DECODE
         return self.layer.Plan(first, second, params.combine, params.decode_tokens, decode)
@@ -108,6 +109,16 @@ def _shared_limit(x_TH: Tensor) -> int:
 
     properties = torch.cuda.get_device_properties(x_TH.device)
     return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+def _target(x_TH: Tensor) -> str:
+    """Return the name by which ``kernels/targets.py`` knows the device of ``x_TH``."""
+    import torch
+
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(x_TH.device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(x_TH.device)
+    return f"sm_{major}{minor}"
 
 
 class Triton:

@@ -42,7 +42,9 @@ the older `mma.sync` (HMMA), not tcgen05.
 ours: none in the packages that this project installs can be compiled for a named target without its own framework.
 
 Cells: registers a thread / KiB of shared memory a block / blocks a multiprocessor (share of its warps) / tensor-core
-instructions / asynchronous copies. A dash: the tile does not fit, and no backend launches it.
+instructions / asynchronous copies. A dash: no backend launches it there, because its pipeline does not fit the shared
+memory, or because its code spills (`BARRED` in `kernels/triton/tiles.py`: `suite.tile` compiles such a one all the
+same).
 """
 
 BOUNDS = f"""\
@@ -53,18 +55,22 @@ of devices: {SOURCE}. Times in microseconds.
 
 
 def static_results(store: Path) -> dict[str, Any]:
-    """Return the rows of the latest run of suite ``static`` in ``store``, as ``docs/gpu-static.json`` holds them."""
+    """Return the latest row of each case of suite ``static`` in ``store``, as ``docs/gpu-static.json`` holds them."""
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, dict[str, Any]] = {}
     with reading(store) as connection:
         for run in load_runs(connection):
-            cases = [case for case in load_cases(connection, run.run_id)[0] if case.row["suite"] == "static"]
-            if {case.row["evidence"] for case in cases} == {Evidence.STATIC_COMPILE, Evidence.MODEL}:
-                return {"run": _about(run), "rows": sorted(map(_row, cases), key=_order)}
-    raise MoebenchError(f"the store has no run of suite static with both of its kinds; run `{COMMAND}` first.")
+            for case in load_cases(connection, run.run_id)[0]:
+                if case.row["suite"] == "static" and case.key not in rows:
+                    rows[case.key] = {**_row(case), "run": run.run_id}
+                    runs[run.run_id] = _about(run)
+    if {row["evidence"] for row in rows.values()} != {Evidence.STATIC_COMPILE, Evidence.MODEL}:
+        raise MoebenchError(f"the store has no run of suite static with both of its kinds; run `{COMMAND}` first.")
+    return {"runs": runs, "rows": sorted(rows.values(), key=_order)}
 
 
 def _about(run: Run) -> dict[str, Any]:
     return {
-        "run_id": run.run_id,
         "commit": run.row["git_sha"],
         "uncommitted": run.row["git_dirty"],
         "packages": {name: run.packages[name] for name in PACKAGES if name in run.packages},
@@ -88,34 +94,29 @@ def _row(case: Case) -> dict[str, Any]:
 
 
 def _order(row: Mapping[str, Any]) -> str:
-    return json.dumps(
-        [
-            row["evidence"],
-            row["dtype"],
-            row["tokens"],
-            row.get("kernel"),
-            row.get("tile"),
-            row["backend"],
-            row.get("target"),
-            row.get("device"),
-        ]
-    )
+    names = ("evidence", "dtype", "tokens", "kernel", "tile", "target", "device")
+    return json.dumps([row.get(name, "") for name in names])
 
 
 def static_page(results: Mapping[str, Any]) -> str:
     """Return the page."""
     rows: Sequence[Mapping[str, Any]] = results["rows"]
-    run = results["run"]
-    compilers = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
     compiled = [row for row in rows if row["evidence"] == Evidence.STATIC_COMPILE]
     lines = ["# GPU kernels as compiled", "", INTRO]
-    lines += [f"Layer of {rows[0]['model']}. {compilers}; commit {str(run['commit'])[:12]}, run {run['run_id']}.", ""]
-    lines += [f"{_count(compiled)}", ""]
+    lines += [f"The layer is that of {', '.join(sorted({row['model'] for row in rows}))}. {_count(compiled)}", ""]
+    lines += [*map(_source, results["runs"].items()), ""]
     for dtype in sorted({row["dtype"] for row in compiled}):
         lines += [f"## {dtype}", "", *_tables([row for row in compiled if row["dtype"] == dtype])]
     lines += ["## Roofline bounds", "", BOUNDS]
     lines += [*_bounds([row for row in rows if row["evidence"] == Evidence.MODEL])]
     return "\n".join(lines) + "\n"
+
+
+def _source(run: tuple[str, Mapping[str, Any]]) -> str:
+    name, about = run
+    compilers = ", ".join(f"{package} {version}" for package, version in about["packages"].items())
+    changed = " with uncommitted changes" if about["uncommitted"] else ""
+    return f"- Run {name}: {compilers}; commit {str(about['commit'])[:12]}{changed}."
 
 
 def _count(rows: Sequence[Mapping[str, Any]]) -> str:

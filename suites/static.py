@@ -16,7 +16,7 @@ from ..kernels.cuda import nvrtc
 from ..kernels.targets import TARGETS, device
 from ..moe.shapes import ModelShape
 from .base import SuiteConfig, plain_case
-from .static_kernels import DTYPES, KERNELS, Kernel, calls_of, tiles_of, unfit
+from .static_kernels import DTYPES, KERNELS, Kernel, calls_of, left_out, tiles_of
 
 COMPILED = {"TRITON_INTERPRET": "0"}
 """The environment of workers whose kernels are compiled: Triton decides when it is imported."""
@@ -77,7 +77,9 @@ def _planned(
         workload={"target": target},
         environment=COMPILED,
     )
-    refusal = _missing(kernel) or _unsupported(kernel, dtype, target) or unfit(kernel, tile, dtype, TARGETS[target])
+    refusal = _missing(kernel) or _unsupported(kernel, dtype, target)
+    if refusal is None and not config.suite_params.tile:
+        refusal = left_out(kernel, tile, dtype, TARGETS[target])
     return Planned(case, refusal, seconds=SECONDS[kernel.backend])
 
 

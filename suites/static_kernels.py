@@ -98,11 +98,14 @@ def tiles_of(kernel: Kernel, shape: ModelShape, tokens: int, dtype: str, given: 
         yield from map(tile_text, triton.candidates(*sizes, matrices=kernel.matrices, shared_limit=2**40))
 
 
-def unfit(kernel: Kernel, tile: str, dtype: str, target: Target) -> str | None:
-    """Return why no backend launches ``kernel`` with this tile on ``target``, or None where its pipeline fits."""
+def left_out(kernel: Kernel, tile: str, dtype: str, target: Target) -> str | None:
+    """Return why no backend launches ``kernel`` with this tile on ``target``, or None where one may."""
     if kernel.matrices == 0:
         return None
-    needed = parse_tile(tile).shared_bytes(kernel.matrices, max(ELEMENT_SIZE[dtype], 2))
+    tiles = parse_tile(tile)
+    if tiles in triton.BARRED.get((target.name, kernel.matrices), ()):
+        return f"backends leave it out on {target.name}, where its code spills; compile it with suite.tile=[{tile}]."
+    needed = tiles.shared_bytes(kernel.matrices, max(ELEMENT_SIZE[dtype], 2))
     if needed <= target.shared_per_block:
         return None
     return (

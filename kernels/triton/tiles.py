@@ -73,6 +73,10 @@ INTERPRETED_ROWS = Tiles(16, 256, 1)
 """Tiles of what adds up rows, and (``block_n`` slots at a time) of what sorts slots."""
 
 
+BARRED: Mapping[tuple[str, int], tuple[Tiles, ...]] = {("sm_80", 2): (Tiles(128, 128, 64, 8, 3),)}
+"""Tiles that a compiler could not keep in registers, by target and matrices: what suite ``static`` found to spill."""
+
+
 def candidates(
     element_size: int, assignments: int, experts: int, matrices: int, shared_limit: int, barred: Collection[Tiles] = ()
 ) -> tuple[Tiles, ...]:
@@ -83,7 +87,7 @@ def candidates(
         assignments: how many a call has, over all ``experts``.
         matrices: tiles of weights that a program holds: 2 for gate and up, 1 for down.
         shared_limit: bytes of shared memory that a program may have on the device.
-        barred: tiles that a compiler could not keep in registers for this kernel, dtype and target.
+        barred: tiles that are not to be taken: those of BARRED for the target.
 
     Raises:
         MoebenchError: no tile fits.

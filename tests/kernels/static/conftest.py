@@ -23,7 +23,7 @@ def nvrtc_here():
 
 @pytest.fixture(scope="session")
 def triton_codes(tmp_path_factory):
-    """Resources of the tiny Triton kernel of ``aot.py``, by target and number of columns."""
+    """Resources of the tiny Triton kernel of ``aot.py``, by target."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
