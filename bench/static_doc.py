@@ -31,7 +31,7 @@ python docs/generate.py --static STORE
 ```
 
 Triton's kernels are compiled by Triton and the assemblers in its wheel, CUDA C++ by NVRTC; registers, stack, spills and
-instructions come from cuobjdump and nvdisasm, or from the text that AMD's compiler leaves. A case is `wrong` where its
+instructions come from cuobjdump, or from the text that AMD's compiler leaves. A case is `wrong` where its
 code spills or has a stack, where no block fits a multiprocessor, or where a product of bfloat16 or float16 has no
 tensor-core instruction or (on CUDA) no asynchronous copy. These bars are looked at before registers: code that spills
 may show few of them. Occupancy is what a multiprocessor can hold of a kernel at once, by the rules of NVIDIA's
@@ -89,7 +89,7 @@ def _row(case: Case) -> dict[str, Any]:
         "dtype": case.row["dtype"],
         "status": case.status,
         "reason": case.row["reason"],
-        "metrics": {metric["name"]: metric["value"] for metric in case.metrics},
+        "metrics": {one["name"]: one["value"] for one in case.metrics if not str(one["name"]).startswith("worker_")},
     }
 
 

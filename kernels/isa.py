@@ -1,7 +1,7 @@
 """What a compiled kernel is made of: registers, stack, spills, shared memory and instructions. Imports no torch.
 
-CUDA code (a cubin) is read by cuobjdump and nvdisasm, of Triton's wheel or of NVIDIA's; AMD's is read as the text that
-Triton keeps beside it. A kernel that spills may show few registers: look at stack and spills first.
+CUDA code (a cubin) is read by cuobjdump (and nvdisasm, which it calls), of Triton's wheel or of NVIDIA's; AMD's is read
+as the text that Triton keeps beside it. A kernel that spills may show few registers: look at stack and spills first.
 """
 
 from __future__ import annotations
@@ -83,22 +83,21 @@ def _of_cubin(code: Code) -> Resources:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(code.binary)
         told = _run([tool("cuobjdump"), "--dump-resource-usage", str(file)])
-        listing = _run([tool("nvdisasm"), "--print-code", str(file)])
+        listing = _run([tool("cuobjdump"), "--dump-sass", "--function", code.name, str(file)])
     reserved = 0 if code.target.name == "sm_80" else code.target.shared_reserved  # told from sm_90 on
     return of_sass(code.name, told, listing, code.shared, reserved)
 
 
 def of_sass(name: str, told: str, listing: str, dynamic: int, reserved: int) -> Resources:
-    """Return the resources of kernel ``name`` from what cuobjdump ``told`` and nvdisasm's ``listing`` of a cubin.
+    """Return the resources of kernel ``name`` from what cuobjdump ``told`` of a cubin, and its ``listing`` of it.
 
     Of the static shared memory that cuobjdump tells, ``reserved`` bytes are the driver's, where there is any.
     """
     found = {match[1]: tuple(map(int, match.groups()[1:])) for match in _RESOURCES.finditer(told)}
-    section = re.search(rf"\.section\s+\.text\.{re.escape(name)},(.*?)(?=\.section\s|\Z)", listing, re.DOTALL)
-    if name not in found or section is None:
+    if name not in found:
         raise MoebenchError(f"the code has no kernel '{name}' but {', '.join(found) or 'none'}; give one of its names.")
     registers, stack, static, local = found[name]
-    opcodes = Counter(_SASS.findall(section[1]))
+    opcodes = Counter(_SASS.findall(listing))
     kinds = count_kinds(opcodes, CUDA_KINDS)
     spills = kinds.pop("spill")
     return Resources(registers, stack + local, spills, max(0, static - reserved) + dynamic, opcodes.total(), kinds)
@@ -135,7 +134,7 @@ def count_kinds(opcodes: Mapping[str, int], kinds: Mapping[str, str]) -> dict[st
 
 
 def tool(name: str) -> str:
-    """Return the path of ``cuobjdump`` or ``nvdisasm``: Triton's, or that of NVIDIA's wheel."""
+    """Return the path of ``cuobjdump``, say: Triton's, or that of NVIDIA's wheel."""
     for package, place in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
         spec = importlib.util.find_spec(package)
         for root in (spec.submodule_search_locations or ()) if spec else ():

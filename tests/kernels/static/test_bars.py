@@ -121,7 +121,7 @@ def test_what_cannot_be_compiled_is_refused_in_the_plan(settings, said):
 
 @pytest.mark.parametrize("setting", ["kernel=[gate]", "target=[sm90]", "device=[h100]", "tile=[64x64]"])
 def test_a_name_that_is_none_is_told(setting):
-    with pytest.raises(MoebenchError, match="did you mean|write it as"):
+    with pytest.raises(MoebenchError, match=r"did you mean|write it as"):
         plan_of(f"suite.{setting}")
 
 

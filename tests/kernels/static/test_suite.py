@@ -1,4 +1,4 @@
-"""Suite ``static`` end to end: our kernels in workers that do not interpret, against the stored figures; and its gate."""
+"""Suite ``static`` end to end: kernels in workers that do not interpret, against the stored figures; and its gate."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ SETTINGS = (
 )
 CASES = """
 SELECT backend, params->'backend'->>'tile' AS tile, params->'workload'->>'target' AS target, evidence, status, reason,
-       (SELECT map_from_entries(list((name, value))) FROM metrics m WHERE m.case_key = c.case_key) AS metrics
+       (SELECT map_from_entries(list((name, value))) FROM metrics m
+        WHERE m.case_key = c.case_key AND NOT starts_with(name, 'worker_')) AS metrics
 FROM cases c
 """
 
