@@ -39,7 +39,8 @@ may show few of them. Occupancy is what a multiprocessor can hold of a kernel at
 the older `mma.sync` (HMMA), not tcgen05.
 
 `moebench gate` judges registers, stack, spills, shared memory and occupancy exactly. No kernels of others stand beside
-ours: none in the packages that this project installs can be compiled for a named target without its own framework.
+ours: the only grouped product in the packages that are installed is a template of torch's inductor, which that renders
+for a device that is there. Quantized weights and the backward are compiled by no case yet.
 
 Cells: registers a thread / KiB of shared memory a block / blocks a multiprocessor (share of its warps) / tensor-core
 instructions / asynchronous copies. A dash: no backend launches it there, because its pipeline does not fit the shared
