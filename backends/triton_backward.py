@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def differentiable(executor: TritonExecutor, x_TH: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """Return y_TH, new; ``inputs`` are those of the boundary, the routing weights last."""
     *where, weights = inputs
-    y_TH: Tensor = _Layer.apply(x_TH.contiguous(), *executor.leaves, weights, executor, *where)
+    arguments = (x_TH.contiguous(), *executor.leaves, weights, executor, *where)
+    y_TH: Tensor = _Layer.apply(*arguments)  # type: ignore[no-untyped-call]
     return y_TH
 
 
@@ -43,7 +44,7 @@ class _Layer(torch.autograd.Function):
         plan = executor.plan(x_TH, weights.numel())
         experts = executor.experts
         if len(where) == 2:
-            blocks = blocks_of_sorted(*where, plan.gate_up)
+            blocks = blocks_of_sorted(where[0], where[1], plan.gate_up)
             token_N, real_N = where[0], torch.ones_like(where[0], dtype=torch.bool)
         else:
             blocks = blocks_of_slots(where[0], experts.num_experts, plan.gate_up)
