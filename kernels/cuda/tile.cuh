@@ -54,6 +54,7 @@ __device__ __forceinline__ void load_chunk(unsigned short* shared, const T* from
     cp_async16(shared, from, valid > 0 ? 16 : 0);
     return;
   }
+#pragma unroll 1
   for (int i = 0; i < CHUNK; ++i) shared[i] = i < valid ? from[i].bits : 0;
 }
 
@@ -127,6 +128,7 @@ __device__ void multiply(Shared& s, float (&sum)[MATS][MT][NT][4], const Operand
     float(&four)[4] = sum[i / (MT * NT)][i / NT % MT][i % NT];
     four[0] = four[1] = four[2] = four[3] = 0.0f;
   }
+#pragma unroll 1
   for (int step = 0; step < STAGES - 1; ++step) {
     if (step < steps) load_stage<T, MATS>(s, of, step);
     cp_async_commit();

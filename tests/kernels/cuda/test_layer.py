@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
+from cuda_problems import ROUTINGS, SMALL, Layer, routing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import ROUTINGS, SMALL, Layer, routing
 
 from moebench.contracts import MoebenchError
 from moebench.kernels.cuda import host, layer, symmetric
@@ -207,7 +207,7 @@ def test_a_failed_launch_says_why_and_the_next_one_runs():
     state = one.arguments[layer.POINTERS.index("state")]
     state[0] = 1  # a ticket that nobody holds
     with pytest.raises(
-        MoebenchError, match="on the host shim: deadlock .all who can go on wait for a flag.: of 64 live"
+        MoebenchError, match=r"on the host shim: deadlock .all who can go on wait for a flag.: of 64 live"
     ):
         run(made, steps)
     outputs(made)
