@@ -47,6 +47,10 @@ struct Shared {
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
 
+__device__ __forceinline__ bool aligned16(const void* pointer) {
+  return reinterpret_cast<unsigned long long>(pointer) % 16 == 0;
+}
+
 // Copies 8 elements, of which `valid` exist (zeros follow): at once where rows are aligned, else one by one.
 template <class T>
 __device__ __forceinline__ void load_chunk(unsigned short* shared, const T* from, int valid, bool aligned) {
@@ -72,7 +76,7 @@ template <class T, int MATS>
 __device__ void load_stage(Shared& s, const Operands<T>& of, int step) {
   constexpr int PER_ROW = BK / CHUNK;
   const int stage = step % STAGES, k0 = step * BK;
-  const bool aligned = of.depth % CHUNK == 0;
+  const bool aligned = of.depth % CHUNK == 0 && aligned16(of.a) && aligned16(of.b);
   for (int i = threadIdx.x; i < BM * PER_ROW; i += THREADS) {
     const int r = i / PER_ROW, k = i % PER_ROW * CHUNK;
     const long long begin = s.row[r];

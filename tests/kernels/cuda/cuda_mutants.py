@@ -82,7 +82,16 @@ MUTANTS = (
         "odd",
         expression=True,
     ),
-    Mutant("copies_of_unaligned_rows", "tile.cuh", "of.depth % CHUNK == 0", "true", "asan", "odd", "misaligned", True),
+    Mutant(
+        "copies_of_unaligned_rows",
+        "tile.cuh",
+        "of.depth % CHUNK == 0 && aligned16(of.a) && aligned16(of.b)",
+        "true",
+        "asan",
+        "odd",
+        "misaligned",
+        True,
+    ),
     Mutant(
         "fragment_rows_swapped",
         "tile.cuh",
