@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..contracts import Availability, Evidence, Execution, LayerSpec, Refusal
 from ..kernels import devices
 from ..kernels.cuda import driver, host, nvrtc
-from ..kernels.cuda.layer import ACTIVATIONS, DTYPES, SIGNATURES, SOURCE, Launch, Sizes, Tiles, launches
+from ..kernels.cuda.layer import ACTIVATIONS, DTYPES, ONLY, SIGNATURES, SOURCE, Launch, Sizes, Tiles, launches
 from . import rules
 from .plugins import CudaFused as Params
 from .session import DenseWeights, Session, SortedExecutor, open_session
@@ -52,20 +52,26 @@ class HostLauncher:
 
 
 class DeviceLauncher:
-    """A CUDA device; ``cuda`` stands for its driver."""
+    """A CUDA device and the kernels of one dtype; ``cuda`` stands for its driver."""
 
-    def __init__(self, cuda: driver.CudaDriver, tiles: Tiles) -> None:
+    def __init__(self, cuda: driver.CudaDriver, tiles: Tiles, dtype: str) -> None:
         import torch
 
         arch = cuda.arch()
-        code = nvrtc.compile_source(nvrtc.Source.read(SOURCE, tiles.options), arch)
-        self.module = driver.Module(cuda, code, SIGNATURES)
+        code = nvrtc.compile_source(nvrtc.Source.read(SOURCE, (*tiles.options, ONLY[dtype])), arch)
+        mine = {name: types for name, types in SIGNATURES.items() if name.endswith(f"_{dtype}")}
+        self.module = driver.Module(cuda, code, mine)
         self.blocks = BLOCKS_PER_PROCESSOR * torch.cuda.get_device_properties().multi_processor_count
         self.told = f"by NVRTC for {arch} ({' '.join(tiles.options)})"
 
     def launch(self, one: Launch) -> None:
         """Put a kernel on the current stream."""
         self.module.launch(one.kernel, (one.blocks, 1, 1), (one.threads, 1, 1), one.shared_bytes, one.arguments)
+
+
+def launcher_here(tiles: Tiles, dtype: str) -> Launcher:
+    """Return the CUDA device's launcher, or the host shim's where there is no device."""
+    return HostLauncher(tiles) if devices.missing("CUDA") else DeviceLauncher(driver.CudaDriver(), tiles, dtype)
 
 
 class Workspace:
@@ -141,7 +147,7 @@ class CudaFused:
         self.params = params
 
     def availability(self) -> Availability:
-        """Say where the kernels run: on a CUDA device, or on the CPU through the host shim, which nothing is timed by."""
+        """Say where the kernels run: on a CUDA device, or on the CPU through the host shim, which times nothing."""
         absent = devices.missing("CUDA")
         if not absent:
             reason = nvrtc.missing()
@@ -160,10 +166,10 @@ class CudaFused:
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:
         """Load layers: compile the kernels where the cache does not have them; weights are used where they lie."""
-        tiles = Tiles()
-        launcher = HostLauncher(tiles) if devices.missing("CUDA") else DeviceLauncher(driver.CudaDriver(), tiles)
+        tiles, dtypes = Tiles(), {spec.dtype for spec in specs.values()}
+        launchers = {dtype: launcher_here(tiles, dtype) for dtype in dtypes}
 
         def make(store: ExpertStore, spec: LayerSpec) -> CudaFusedExecutor:
-            return CudaFusedExecutor(store, spec, self.params, launcher, tiles)
+            return CudaFusedExecutor(store, spec, self.params, launchers[spec.dtype], tiles)
 
         return open_session(make, layers, specs, f"combine {self.params.combine}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def cuda_code(kernel: str, shape: ModelShape, dtype: str, target: Target) -> Code:
     """Return a kernel of ``moe.cuh`` with its own tiles, compiled by NVRTC."""
     tiles = cuda.Tiles()
-    binary = compile_source(Source.read(cuda.SOURCE, tiles.options), target.name)
+    binary = compile_source(Source.read(cuda.SOURCE, (*tiles.options, cuda.ONLY[dtype])), target.name)
     return Code(f"{kernel}_{dtype}", target, tiles.threads, tiles.shared_bytes(shape.experts), binary)
 
 

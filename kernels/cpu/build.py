@@ -1,4 +1,4 @@
-"""Our C and C++ sources, built on first use with the system's compiler and kept by the hash of all that they are made from.
+"""Our C and C++ sources, built on first use by the system's compiler and kept by the hash of what they are made from.
 
 Nothing is built when this module is imported. Two processes may build at once: each writes a file of its own aside and
 renames it. The code is for this machine's instructions, which are part of the hash: a cache may be shared.

@@ -46,6 +46,7 @@ __device__ void find_row_blocks(Shared& s, const Layer<T>& of) {
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x;
     int before = 0;
+#pragma unroll 1
     for (int first = 0; first < of.experts; first += 32) {
       const int e = first + lane;
       int sum = e < of.experts ? ceil_div(of.offsets_E1[e + 1] - of.offsets_E1[e], BM) : 0;
@@ -150,6 +151,7 @@ template <class T>
 __device__ void find_assignments(const Layer<T>& of, int tile) {
   const int lane = threadIdx.x % 32, first = tile * TOKEN_TILE + threadIdx.x / 32 * 4, all = of.assignments();
   int before = 0, count[4] = {0, 0, 0, 0};
+#pragma unroll 1
   for (int n0 = 0; n0 < all; n0 += 32) {
     const long long token = n0 + lane < all ? of.token_N[n0 + lane] : of.tokens;
     before += __popc(__ballot_sync(0xffffffffu, token < first));
@@ -166,6 +168,7 @@ __device__ void find_assignments(const Layer<T>& of, int tile) {
     end[i] = before;
     before += count[i];
   }
+#pragma unroll 1
   for (int n0 = 0; n0 < all; n0 += 32) {
     const long long token = n0 + lane < all ? of.token_N[n0 + lane] : of.tokens;
 #pragma unroll

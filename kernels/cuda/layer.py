@@ -44,13 +44,16 @@ KERNELS = ("moe_fused", "moe_gate_up", "moe_down_combine")
 SIGNATURES = {f"{name}_{dtype}": tuple(ARGUMENTS.values()) for name in KERNELS for dtype in DTYPES}
 """The types of the arguments of each kernel, as ``driver.Module`` takes them."""
 
+ONLY = {dtype: f"-DMOE_ONLY_{dtype.upper()}" for dtype in DTYPES}
+"""The option of a compiler to leave out the kernels of the other dtype."""
+
 STATE_FIELDS = 4
 """Counters of a whole launch, ahead of those of token tiles and row blocks."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """What a block works on at once: ``bm`` assignments by ``bn`` columns in steps of ``bk``, by ``warps_m * warps_n``."""
+    """What a block works on at once: ``bm`` assignments by ``bn`` columns, in steps of ``bk``; by how many warps."""
 
     bm: int = 64
     bn: int = 64
@@ -62,8 +65,8 @@ class Tiles:
     def __post_init__(self) -> None:
         if self.bm % (16 * self.warps_m) or self.bn % (8 * self.warps_n) or self.bk % 16 or self.stages < 2:
             raise MoebenchError(
-                f"{self} is not made of whole products: bm must be a multiple of 16 warps_m, bn of 8 warps_n, bk of 16, "
-                "and stages at least 2."
+                f"{self} is not made of whole products: bm must be a multiple of 16 warps_m, bn of 8 warps_n, bk of "
+                "16, and stages at least 2."
             )
 
     @property
@@ -89,7 +92,7 @@ class Tiles:
 
 
 class Launch(NamedTuple):
-    """One kernel: its name, blocks, threads of each, bytes of shared memory of each, and arguments (tensors, numbers)."""
+    """One kernel: name, blocks, threads and bytes of shared memory of each block, arguments (tensors and numbers)."""
 
     kernel: str
     blocks: int

@@ -45,6 +45,7 @@ __device__ int next_task(const Layer<T>& of, const Tasks<T>& tasks) {
 template <class T>
 __device__ void push(const Layer<T>& of, const Tasks<T>& tasks, int first, int count) {
   const int at = fetch_add(of.state + TAIL, count);
+#pragma unroll 1
   for (int i = 0; i < count; ++i) store_release(of.slots + at + i, tasks.tag | static_cast<unsigned>(first + i));
 }
 
@@ -139,19 +140,26 @@ __device__ void plain_down(const Layer<T>& of) {
         out_TH, tokens, experts, hidden, width, activation, gated, atomic                                           \
   }
 
+// Compiling takes half the time with one dtype alone: MOE_ONLY_BFLOAT16, MOE_ONLY_FLOAT16.
+#ifndef MOE_ONLY_FLOAT16
 extern "C" __global__ void __launch_bounds__(THREADS) moe_fused_bfloat16(MOE_ARGUMENTS(Bf16)) {
   persistent(MOE_LAYER(Bf16));
 }
-extern "C" __global__ void __launch_bounds__(THREADS) moe_fused_float16(MOE_ARGUMENTS(F16)) { persistent(MOE_LAYER(F16)); }
 extern "C" __global__ void __launch_bounds__(THREADS) moe_gate_up_bfloat16(MOE_ARGUMENTS(Bf16)) {
   plain_gate_up(MOE_LAYER(Bf16));
-}
-extern "C" __global__ void __launch_bounds__(THREADS) moe_gate_up_float16(MOE_ARGUMENTS(F16)) {
-  plain_gate_up(MOE_LAYER(F16));
 }
 extern "C" __global__ void __launch_bounds__(THREADS) moe_down_combine_bfloat16(MOE_ARGUMENTS(Bf16)) {
   plain_down(MOE_LAYER(Bf16));
 }
+#endif
+#ifndef MOE_ONLY_BFLOAT16
+extern "C" __global__ void __launch_bounds__(THREADS) moe_fused_float16(MOE_ARGUMENTS(F16)) {
+  persistent(MOE_LAYER(F16));
+}
+extern "C" __global__ void __launch_bounds__(THREADS) moe_gate_up_float16(MOE_ARGUMENTS(F16)) {
+  plain_gate_up(MOE_LAYER(F16));
+}
 extern "C" __global__ void __launch_bounds__(THREADS) moe_down_combine_float16(MOE_ARGUMENTS(F16)) {
   plain_down(MOE_LAYER(F16));
 }
+#endif

@@ -196,9 +196,13 @@ __device__ void symmetric(const Symmetric<T>& of) {
         finished, expected, buffers, flags, ranks, rank, capacity, experts / ranks                                   \
   }
 
+#ifndef MOE_ONLY_FLOAT16
 extern "C" __global__ void __launch_bounds__(THREADS) moe_symmetric_bfloat16(MOE_SYMMETRIC_ARGUMENTS(Bf16)) {
   symmetric(MOE_SYMMETRIC(Bf16));
 }
+#endif
+#ifndef MOE_ONLY_BFLOAT16
 extern "C" __global__ void __launch_bounds__(THREADS) moe_symmetric_float16(MOE_SYMMETRIC_ARGUMENTS(F16)) {
   symmetric(MOE_SYMMETRIC(F16));
 }
+#endif

@@ -47,6 +47,10 @@ struct Shared {
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
 
+__device__ __forceinline__ bool aligned16(const void* pointer) {
+  return reinterpret_cast<unsigned long long>(pointer) % 16 == 0;
+}
+
 // Copies 8 elements, of which `valid` exist (zeros follow): at once where rows are aligned, else one by one.
 template <class T>
 __device__ __forceinline__ void load_chunk(unsigned short* shared, const T* from, int valid, bool aligned) {
@@ -54,6 +58,7 @@ __device__ __forceinline__ void load_chunk(unsigned short* shared, const T* from
     cp_async16(shared, from, valid > 0 ? 16 : 0);
     return;
   }
+#pragma unroll 1
   for (int i = 0; i < CHUNK; ++i) shared[i] = i < valid ? from[i].bits : 0;
 }
 
@@ -71,7 +76,7 @@ template <class T, int MATS>
 __device__ void load_stage(Shared& s, const Operands<T>& of, int step) {
   constexpr int PER_ROW = BK / CHUNK;
   const int stage = step % STAGES, k0 = step * BK;
-  const bool aligned = of.depth % CHUNK == 0;
+  const bool aligned = of.depth % CHUNK == 0 && aligned16(of.a) && aligned16(of.b);
   for (int i = threadIdx.x; i < BM * PER_ROW; i += THREADS) {
     const int r = i / PER_ROW, k = i % PER_ROW * CHUNK;
     const long long begin = s.row[r];
@@ -127,6 +132,7 @@ __device__ void multiply(Shared& s, float (&sum)[MATS][MT][NT][4], const Operand
     float(&four)[4] = sum[i / (MT * NT)][i / NT % MT][i % NT];
     four[0] = four[1] = four[2] = four[3] = 0.0f;
   }
+#pragma unroll 1
   for (int step = 0; step < STAGES - 1; ++step) {
     if (step < steps) load_stage<T, MATS>(s, of, step);
     cp_async_commit();

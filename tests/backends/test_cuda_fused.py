@@ -141,7 +141,7 @@ def test_a_device_gets_the_launches_and_arguments_that_the_shim_gets(lab, monkey
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: type("Device", (), {"multi_processor_count": 3}))
     store, x_TH = lab.store(1, torch.bfloat16), lab.tokens(17, torch.bfloat16)
     inputs, fake = lab.inputs(lab.routing("dynamic_k", 17, 1), "sorted"), ShimDriver()
-    launcher = cuda_fused.DeviceLauncher(fake, Tiles())
+    launcher = cuda_fused.DeviceLauncher(fake, Tiles(), "bfloat16")
     assert (fake.code, launcher.blocks) == (b"moe.cuh sm_90", 6)
     run = executor(lab, store, launcher, variant=variant)
     assert torch.equal(run(x_TH, *inputs), executor(lab, store)(x_TH, *inputs))

@@ -12,9 +12,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import mutants  # noqa: E402 - beside this file
-import problems  # noqa: E402
-import replay  # noqa: E402
+import cuda_mutants as mutants
+import cuda_problems as problems
+import cuda_replay as replay
 
 
 @pytest.fixture(scope="session", autouse=True)

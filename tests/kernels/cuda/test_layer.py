@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
+from cuda_problems import ROUTINGS, SMALL, Layer, routing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import ROUTINGS, SMALL, Layer, routing
 
 from moebench.contracts import MoebenchError
 from moebench.kernels.cuda import host, layer, symmetric
@@ -147,6 +147,18 @@ def test_rows_that_are_not_whole_chunks_are_not_copied_asynchronously():
     assert run(made, made.steps()).async_bytes == 0
 
 
+def test_tensors_that_begin_anywhere_give_the_same_bits():
+    made = Layer([routing("dynamic_k", 9, 4, 3)], 56, 40)
+    expected = outputs(made)
+    for owner, name in ((made, "x_TH"), (made.store, "gate_up"), (made.store, "down")):
+        whole = getattr(owner, name)
+        moved = torch.empty(whole.numel() + 1, dtype=whole.dtype)[1:].view_as(whole).copy_(whole)
+        object.__setattr__(owner, name, moved)
+        assert moved.data_ptr() % 16
+        assert all(map(torch.equal, outputs(made), expected))
+        object.__setattr__(owner, name, whole)
+
+
 # --- the sources as Python sees them ---------------------------------------------------------------------------------
 
 C_TYPES = {"int": ctypes.c_int32, "float": ctypes.c_float}
@@ -207,7 +219,7 @@ def test_a_failed_launch_says_why_and_the_next_one_runs():
     state = one.arguments[layer.POINTERS.index("state")]
     state[0] = 1  # a ticket that nobody holds
     with pytest.raises(
-        MoebenchError, match="on the host shim: deadlock .all who can go on wait for a flag.: of 64 live"
+        MoebenchError, match=r"on the host shim: deadlock .all who can go on wait for a flag.: of 64 live"
     ):
         run(made, steps)
     outputs(made)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_problems import SMALL, Devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import SMALL, Devices
 
 from moebench.kernels.cuda import host
 from moebench.kernels.cuda.symmetric import ROUNDS, STAGES, Shape
@@ -45,7 +45,7 @@ def test_the_kernels_index_is_pythons(data, peers, experts, capacity, hidden):
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))
 def test_no_two_writers_share_a_cell_whatever_the_routing(ranks, experts, capacity):
-    """Every write that any routing can cause: rows of each sender to each expert, results of each expert to each sender."""
+    """Every write that any routing can cause: rows of all senders to all experts, and results back to them."""
     writers = {}
     shape = Shape(ranks, experts, capacity, 1)
     for sender in range(ranks):

@@ -12,8 +12,8 @@ from moebench.kernels.cuda import host
 class Mutant(NamedTuple):
     """A bug: in ``file``, ``new`` runs instead of ``old``, which is one or several statements, or an ``expression``.
 
-    ``rung`` kills it on ``layer``: ``numerics`` (the oracle refuses an output), ``stuck`` (the shim finds a deadlock or a
-    divergence), ``asan`` (with UBSan) or ``tsan``; ``said`` is in its words.
+    ``rung`` kills it on ``layer``: ``numerics`` (the oracle refuses an output), ``stuck`` (the shim finds a deadlock or
+    a divergence), ``asan`` (with UBSan) or ``tsan``; ``said`` is in its words.
     """
 
     name: str
@@ -37,6 +37,7 @@ PUSH = "store_release(of.slots + at + i, tasks.tag | static_cast<unsigned>(first
 RELAXED_PUSH = "__atomic_store_n(of.slots + at + i, tasks.tag | unsigned(first + i), __ATOMIC_RELAXED);"
 LAST_TILE = "fetch_add(of.finished() + block, 1) == tasks.width_tiles - 1"
 DISPATCHED = "if (dispatch_tile(of, task - tasks.gate_up)) push(of, tasks, tasks.down + task - tasks.gate_up, 1);"
+STALE = "(found >> 32) != (tasks.tag >> 32)"
 RAISE = "store_release_system(of.flag(peer, 0, of.rank, expert), epoch << 32 | static_cast<unsigned>(rows));"
 RAISED = "__atomic_store_n(of.flag(peer, 0, of.rank, expert), epoch << 32 | unsigned(rows), __ATOMIC_RELAXED);"
 ALL_HERE = (
@@ -81,7 +82,16 @@ MUTANTS = (
         "odd",
         expression=True,
     ),
-    Mutant("copies_of_unaligned_rows", "tile.cuh", "of.depth % CHUNK == 0", "true", "asan", "odd", "misaligned", True),
+    Mutant(
+        "copies_of_unaligned_rows",
+        "tile.cuh",
+        "of.depth % CHUNK == 0 && aligned16(of.a) && aligned16(of.b)",
+        "true",
+        "asan",
+        "odd",
+        "misaligned",
+        True,
+    ),
     Mutant(
         "fragment_rows_swapped",
         "tile.cuh",
@@ -142,21 +152,29 @@ MUTANTS = (
         "sim::yield(false); found = __atomic_load_n(slot, __ATOMIC_RELAXED);",
         "tsan",
     ),
-    Mutant("stale_slot_taken", "moe.cuh", "(found >> 32) != (tasks.tag >> 32)", "found == 0", "tsan", expression=True),
+    Mutant(
+        "stale_slot_taken",
+        "moe.cuh",
+        "(found >> 32) != (tasks.tag >> 32)",
+        "found == 0",
+        "numerics",
+        "idle",
+        expression=True,
+    ),
     Mutant(
         "tail_not_reset",
         "moe.cuh",
         "state[HEAD] = state[TAIL] = state[EXITED] = 0;",
         "state[HEAD] = state[EXITED] = 0;",
-        "asan",
-        said="heap-buffer-overflow",
+        "stuck",
+        said="deadlock",
     ),
     # several devices
     Mutant(
         "flag_raised_before_rows_are_there", "symmetric.cuh", "__syncthreads();  // all rows", "", "tsan", "devices"
     ),
     Mutant("flag_raised_without_release", "symmetric.cuh", RAISE, RAISED, "tsan", "devices"),
-    Mutant("results_not_waited_for", "symmetric.cuh", ALL_HERE, "", "numerics", "devices"),
+    Mutant("results_not_waited_for", "symmetric.cuh", ALL_HERE, "", "tsan", "devices"),
 )
 
 

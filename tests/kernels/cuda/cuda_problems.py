@@ -98,7 +98,7 @@ class Layer:
 
 
 class Devices:
-    """One layer whose experts are spread over ``ranks`` emulated devices, each with tokens of its own; ``calls`` calls."""
+    """One layer, its experts spread over ``ranks`` emulated devices, each with tokens of its own; ``calls`` calls."""
 
     def __init__(self, ranks, own, tokens, hidden, width, dtype="bfloat16", calls=2, tiles=SMALL):
         self.layers = [
