@@ -16,7 +16,7 @@ from ..kernels.targets import DEVICES, SOURCE, TARGETS
 from ..results.query import reading
 from ..suites.static_kernels import KERNELS
 
-COMMAND = 'moebench run suite=static "axes.dtype=[bfloat16,float32]"'
+COMMAND = "moebench run suite=static"
 
 PACKAGES = ("triton", "nvidia-cuda-nvrtc")
 """The compilers, by their distributions."""
@@ -31,12 +31,12 @@ python docs/generate.py --static STORE
 ```
 
 Triton's kernels are compiled by Triton and the assemblers in its wheel, CUDA C++ by NVRTC; registers, stack, spills and
-instructions come from cuobjdump, or from the text that AMD's compiler leaves. A case is `wrong` where its
-code spills or has a stack, where no block fits a multiprocessor, or where a product of bfloat16 or float16 has no
-tensor-core instruction or (on CUDA) no asynchronous copy. These bars are looked at before registers: code that spills
-may show few of them. Occupancy is what a multiprocessor can hold of a kernel at once, by the rules of NVIDIA's
-`cuda_occupancy.h`, with which the tests compare; limits of gfx942 are {SOURCE}. On sm_100 the CUDA C++ kernels use
-the older `mma.sync` (HMMA), not tcgen05.
+instructions come from cuobjdump, or from the text that AMD's compiler leaves. A case is `wrong` where its code spills
+or has a stack, where no block fits a multiprocessor, or where a product of bfloat16 or float16 has no tensor-core
+instruction or (on CUDA) no asynchronous copy. These bars are looked at before registers: code that spills may show few
+of them. Occupancy is what a multiprocessor can hold of a kernel at once, by the rules of NVIDIA's `cuda_occupancy.h`,
+with which the tests compare; limits of gfx942 are from memory. On sm_100 the CUDA C++ kernels use the older `mma.sync`
+(HMMA), not tcgen05.
 
 `moebench gate` judges registers, stack, spills, shared memory and occupancy exactly. No kernels of others stand beside
 ours: the only grouped product in the packages that are installed is a template of torch's inductor, which that renders
