@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..contracts import Availability, Evidence, Execution, LayerSpec, MoebenchError, Refusal
@@ -20,7 +19,7 @@ from .convert import to_topk
 from .packed import MATMULS
 from .plugins import Triton as Params
 from .session import Executor, Session, open_session
-from .triton_weights import element_size, experts_of, packed_form
+from .triton_weights import experts_of, packed_form
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,11 +46,14 @@ class TritonExecutor(Executor):
         self.params, self.layer, self.tiles = params, layer, tiles
         self.experts = experts_of(store, spec, turned)
         self.leaves = (store.gate_up, store.down)
-        self.kernels = ("count_kernel", "place_kernel", "gate_up_kernel", "down_kernel")
-        if params.combine == "deterministic":
+        sorting = ("cut_kernel",) if spec.boundary == "sorted" else ("count_kernel", "place_kernel")
+        self.kernels = (*sorting, "gate_up_kernel", "down_kernel")
+        if params.combine == "deterministic" or params.decode_tokens or spec.backward:
             self.kernels += ("combine_kernel",)
         if params.decode_tokens:
             self.kernels += ("decode_up_kernel", "decode_down_kernel")
+        if spec.backward:
+            self.kernels += ("outer_kernel",)
 
     def __call__(self, x_TH: Tensor, *inputs: Any, out_TH: Tensor | None = None) -> Tensor:
         """Return y_TH as every executor does; new outputs of a layer with a backward are open to autograd."""
@@ -90,11 +92,11 @@ class TritonExecutor(Executor):
             second = tiles.interpreted(experts.hidden_size, experts.width)
             decode = replace(second, block_m=1)
         else:
-            limit, matrices = _shared_limit(x_TH), 2 if experts.gated else 1
-            barred = tiles.BARRED.get((_target(x_TH), matrices), ())
-            ask = partial(tiles.candidates, element_size(self.spec), assignments, experts.num_experts)
-            first = ask(matrices=matrices, shared_limit=limit, barred=barred)[0]
-            second = next(one for one in ask(matrices=1, shared_limit=limit) if one.block_m == first.block_m)
+            matrices = 2 if experts.gated else 1  # what fits for gate and up fits for down
+            limit, size = _shared_limit(x_TH), x_TH.element_size()
+            barred = tiles.BARRED.get(_target(x_TH), ())
+            sizes = (size, assignments, experts.num_experts, matrices, limit)
+            first = second = tiles.candidates(*sizes, barred)[0]
             decode = tiles.SPARSE_DECODE if experts.gate_up.form == "turned" else tiles.DECODE
         return self.layer.Plan(first, second, params.combine, params.decode_tokens, decode)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..contracts import LayerSpec, MoebenchError, Scheme
 from .packing import CODECS
-from .session import DenseWeights, torch_dtype
+from .session import DenseWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,8 +78,3 @@ def _packed(weights: Sequence[Any], form: str) -> Matrices:
         None if zeros is None else torch.stack([weight.zeros for weight in weights]).contiguous(),
         first.scheme.group or 0,
     )
-
-
-def element_size(spec: LayerSpec) -> int:
-    """Return the bytes of what the dot products of a layer read."""
-    return torch_dtype(spec.dtype).itemsize

@@ -103,8 +103,8 @@ def left_out(kernel: Kernel, tile: str, dtype: str, target: Target) -> str | Non
     if kernel.matrices == 0:
         return None
     tiles = parse_tile(tile)
-    if tiles in triton.BARRED.get((target.name, kernel.matrices), ()):
-        return f"backends leave it out on {target.name}, where its code spills; compile it with suite.tile=[{tile}]."
+    if tiles in triton.BARRED.get(target.name, ()):
+        return f"backends leave it out on {target.name}, where code spills; compile it with suite.tile=[{tile}]."
     needed = tiles.shared_bytes(kernel.matrices, max(ELEMENT_SIZE[dtype], 2))
     if needed <= target.shared_per_block:
         return None

@@ -73,8 +73,11 @@ INTERPRETED_ROWS = Tiles(16, 256, 1)
 """Tiles of what adds up rows, and (``block_n`` slots at a time) of what sorts slots."""
 
 
-BARRED: Mapping[tuple[str, int], tuple[Tiles, ...]] = {("sm_80", 2): (Tiles(128, 128, 64, 8, 3),)}
-"""Tiles that a compiler could not keep in registers, by target and matrices: what suite ``static`` found to spill."""
+BARRED: Mapping[str, tuple[Tiles, ...]] = {
+    "sm_80": (Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 32, 8, 3)),
+    "sm_120": (Tiles(64, 32, 32, 4, 3),),
+}
+"""Tiles that a compiler could not keep in registers, by target: suite ``static`` found a product of theirs to spill."""
 
 
 def candidates(
