@@ -192,7 +192,7 @@ UNSEEN = (
     "flag_raised_before_rows_are_there",
     "flag_raised_without_release",
 )
-"""Mutants whose numbers are right: the shim runs one thread at a time, and only ThreadSanitizer sees what orders them."""
+"""Mutants whose numbers are right: the shim runs one thread at a time; only ThreadSanitizer sees what orders memory."""
 
 
 def numbered(name):
