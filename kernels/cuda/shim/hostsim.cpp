@@ -1,19 +1,10 @@
 // The scheduler of hostsim.h: fibers, barriers, warps, blocks. Never instrumented; it tells sanitizers of its switches
 // (SIM_ASAN, SIM_TSAN) and ThreadSanitizer of the only orders that CUDA gives: barriers and __syncwarp. Shuffles,
 // ballots and mma order no memory.
-#include "hostsim.h"
-
-#include <stdarg.h>
-#include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 
-#include <deque>
-#include <memory>
-#include <vector>
-
-#include "fiber.h"
+#include "machine.h"
+#include "warp.h"
 
 namespace sim {
 
@@ -21,100 +12,6 @@ const Place* place = nullptr;
 int mutant = 0;
 
 namespace {
-
-constexpr size_t STACK_BYTES = 256 * 1024;
-constexpr int MOST_COPIES = 256, MOST_THREADS = 1024;
-constexpr long long MOST_SWITCHES = 4000000000LL;
-
-enum State { READY, YIELDED, AT_BARRIER, IN_WARP, DONE };
-
-struct Block;
-
-struct Thread {
-  Fiber fiber;
-  Place place;
-  Block* block = nullptr;
-  State state = READY;
-  Copy copies[MOST_COPIES];
-  int copies_begun = 0, copies_done = 0;
-  std::deque<int> groups;  // how many copies had begun at each commit that is pending
-};
-
-struct Warp {
-  unsigned arrived = 0, mask = 0;
-  Collective kind = SYNC_WARP;
-  int line = 0;
-  const void* in[32];
-  void* out[32];
-  char order[2] = {};  // stand for the order that __syncwarp gives, to ThreadSanitizer
-  int generation = 0;
-};
-
-struct Block {
-  const Grid* grid = nullptr;
-  std::vector<std::unique_ptr<Thread>> threads;
-  std::vector<Warp> warps;
-  uint64_t ready[MOST_THREADS / 64] = {};
-  unsigned char* shared = nullptr;
-  int live = 0, waiting = 0, yielded = 0, generation = 0;
-  const char* file = nullptr;
-  int line = 0;
-  char order[2] = {}, start = 0;
-};
-
-struct Machine {
-  Config config;
-  Report* report;
-  std::vector<std::unique_ptr<Block>> blocks;  // that run now
-  std::vector<std::unique_ptr<Thread>> spare, ended;
-  std::vector<unsigned char*> freed_later;
-  std::vector<int> next_block;  // of each grid
-  Fiber main;
-  Thread* running = nullptr;
-  bool moves_on = false;
-  long long idle = 0;
-  char end = 0;
-  uint64_t random = 0;
-
-  unsigned draw(unsigned below) {
-    random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-    return static_cast<unsigned>(random >> 33) % below;
-  }
-};
-
-Machine* machine = nullptr;
-
-void mark(Block& block, int thread, bool ready) {
-  const uint64_t bit = uint64_t(1) << (thread % 64);
-  if (ready) block.ready[thread / 64] |= bit;
-  else block.ready[thread / 64] &= ~bit;
-}
-
-void to_main() { switch_fiber(machine->running->fiber, machine->main); }
-
-void wait_as(State state) {
-  Thread& me = *machine->running;
-  me.state = state;
-  mark(*me.block, me.place.thread.x, false);
-  to_main();
-}
-
-void wake(Thread& thread) {
-  thread.state = READY;
-  mark(*thread.block, thread.place.thread.x, true);
-}
-
-void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
-void fail(const char* format, ...) {
-  Report& report = *machine->report;
-  if (!report.failed) {
-    va_list values;
-    va_start(values, format);
-    vsnprintf(report.message, sizeof report.message, format, values);
-    va_end(values);
-  }
-  report.failed = 1;
-}
 
 // --- barriers --------------------------------------------------------------------------------------------------------
 
@@ -126,70 +23,6 @@ void open_barrier_if_complete(Block& block) {
   machine->idle = 0;
   for (auto& thread : block.threads) {
     if (thread->state == AT_BARRIER) wake(*thread);
-  }
-}
-
-// --- warps -----------------------------------------------------------------------------------------------------------
-
-float element(unsigned short bits, Collective kind) {
-  return kind == MMA_BF16 ? ::widened(Bf16{bits}) : ::widened(F16{bits});
-}
-
-// m16n8k16 as the PTX ISA lays its fragments out: lane = 4 group + pair; A holds rows group and group + 8, columns
-// 2 pair and 2 pair + 8; B the columns of A's rows and column group; D rows group and group + 8, columns 2 pair.
-void multiply(Warp& warp) {
-  float a[16][16], b[16][8];
-  for (int lane = 0; lane < 32; ++lane) {
-    const Mma& in = *static_cast<const Mma*>(warp.in[lane]);
-    const int group = lane / 4, pair = lane % 4 * 2;
-    for (int i = 0; i < 4; ++i) {
-      for (int half = 0; half < 2; ++half) {
-        const unsigned short bits = in.a[i] >> (16 * half) & 0xffffu;
-        a[group + i % 2 * 8][pair + i / 2 * 8 + half] = element(bits, warp.kind);
-      }
-    }
-    for (int i = 0; i < 2; ++i) {
-      for (int half = 0; half < 2; ++half) {
-        const unsigned short bits = in.b[i] >> (16 * half) & 0xffffu;
-        b[pair + 8 * i + half][group] = element(bits, warp.kind);
-      }
-    }
-  }
-  float d[16][8] = {};
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < 16; ++k) {
-      for (int col = 0; col < 8; ++col) d[row][col] += a[row][k] * b[k][col];
-    }
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    const Mma& in = *static_cast<const Mma*>(warp.in[lane]);
-    const int group = lane / 4, pair = lane % 4 * 2;
-    for (int i = 0; i < 4; ++i) in.d[i] += d[group + i / 2 * 8][pair + i % 2];
-  }
-}
-
-void perform_collective(Warp& warp) {
-  Report& report = *machine->report;
-  if (warp.kind == MMA_BF16 || warp.kind == MMA_F16) {
-    ++report.mma;
-    multiply(warp);
-    return;
-  }
-  if (warp.kind == SHUFFLE) ++report.shuffles;
-  if (warp.kind == BALLOT) ++report.ballots;
-  unsigned ballot = 0;
-  for (int lane = 0; lane < 32; ++lane) {
-    const bool mine = warp.kind == BALLOT && warp.mask >> lane & 1u;
-    if (mine && *static_cast<const unsigned*>(warp.in[lane])) ballot |= 1u << lane;
-  }
-  for (int lane = 0; lane < 32; ++lane) {
-    if (!(warp.mask >> lane & 1u)) continue;
-    if (warp.kind == BALLOT) *static_cast<unsigned*>(warp.out[lane]) = ballot;
-    if (warp.kind == SHUFFLE) {
-      const int from = static_cast<const int*>(warp.in[lane])[1];
-      if (!(warp.mask >> from & 1u)) fail("lane %d shuffles from lane %d, which is not in the mask", lane, from);
-      else *static_cast<int*>(warp.out[lane]) = *static_cast<const int*>(warp.in[from]);
-    }
   }
 }
 
@@ -429,6 +262,7 @@ void launch(const Grid* grids, int number, const Config& config, Report& report)
   machine = &m;
   m.config = config;
   m.report = &report;
+  report.failed = 0;
   m.random = config.seed * 2 + 0x9e3779b97f4a7c15ULL;
   m.next_block.assign(number, 0);
   mutant = config.mutant;

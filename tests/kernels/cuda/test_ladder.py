@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from cuda_mutants import MUTANTS
+from cuda_mutants import MUTANTS, UNSEEN
 
 from moebench.kernels.cuda import host
 
@@ -80,3 +80,12 @@ def test_each_mutant_is_killed_by_its_rung(layers, programs, lab, tmp_path, muta
     else:
         assert done.code != 0
         assert (mutant.said or "data race") in done.said
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_numbers_alone_do_not_see_every_mutant(layers, programs, lab, tmp_path, name):
+    number = lab.mutants.numbered(name)
+    made, script = layers[MUTANTS[number - 1].layer]
+    done = script.run(programs("plain"), [replace(one, mutant=number) for one in SEVERAL], tmp_path)
+    assert len(done.outcomes) == len(SEVERAL)
+    assert not any(outcome.report.failed or wrong(made, script, outcome) for outcome in done.outcomes)
