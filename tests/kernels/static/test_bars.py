@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from moebench.backends.triton import _target
 from moebench.bench.run import planned
 from moebench.contracts import Evidence, MoebenchError, Registry
 from moebench.kernels.isa import Resources
 from moebench.kernels.occupancy import occupancy
 from moebench.kernels.targets import DEVICES, TARGETS
-from moebench.kernels.triton.tiles import SPACE
+from moebench.kernels.triton.tiles import BARRED, SPACE
 from moebench.suites.base import ELEMENT_SIZE
 from moebench.suites.layer import layer_cost
 from moebench.suites.static_bound import BoundTrial, balanced_cost, bound_seconds
@@ -101,7 +103,25 @@ def test_every_kernel_is_compiled_for_every_target_with_every_tile_or_says_why_n
             own = {tile for name, tile, on in run | refused if (name, on) == (kernel.name, target)}
             assert own == tiles if kernel.matrices else len(own) == 1
     for one in plan.refused:
-        assert "shared memory" in one.refusal or "CUDA C++" in one.refusal
+        assert any(reason in one.refusal for reason in ("shared memory", "CUDA C++", "code spills"))
+
+
+def test_a_tile_that_spills_is_left_out_unless_it_is_named():
+    (barred, *_) = BARRED["sm_80"]
+    settings = ("suite.device=[]", "suite.kernel=[gate_up]", "suite.target=[sm_80]", "axes.tokens=[4096]")
+    plan = plan_of(*settings)
+    assert [one.case.backend.params["tile"] for one in plan.refused if "spills" in one.refusal] == [tile_text(barred)]
+    named = plan_of(*settings, f"suite.tile=[{tile_text(barred)}]")
+    assert [case.backend.params["tile"] for group in named.groups for case in group.cases] == [tile_text(barred)]
+
+
+def test_backend_triton_knows_its_target_by_the_name_of_the_table(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert _target(torch.empty(1)) in TARGETS
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    told = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    assert _target(torch.empty(1)) in TARGETS
 
 
 @pytest.mark.parametrize(
