@@ -324,6 +324,7 @@ BUILTIN_PLUGINS = (
     "moebench.suites.workload_plugins",
     "moebench.suites.finetuning_plugins",
     "moebench.suites.robustness_plugins",
+    "moebench.suites.static_plugins",
     "moebench.suites.traffic_params",
 )
 """Our own plug-ins go through the same door as everybody else's."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ..contracts import Descriptor
+from ..kernels import devices
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,37 @@ class ColumnSkip:
             raise ValueError(f"chunk={self.chunk} must lie between 1 and 256")
 
 
+@dataclass(frozen=True)
+class Triton:
+    """``combine`` says how assignments become tokens: by float32 atomics, or as rows added up in a fixed order.
+
+    Calls of at most ``decode_tokens`` tokens go slot by slot, always in a fixed order; 0: none do.
+    """
+
+    combine: Literal["atomic", "deterministic"] = "deterministic"
+    decode_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decode_tokens <= 64:
+            raise ValueError(f"decode_tokens={self.decode_tokens} must lie between 0 and 64")
+
+
+def interpreting() -> Mapping[str, str]:
+    """Return what a worker of Triton kernels needs in its environment: without a device they are interpreted."""
+    return {"TRITON_INTERPRET": "1"} if devices.missing("CUDA", "ROCm") else {}
+
+
+@dataclass(frozen=True)
+class CudaFused:
+    """``fused`` is one persistent launch of tile tasks, ``two_kernels`` are two plain launches of the same tiles.
+
+    ``deterministic`` adds each token's rows in a fixed order, ``atomic`` as they come.
+    """
+
+    variant: Literal["fused", "two_kernels"] = "fused"
+    combine: Literal["deterministic", "atomic"] = "deterministic"
+
+
 DESCRIPTORS = [
     Descriptor(
         "backend", "reference", "every expert in turn in float32, plainly right", "moebench.backends.reference:create"
@@ -80,5 +114,21 @@ DESCRIPTORS = [
         "a C kernel that reads the weights of kept channels alone",
         "moebench.backends.column_skip:ColumnSkip",
         ColumnSkip,
+    ),
+    Descriptor(
+        "backend",
+        "triton",
+        "Triton kernels: grouped products over sorted blocks; interpreted without a GPU",
+        "moebench.backends.triton:Triton",
+        Triton,
+        requires=("triton",),
+        environment=interpreting(),
+    ),
+    Descriptor(
+        "backend",
+        "cuda_fused",
+        "our CUDA kernels of a whole layer; on the CPU through a host shim, untimed",
+        "moebench.backends.cuda_fused:CudaFused",
+        CudaFused,
     ),
 ]

@@ -22,6 +22,7 @@ PACKAGES = (
     "tokenizers",
     "lm-eval",
     "triton",
+    "nvidia-cuda-nvrtc",
     "duckdb",
     "pyarrow",
     "plotly",
@@ -30,7 +31,7 @@ PACKAGES = (
 )
 """The packages whose versions every run stores by name; the plan hash covers all that are installed."""
 
-SOURCE_SUFFIXES = (".py", ".yaml", ".c", ".cpp", ".cu", ".h", ".sql")
+SOURCE_SUFFIXES = (".py", ".yaml", ".c", ".cpp", ".cu", ".cuh", ".h", ".sql")
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 

@@ -179,8 +179,8 @@ def _layers(layers: Sequence[int]) -> str:
 
 def label(case: Case, registry: Registry) -> str:
     """Return what tells a case from the others of its group: method and backend, with changed parameters."""
-    if case.suite == "roofline":
-        return " ".join(str(value) for value in case.backend.params.values())
+    if case.suite in ("roofline", "static"):  # no layer is called, and what is looked at is no plug-in
+        return " ".join(str(value) for value in (*case.backend.params.values(), *case.workload.values()))
     parts = []
     for axis in ("structure", "routing", "quantization", "sparsity", "backend"):
         choice = getattr(case, axis)

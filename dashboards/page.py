@@ -23,6 +23,7 @@ from .pareto_data import IN_REPORT, answers
 from .query import Answer, ask, parse_json
 from .ratios import Ratio, paired_ratio, turn_minima
 from .saving_data import savings
+from .static_table import static_table
 from .tables import esc, text
 from .template import chart_html, csv_texts, data_script, disclosure, figure_scripts, fill, section
 
@@ -46,6 +47,9 @@ SECTIONS = {
 GATE_SECTIONS = {"gate": "Gate", "gate-pairs": "Pairs"}
 """Sections of a run of ``moebench gate``, which may have no cases; sections of cases are left out then."""
 
+STATIC_SECTIONS = {"static": "Compiled kernels"}
+"""The section of a run that has compiled kernels."""
+
 
 def render(connection: duckdb.DuckDBPyConnection, run_id: str | None, store: str) -> str:
     """Return the whole page for one run (the latest by default) as HTML."""
@@ -68,6 +72,8 @@ def render(connection: duckdb.DuckDBPyConnection, run_id: str | None, store: str
     if charts:
         sections |= {"problems": _problems(cases), "cases": _cases(cases, answer)}
         sections |= {chart.key: chart_html(chart) for chart in charts}
+    if compiled := static_table(cases):
+        sections["static"] = section("static", STATIC_SECTIONS["static"], compiled, "By compilers, without any GPU.")
     if charts or claims.rows:
         sections["claims"] = _claims(claims, run)
     samples = ask(connection, data.SAMPLES, run_id=run.run_id)
@@ -77,7 +83,7 @@ def render(connection: duckdb.DuckDBPyConnection, run_id: str | None, store: str
         data_script("csv", csv_texts([*judged, *charts], texts)),
         *figure_scripts([*judged, *charts]),
     ]
-    titles = {**SECTIONS, **GATE_SECTIONS}
+    titles = {**SECTIONS, **GATE_SECTIONS, **STATIC_SECTIONS}
     links = "".join(f'<a href="#{key}">{titles[key]}</a>' for key in sections if key in titles)
     return fill(
         {

@@ -2,7 +2,8 @@
 
 ``python docs/generate.py`` writes them; with ``--check`` it only says which are out of date, and exits 1 if any is.
 With ``--claims STORE`` it writes ``papers.md`` with the latest verdict of every claim in that store, with
-``--accuracy STORE`` ``accuracy.md`` from the latest run of experiment ``rounding``.
+``--accuracy STORE`` ``accuracy.md`` from the latest run of experiment ``rounding``, with ``--static STORE``
+``gpu-static.json`` and ``gpu-static.md`` from the latest run of suite ``static``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from moebench.bench.papers_doc import claims_in, claims_of, papers_page
 from moebench.bench.quantization_doc import quantization_page
 from moebench.bench.routing_doc import costs_in, costs_of, routing_page
 from moebench.bench.sparsity_doc import sparsity_page
+from moebench.bench.static_doc import static_page, static_results
 from moebench.contracts import BUILTIN_PLUGINS, KINDS, Descriptor, plain
 from moebench.results.schema import KEYS, SCHEMA_VERSION, TABLES
 from moebench.results.views import VIEWS, base_table
@@ -251,8 +253,14 @@ def channels_page() -> str:
     return NOTICE + sparsity_page(builtin(), papers.read_text() if papers.exists() else "")
 
 
+def compiled_page() -> str:
+    """Return the page of compiled kernels, from the figures that lie beside it."""
+    return NOTICE + static_page(json.loads((FOLDER / "gpu-static.json").read_text()))
+
+
 PAGES = {
     "accuracy.md": tasks_page,
+    "gpu-static.md": compiled_page,
     "papers.md": papers,
     "plugins.md": plugins_page,
     "quantization.md": codecs_page,
@@ -285,7 +293,13 @@ def main() -> int:
     parser.add_argument(
         "--accuracy", type=Path, metavar="STORE", help="write accuracy.md with the results in this store"
     )
+    parser.add_argument("--static", type=Path, metavar="STORE", help="write gpu-static with the figures in this store")
     options = parser.parse_args()
+    if options.static:
+        (FOLDER / "gpu-static.json").write_text(json.dumps(static_results(options.static), indent=1) + "\n")
+        (FOLDER / "gpu-static.md").write_text(compiled_page())
+        print("docs/gpu-static.json", "docs/gpu-static.md", sep="\n")
+        return 0
     if options.accuracy:
         (FOLDER / "accuracy.md").write_text(tasks_page(options.accuracy))
         print("docs/accuracy.md")

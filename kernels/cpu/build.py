@@ -1,4 +1,4 @@
-"""Our C sources, built on first use with the system's compiler and kept by the hash of all that they are made from.
+"""Our C and C++ sources, built on first use by the system's compiler and kept by the hash of what they are made from.
 
 Nothing is built when this module is imported. Two processes may build at once: each writes a file of its own aside and
 renames it. The code is for this machine's instructions, which are part of the hash: a cache may be shared.
@@ -15,7 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,8 @@ FLAGS = ("-std=c11", "-O3", *ARITHMETIC, "-fPIC", "-shared")
 
 NATIVE = (("-march=native",), ("-mcpu=native",), ())
 """How compilers are told to use all instructions of this machine; the first that is understood is taken."""
+
+SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 BUILD_SECONDS = 120
 """A compiler that takes longer hangs."""
@@ -47,15 +49,21 @@ def cache_root() -> Path:
     return Path(os.environ.get("MOEBENCH_CACHE") or Path.home() / ".cache" / "moebench").expanduser()
 
 
-def compiler() -> str | None:
-    """Return the C compiler: the one in ``CC``, or the first of cc, gcc and clang; None where there is none."""
-    named = os.environ.get("CC")
-    return next(filter(None, map(shutil.which, [named] if named else ["cc", "gcc", "clang"])), None)
+COMPILERS = {"CC": ("C", ("cc", "gcc", "clang")), "CXX": ("C++", ("c++", "g++", "clang++"))}
+"""The language and the usual names of the compiler that each variable names."""
 
 
-def missing(who: str) -> str:
+def compiler(variable: str = "CC") -> str | None:
+    """Return the compiler in ``variable`` (CC or CXX), or the first of the usual ones; None where there is none."""
+    named = os.environ.get(variable)
+    return next(filter(None, map(shutil.which, [named] if named else COMPILERS[variable][1])), None)
+
+
+def missing(who: str, variable: str = "CC") -> str:
     """Return why ``who`` cannot be built here, or an empty string; nothing is built to find out."""
-    return "" if compiler() else f"{who} needs a C compiler; install gcc or clang, or name one in CC"
+    language, (_, *usual) = COMPILERS[variable]
+    remedy = f"install {' or '.join(usual)}, or name one in {variable}"
+    return "" if compiler(variable) else f"{who} needs a {language} compiler; {remedy}"
 
 
 @cache
@@ -67,20 +75,34 @@ def library(name: str) -> Library:
         raise MoebenchError(f"{missing(f'kernel {name}')}.")
     native, macros = _instructions(program)
     flags = (*FLAGS, *native)
-    made_from = [*(path.read_bytes() for path in (source, *headers)), shlex.join(flags).encode(), macros]
-    key = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in made_from)).hexdigest()
-    target = cache_root() / "kernels" / f"{name}-{key[:16]}{'.dylib' if sys.platform == 'darwin' else '.so'}"
+    target = cached(name + SUFFIX, [program, *flags, str(source), "-lm"], (source, *headers), macros)
+    return Library(load(target), f"{Path(program).name} {shlex.join(flags)}")
+
+
+def cached(name: str, command: Sequence[str], made_from: Iterable[Path], version: bytes) -> Path:
+    """Return what ``command`` (without -o) makes, from the cache where the same was made of the same before.
+
+    ``made_from`` are all files that it reads; ``version`` tells this compiler from any other.
+    """
+    told = shlex.join(Path(word).name if Path(word).is_absolute() else word for word in command)
+    parts = [*(path.read_bytes() for path in made_from), told.encode(), version]
+    key = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    target = cache_root() / "kernels" / f"{Path(name).stem}-{key[:16]}{Path(name).suffix}"
     if not target.is_file():
-        _build([program, *flags, str(source), "-lm"], target)
-    _refuse_foreign(target)
+        _build(command, target)
+    refuse_foreign(target)
+    return target
+
+
+def load(target: Path) -> ctypes.CDLL:
+    """Return a library as it lies in the cache."""
     try:
-        handle = ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(target))
     except OSError as error:
         raise MoebenchError(f"{target} cannot be loaded ({error}); delete it to have it built anew.") from error
-    return Library(handle, f"{Path(program).name} {shlex.join(flags)}")
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
     """Raise MoebenchError where somebody else may have written the library: loading it runs whatever is in it."""
     found = target.stat()
     if hasattr(os, "getuid") and found.st_uid not in (os.getuid(), 0):
@@ -90,6 +112,11 @@ def _refuse_foreign(target: Path) -> None:
     else:
         return
     raise MoebenchError(f"{target} {why} and is not loaded; delete it, or set MOEBENCH_CACHE to a folder of your own.")
+
+
+def version(program: str) -> bytes:
+    """Return what tells a compiler from any other."""
+    return _run([program, "--version"]).stdout
 
 
 def _instructions(program: str) -> tuple[Sequence[str], bytes]:

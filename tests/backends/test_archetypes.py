@@ -3,6 +3,8 @@
 A backend is met by being registered: on the first of two layers that it takes, dense in float32 or int8 in bfloat16.
 """
 
+import os
+
 import pytest
 import torch
 
@@ -44,9 +46,12 @@ def taken(backward):
 
 @pytest.fixture
 def available():
-    """Skip what cannot run here, in the backend's own words."""
+    """Skip what cannot run here, in the backend's own words, and what needs a process of another environment."""
 
     def check(name):
+        needed = REGISTRY.get("backend", name).environment
+        if not needed.items() <= os.environ.items():
+            pytest.skip(f"needs {dict(needed)} in the environment of its process")
         answer = REGISTRY.get("backend", name).create({}).availability()
         if not answer.available:
             pytest.skip(answer.reason)
@@ -55,7 +60,7 @@ def available():
 
 
 def test_the_built_in_backends_take_both_boundaries_and_three_declare_a_backward():
-    built_in = {"reference", "eager", "batched", "grouped", "compiled", "packed", "duplex", "column_skip"}
+    built_in = {"reference", "eager", "batched", "grouped", "compiled", "packed", "duplex", "column_skip", "triton"}
     assert built_in <= set(BACKENDS)
     assert {(name, boundary) for name in built_in for boundary in ("topk", "sorted")} <= set(taken(False))
     assert {name for name, _ in taken(True)} >= {"reference", "eager", "grouped"}

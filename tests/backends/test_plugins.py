@@ -9,7 +9,18 @@ from moebench.backends import compiled
 from moebench.backends.plugins import DESCRIPTORS
 from moebench.contracts import Execution, LayerSpec, MoebenchError, Refusal, Scheme, Selection, SparsitySpec
 
-NAMES = ("reference", "eager", "batched", "grouped", "compiled", "packed", "duplex", "column_skip")
+NAMES = (
+    "reference",
+    "eager",
+    "batched",
+    "grouped",
+    "compiled",
+    "packed",
+    "duplex",
+    "column_skip",
+    "triton",
+    "cuda_fused",
+)
 INT8, INT4 = Scheme("rtn", 8.0), Scheme("rtn", 4.0, 128, symmetric=False)
 W8A8 = Scheme("rtn", 8.0, act_bits=8)
 INT2 = Scheme("rtn", 2.0, 64, symmetric=False)
@@ -24,7 +35,7 @@ def supports(name, spec, **params):
     return next(d for d in DESCRIPTORS if d.name == name).create(params).supports(spec)
 
 
-def test_the_eight_are_described_in_order():
+def test_all_are_described_in_order():
     assert tuple(d.name for d in DESCRIPTORS) == NAMES
 
 
@@ -52,11 +63,16 @@ def test_executions_say_what_will_run(name):
             "sorted",
         )
         return
-    boundary = "sorted" if name in ("eager", "grouped", "compiled", "column_skip") else "topk"
+    if name == "cuda_fused":
+        told = supports(name, layer("bfloat16", INT4, boundary="sorted"))
+        assert told == Execution("dequantized", boundary="sorted")
+        return
+    boundary = "sorted" if name in ("eager", "grouped", "compiled", "column_skip", "triton") else "topk"
     sparse = "skip" if name == "column_skip" else "mask"
     assert supports(name, layer()) == Execution()
     assert supports(name, layer(boundary="sorted")).boundary == boundary
-    assert supports(name, layer(scheme=INT4)).weights == "dequantized"
+    weights = "packed" if name == "triton" else "dequantized"
+    assert supports(name, layer(scheme=INT4)).weights == weights
     assert supports(name, layer(sparsity=SparsitySpec(("input",)))).sparse == sparse
     selected = layer(boundary="logits", selection=Selection("softmax", 2, renormalize=False))
     assert supports(name, selected).boundary == "topk"
@@ -137,6 +153,18 @@ REFUSED = [
     ("eager", layer(schemes=(INT8, INT8, W8A8, W8A8)), "round their tokens to different bits"),
     ("eager", layer(scheme=Scheme("rtn", 8.0, act_bits=16)), "rounded to 2 to 8 bits, not 16"),
     ("compiled", layer(scheme=W8A8), "tokens as they are, not rounded to 8 bits; use eager or grouped"),
+    ("triton", layer("float64"), "float32, bfloat16, float16, not float64"),
+    ("triton", layer(kinds=("ffn", "copy")), "no 'copy' experts; fold them"),
+    ("triton", layer(backward=True, sparsity=SparsitySpec(("input",))), "no backward through channels"),
+    ("triton", layer("bfloat16", INT8, backward=True), "quantized weights have no gradient"),
+    ("triton", layer("bfloat16", W8A8), "tokens as they are, not rounded to 8 bits"),
+    ("triton", layer(sparsity=SparsitySpec(("input",), rule="topk")), "a number of channels per token"),
+    ("cuda_fused", layer(), "bfloat16, float16, not float32"),
+    ("cuda_fused", layer("bfloat16", backward=True), "no backward"),
+    ("cuda_fused", layer("bfloat16", W8A8), "tokens as they are, not rounded to 8 bits"),
+    ("cuda_fused", layer("bfloat16", sparsity=SparsitySpec(("input",), rule="topk")), "a number of channels per"),
+    ("cuda_fused", layer("bfloat16", sparsity=SparsitySpec(("input",))), "leaves out no channels"),
+    ("cuda_fused", layer("bfloat16", kinds=("ffn", "copy")), "no 'copy' experts; fold them"),
     ("reference", layer(scheme=W8A8, kinds=("sequence",) * 4, heads=4), "rounds no tokens of attentions"),
 ]
 
@@ -153,6 +181,36 @@ def test_folding_makes_a_refused_layer_acceptable():
     spec = layer(kinds=("ffn", "copy", "ffn", "zero"), schemes=(Scheme(),) * 2)
     assert isinstance(supports("grouped", spec), Refusal)
     assert supports("grouped", spec.folded()) == Execution()
+
+
+def test_triton_packs_what_its_kernels_read_and_dequantizes_the_rest():
+    packed = [INT8, INT4, Scheme("hqq", 4.0), Scheme("fp8_e4m3", 8.0), Scheme("mxfp4", 4.0, 32)]
+    assert {supports("triton", layer(scheme=scheme)).weights for scheme in packed} == {"packed"}
+    others = [INT2, Scheme("nf4", 4.0, 64), Scheme("fp8_e5m2", 8.0), Scheme("mixed", 5.0)]
+    assert {supports("triton", layer(scheme=scheme)).weights for scheme in others} == {"dequantized"}
+    assert supports("triton", layer(schemes=(INT8, INT8, INT4, INT4))).weights == "dequantized"
+
+
+def test_triton_skips_channels_where_calls_have_few_tokens():
+    teal, gate = SparsitySpec(("input", "hidden")), SparsitySpec(("gate",))
+    told = [
+        supports("triton", layer(sparsity=sparsity, tokens=tokens, scheme=scheme)).sparse
+        for sparsity, tokens, scheme in [
+            (teal, 8, None),
+            (teal, 9, None),
+            (teal, None, None),
+            (gate, 1, None),
+            (teal, 1, INT8),
+            (None, 1, None),
+        ]
+    ]
+    assert told == ["skip", "mask", "mask", "mask", "mask", "none"]
+    assert supports("triton", layer(sparsity=teal, tokens=1), decode_tokens=0).sparse == "mask"
+
+
+def test_triton_wants_few_tokens_for_decoding():
+    with pytest.raises(MoebenchError, match="decode_tokens=65 must lie between 0 and 64"):
+        supports("triton", layer(), decode_tokens=65)
 
 
 def test_batched_wants_a_limit_above_zero():

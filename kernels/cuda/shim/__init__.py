@@ -1,0 +1,1 @@
+"""kernels/cuda/shim: what runs the CUDA sources on the CPU."""
