@@ -14,7 +14,7 @@ from ..contracts import Evidence, MoebenchError, Status
 from ..dashboards.data import Case, Run, load_cases, load_runs
 from ..kernels.targets import DEVICES, SOURCE, TARGETS
 from ..results.query import reading
-from ..suites.static_kernels import KERNELS
+from ..suites.static_kernels import KERNELS, kernel_named, shipped
 
 COMMAND = "moebench run suite=static"
 
@@ -56,14 +56,18 @@ of devices: {SOURCE}. Times in microseconds.
 
 
 def static_results(store: Path) -> dict[str, Any]:
-    """Return the latest row of each case of suite ``static`` in ``store``, as ``docs/gpu-static.json`` holds them."""
+    """Return the latest row of each case of suite ``static`` in ``store``, as ``docs/gpu-static.json`` holds them.
+
+    Rows of tiles that were named by hand, and that no backend chooses from, are not among them.
+    """
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, dict[str, Any]] = {}
     with reading(store) as connection:
         for run in load_runs(connection):
             for case in load_cases(connection, run.run_id)[0]:
-                if case.row["suite"] == "static" and case.key not in rows:
-                    rows[case.key] = {**_row(case), "run": run.run_id}
+                row = _row(case) if case.row["suite"] == "static" and case.key not in rows else {}
+                if row and ("kernel" not in row or shipped(kernel_named(row["kernel"]), row["tile"])):
+                    rows[case.key] = {**row, "run": run.run_id}
                     runs[run.run_id] = _about(run)
     if {row["evidence"] for row in rows.values()} != {Evidence.STATIC_COMPILE, Evidence.MODEL}:
         raise MoebenchError(f"the store has no run of suite static with both of its kinds; run `{COMMAND}` first.")

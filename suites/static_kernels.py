@@ -98,6 +98,11 @@ def tiles_of(kernel: Kernel, shape: ModelShape, tokens: int, dtype: str, given: 
         yield from map(tile_text, triton.candidates(*sizes, matrices=kernel.matrices, shared_limit=2**40))
 
 
+def shipped(kernel: Kernel, tile: str) -> bool:
+    """Whether a tile is one from which a backend chooses, on some target; ``suite.tile`` may name others."""
+    return kernel.matrices == 0 or any(parse_tile(tile) in space for space in triton.SPACE.values())
+
+
 def left_out(kernel: Kernel, tile: str, dtype: str, target: Target) -> str | None:
     """Return why no backend launches ``kernel`` with this tile on ``target``, or None where one may."""
     if kernel.matrices == 0:

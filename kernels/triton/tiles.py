@@ -76,7 +76,7 @@ INTERPRETED_ROWS = Tiles(16, 256, 1)
 
 
 BARRED: Mapping[str, tuple[Tiles, ...]] = {
-    "sm_80": (Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 32, 8, 3)),
+    "sm_80": (Tiles(64, 64, 32, 8, 3),),
     "sm_120": (Tiles(64, 32, 32, 4, 3),),
 }
 """Tiles that a compiler could not keep in registers, by target: suite ``static`` found a product of theirs to spill."""
