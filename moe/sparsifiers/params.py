@@ -108,6 +108,7 @@ class Teal(ChannelParams):
     proportion) changes the layer's output least gets it, judged on the last quarter of the calibration tokens. The
     threshold of ``hidden`` is calibrated with ``input`` already sparse; TEAL takes both from the dense model. With
     ``rotated`` the input is decided about in the basis of WINA's transform; ``rule=topk`` keeps a number per token.
+    At ``sites=[hidden]`` that is the top-k of lazy neurons (arXiv 2210.06313).
     ``attention``: q, k and v share a threshold on what they read, and o has its own.
     """
 
