@@ -2,6 +2,7 @@
 
 On a CUDA device they are compiled by NVRTC when a layer is loaded, and launched by the driver. Where there is none, the
 same source runs on the CPU (``kernels/cuda/shim``), thread by thread: that says whether it is right, never how fast.
+What is verified of the kernels, and how, is in docs/gpu-kernels.md.
 """
 
 from __future__ import annotations
