@@ -1,13 +1,14 @@
 """``cuda_fused``: our CUDA kernels of a whole layer, from sorted assignments to outputs, in one launch or in two.
 
-On a CUDA device they are compiled by NVRTC when a layer is loaded, and launched by the driver. Where there is none, the
-same source runs on the CPU (``kernels/cuda/shim``), thread by thread: that says whether it is right, never how fast.
+On a CUDA device they are compiled by NVRTC when a layer is loaded, and launched by the driver. For tensors of the CPU
+the same source runs there, thread by thread (``kernels/cuda/shim``): that says whether it is right, never how fast.
+What is verified of the kernels, and how, is in docs/gpu-kernels.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..contracts import Availability, Evidence, Execution, LayerSpec, Refusal
@@ -69,9 +70,9 @@ class DeviceLauncher:
         self.module.launch(one.kernel, (one.blocks, 1, 1), (one.threads, 1, 1), one.shared_bytes, one.arguments)
 
 
-def launcher_here(tiles: Tiles, dtype: str) -> Launcher:
-    """Return the CUDA device's launcher, or the host shim's where there is no device."""
-    return HostLauncher(tiles) if devices.missing("CUDA") else DeviceLauncher(driver.CudaDriver(), tiles, dtype)
+def launcher_on(tiles: Tiles, dtype: str, device: str) -> Launcher:
+    """Return what launches kernels on tensors of a device: for those of the CPU the host shim, GPU or not."""
+    return HostLauncher(tiles) if device == "cpu" else DeviceLauncher(driver.CudaDriver(), tiles, dtype)
 
 
 class Workspace:
@@ -96,17 +97,20 @@ class Workspace:
 class CudaFusedExecutor(SortedExecutor):
     """One layer: its weights, the launches of a call, and the workspace of the last call's sizes."""
 
-    def __init__(self, store: ExpertStore, spec: LayerSpec, params: Params, launcher: Launcher, tiles: Tiles) -> None:
+    def __init__(
+        self, store: ExpertStore, spec: LayerSpec, params: Params, launchers: Callable[[str], Launcher], tiles: Tiles
+    ) -> None:
         super().__init__(store, spec)
         self.weights = DenseWeights(store, spec)
         self.gate_up, self.down = (weight.detach().contiguous() for weight in (self.weights.gate_up, self.weights.down))
-        self.params, self.launcher, self.tiles = params, launcher, tiles
+        self.params, self.tiles = params, tiles
+        self.launcher = launchers(self.down.device.type)
         self.atomic = params.combine == "atomic"
         self.workspace: tuple[Sizes, Workspace] | None = None
         names = dict.fromkeys(
             one.kernel for one in self._launches(Sizes(1, spec.experts, spec.hidden, spec.width, 1), ())
         )
-        self.kernels = tuple(f"{name} {launcher.told}" for name in names)
+        self.kernels = tuple(f"{name} {self.launcher.told}" for name in names)
 
     def add_sorted(self, y_TH: Tensor, x_TH: Tensor, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor) -> None:
         """Write the layer's output over the zeros of ``y_TH``; no size is read back from the device."""
@@ -166,10 +170,9 @@ class CudaFused:
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> Session:
         """Load layers: compile the kernels where the cache does not have them; weights are used where they lie."""
-        tiles, dtypes = Tiles(), {spec.dtype for spec in specs.values()}
-        launchers = {dtype: launcher_here(tiles, dtype) for dtype in dtypes}
+        tiles, once = Tiles(), cache(launcher_on)
 
         def make(store: ExpertStore, spec: LayerSpec) -> CudaFusedExecutor:
-            return CudaFusedExecutor(store, spec, self.params, launchers[spec.dtype], tiles)
+            return CudaFusedExecutor(store, spec, self.params, partial(once, tiles, spec.dtype), tiles)
 
         return open_session(make, layers, specs, f"combine {self.params.combine}")

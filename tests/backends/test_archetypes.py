@@ -55,6 +55,8 @@ def available():
         answer = REGISTRY.get("backend", name).create({}).availability()
         if not answer.available:
             pytest.skip(answer.reason)
+        if "cpu" not in answer.devices and os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip(f"{name} runs on {', '.join(answer.devices)} here, and these tensors are the CPU's")
 
     return check
 

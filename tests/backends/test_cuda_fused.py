@@ -42,7 +42,7 @@ def executor(lab, store, launcher=None, **params):
     spec = lab.spec(store, "bfloat16", "sorted")
     if launcher is None:
         return cuda_fused.CudaFused(made).load({0: store}, {0: spec}).layer(0)
-    return cuda_fused.CudaFusedExecutor(store, spec, made, launcher, Tiles())
+    return cuda_fused.CudaFusedExecutor(store, spec, made, lambda device: launcher, Tiles())
 
 
 def test_variants_give_the_same_bits_and_calls_of_other_sizes_follow_each_other(lab):
@@ -107,6 +107,12 @@ def test_availability_says_where_it_runs(monkeypatch):
     monkeypatch.setattr(nvrtc, "missing", lambda: "")
     there = backend.availability()
     assert (there.timed, there.devices, there.evidence) == (True, ("cuda",), (Evidence.MEASURED_GPU,))
+
+
+def test_tensors_of_the_cpu_go_to_the_shim_where_there_is_a_device_too(lab, monkeypatch):
+    monkeypatch.setattr(devices, "missing", lambda *_: "")
+    run = executor(lab, lab.store(1, torch.bfloat16))
+    assert isinstance(run.launcher, cuda_fused.HostLauncher)
 
 
 class ShimDriver:

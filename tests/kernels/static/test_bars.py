@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moebench.backends.triton import _target
+from moebench.backends import triton as backend
+from moebench.backends.plugins import Triton as Params
 from moebench.bench.run import planned
 from moebench.contracts import Evidence, MoebenchError, Registry
 from moebench.kernels.isa import Resources
 from moebench.kernels.occupancy import occupancy
 from moebench.kernels.targets import DEVICES, TARGETS
+from moebench.kernels.triton import tiles as triton_tiles
 from moebench.kernels.triton.tiles import BARRED, SPACE
 from moebench.suites.base import ELEMENT_SIZE
 from moebench.suites.layer import layer_cost
@@ -123,11 +125,24 @@ def test_a_tile_that_spills_is_left_out_unless_it_is_named():
 
 def test_backend_triton_knows_its_target_by_the_name_of_the_table(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert _target(torch.empty(1)) in TARGETS
+    assert backend._target(torch.empty(1)) in TARGETS
     monkeypatch.setattr(torch.version, "hip", "6.4")
     told = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
-    assert _target(torch.empty(1)) in TARGETS
+    assert backend._target(torch.empty(1)) in TARGETS
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_backend_triton_leaves_out_what_spills_on_its_target(monkeypatch, target):
+    """A layer on a tensor that is on no CPU takes the first tile of the space, or the next where that one is barred."""
+    monkeypatch.setattr(backend, "_target", lambda x_TH: target)
+    monkeypatch.setattr(backend, "_shared_limit", lambda x_TH: TARGETS[target].shared_per_block)
+    plan = SimpleNamespace(Plan=lambda first, *others: first)
+    experts = SimpleNamespace(gated=True, num_experts=8, gate_up=SimpleNamespace(form="dense"))
+    executor = SimpleNamespace(experts=experts, tiles=triton_tiles, params=Params(), layer=plan)
+    chosen = backend.TritonExecutor.plan(executor, torch.empty(1, device="meta"), assignments=10**5)
+    first, second, *_ = SPACE["single", "large"]
+    assert chosen == {"sm_80": second, "sm_90": first}[target]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from moebench.bench.run import planned
 from moebench.contracts import Registry
 from moebench.kernels.isa import resources
 from moebench.kernels.targets import TARGETS
-from moebench.kernels.triton.tiles import SPACE
+from moebench.kernels.triton.tiles import BARRED, SPACE
 from moebench.results.query import reading
 from moebench.suites.static_compile import cuda_code
 from moebench.suites.static_kernels import HALF, KERNELS, kernel_named, parse_tile
@@ -119,6 +120,20 @@ def test_no_shipped_configuration_spills():
     tensor = [row for row in shipped if "tensor" in kernel_named(row["kernel"]).needs(row["dtype"])]
     assert len(tensor) > 100
     assert all(row["metrics"]["tensor_instructions"] for row in tensor)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", "half"), ("float32", "single")])
+def test_every_tile_has_figures_or_is_left_out_and_those_that_spill_are_the_barred(dtype, size):
+    products = [kernel.name for kernel in KERNELS if kernel.backend == "triton" and kernel.matrices]
+    space = {*SPACE[size, "small"], *SPACE[size, "large"]}
+    told = {
+        (row["kernel"], row["target"], parse_tile(row["tile"])): row["reason"] or ""
+        for row in FIGURES
+        if row["dtype"] == dtype and row["kernel"] in products
+    }
+    assert set(told) == set(product(products, TARGETS, space))
+    spilling = {(target, tiles) for (_, target, tiles), reason in told.items() if "code spills" in reason}
+    assert spilling == {(target, tiles) for target, barred in BARRED.items() for tiles in barred if tiles in space}
 
 
 def test_the_page_has_every_kernel_on_every_target_with_many_tiles():

@@ -40,8 +40,12 @@ def coded(scheme):
     return ExpertStore(tuple(encode(w, scheme) for w in gate_up), tuple(encode(w, scheme) for w in down), ("ffn",) * E)
 
 
-def routed(tokens, experts=E):
-    return Routing.dense(torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1)) + 0.1)
+def routed(tokens):
+    """Weights of both signs; 2, 3, 0, 1, 2 ... experts for a token: the first token leaves one without any."""
+    generator = torch.Generator().manual_seed(1)
+    rank_TE = torch.rand(tokens, E, generator=generator).argsort(1)
+    count_T1 = (torch.arange(tokens)[:, None] + 2) % (E + 1)
+    return Routing.dense(torch.where(rank_TE < count_T1, torch.randn(tokens, E, generator=generator), 0.0))
 
 
 def x_of(tokens, hidden, dtype):
