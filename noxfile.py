@@ -80,7 +80,7 @@ def gate(session: nox.Session) -> None:
 
 @nox.session
 def gpu_check(session: nox.Session) -> None:
-    """Check what only a GPU can show, in 15 minutes at most, and write docs/gpu/<device>-<date>.json, to commit.
+    """Check what only a GPU can show, and write docs/gpu/<device>-<date>.json, to commit; none begins after 15 minutes.
 
     torch must be the build for this machine's driver: constraints.txt names a release, whose wheel on Linux is the one
     for CUDA. For another driver install torch into the session's environment first and pass --no-install.

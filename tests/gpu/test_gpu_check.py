@@ -14,6 +14,8 @@ import pytest
 import moebench
 from moebench.backends.eager import Eager
 from moebench.contracts import Availability
+from moebench.results.database import connect_parts
+from moebench.suites.static_kernels import KERNELS
 
 FOLDER = Path(__file__).resolve().parents[1] / "gpu_check"
 
@@ -124,12 +126,13 @@ def test_a_sanitizer_that_finds_something_is_a_failure_and_an_absent_one_a_skip(
 
     def run(command, timeout):
         commands.append(command)
-        return said[command[2]]
+        return said[command[command.index("--tool") + 1]]
 
     found = list(tools.programs.sanitizers(run, lambda name: f"/bin/{name}"))
     assert statuses(found) == ["passed", "failed"]
     assert found[1].reason == "it found errors: 2 hazards"
     assert all(command[-2:] == ["--only", "triton,cuda_fused,grouped"] for command in commands)
+    assert all(command[:2] == ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"] for command in commands)
     assert statuses(tools.programs.sanitizers(run, lambda name: None)) == ["skipped", "skipped"]
 
 
@@ -165,23 +168,57 @@ def test_a_row_of_the_store_is_a_time_only_if_it_is_ok_and_measured_there(tools,
     assert ("median_ns" in result.data) == (status == "passed")
 
 
+def test_the_table_asks_for_what_a_store_has(tools, tmp_path):
+    found = connect_parts(tmp_path).execute(tools.timing.QUERY)
+    assert {*ROW, *TIMES} <= {column[0] for column in found.description}
+
+
 def test_a_table_that_is_not_there_is_a_failure(tools, tmp_path):
     (result,) = tools.timing.table(tmp_path, ["grouped"], lambda command, timeout: (1, "no store"))
     assert result.status == "failed"
 
 
+STATIC = FOLDER.parents[1] / "docs" / "gpu-static.json"
+
+
+def rows_of(kernel, target):
+    rows = json.loads(STATIC.read_text())["rows"]
+    return [row for row in rows if (row.get("kernel"), row.get("target")) == (kernel, target)]
+
+
 def test_a_kernel_that_spills_fails_beside_its_static_figures(tools, tmp_path):
     static = tmp_path / "gpu-static.json"
-    static.write_text(json.dumps({"rows": [{"kernel": "gate_up", "target": "sm_90", "registers": 128}]}))
-    kernels = [("gate_up", 128, 0), ("down", 255, 0), ("down", 64, 12)]
+    rows = rows_of("place", "sm_90") + rows_of("combine", "sm_120") + rows_of("moe_fused", "sm_90")
+    static.write_text(json.dumps({"runs": {}, "rows": rows}))
+    kernels = [("place_kernel", 32, 0), ("down_kernel", 255, 0), ("down_kernel", 64, 12)]
     found = {one.name: one for one in tools.registers.checks(iter(kernels), static, "sm_90")}
-    assert found["registers gate_up"].data == {"registers": [128], "static_registers": [128]}
-    assert found["registers down"].status == "failed"
-    assert found["registers down"].reason == "1 of 2 binaries spill"
+    told = [int(row["metrics"]["registers"]) for row in rows_of("place", "sm_90")]
+    assert found["registers place_kernel"].data == {"registers": [32], "static_registers": told}
+    assert found["registers down_kernel"].status == "failed"
+    assert found["registers down_kernel"].reason == "1 of 2 binaries spill"
     (absent,) = tools.registers.checks(iter(()), static, "sm_90")
     assert absent.status == "skipped"
     told = list(tools.registers.checks(iter(kernels), static, "sm_80"))
     assert told[-1].reason == "gpu-static.json holds no figures for sm_80"
+
+
+def test_every_kernel_of_the_stored_figures_is_found_by_its_name_in_code(tools):
+    written = "".join(path.read_text() for path in Path(moebench.__file__).parent.glob("kernels/triton/*.py"))
+    names = {f"{kernel.name.removesuffix('_atomic')}_kernel" for kernel in KERNELS if kernel.backend == "triton"}
+    for target in ("sm_80", "sm_90", "sm_100", "sm_120"):
+        assert names == tools.registers.static_registers(json.loads(STATIC.read_text()), target).keys()
+    assert all(f"def {name}(" in written for name in names)
+    both = {row["metrics"].get("registers") for row in (*rows_of("down", "sm_90"), *rows_of("down_atomic", "sm_90"))}
+    assert tools.registers.static_registers(json.loads(STATIC.read_text()), "sm_90")["down_kernel"] == both - {None}
+
+
+def test_binaries_are_those_that_the_driver_loaded_each_kernel_once(tools, monkeypatch):
+    binaries = {"a": SimpleNamespace(n_regs=64, n_spills=0), "b": SimpleNamespace(n_regs=80, n_spills=2)}
+    kernel = SimpleNamespace(__name__="down_kernel", device_caches={0: (binaries, {}, "target", "backend", "binder")})
+    module = SimpleNamespace(down_kernel=kernel, again=kernel, other=len)
+    monkeypatch.setitem(sys.modules, f"{tools.registers.PACKAGE}.played", module)
+    monkeypatch.setattr(tools.registers, "PACKAGE", f"{tools.registers.PACKAGE}.played")
+    assert list(tools.registers.loaded_kernels(0)) == [("down_kernel", 64, 0), ("down_kernel", 80, 2)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

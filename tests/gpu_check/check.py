@@ -1,4 +1,4 @@
-"""Check everything that only a GPU can show, in 15 minutes at most, and write what it said.
+"""Check everything that only a GPU can show, and write what it said; no check begins after 15 minutes.
 
     python tests/gpu_check/check.py [--out docs/gpu] [--only BACKEND,...]
 

@@ -10,7 +10,7 @@ from typing import Any
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
 BUDGET_S = 15 * 60.0
-"""The whole command; a check that would begin later is told as not run, which is a failure."""
+"""A check that would begin later is told as not run, which is a failure; one that has begun may end later."""
 
 
 @dataclass(frozen=True)

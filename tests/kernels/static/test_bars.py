@@ -11,6 +11,8 @@ import torch
 
 from moebench.backends import triton as backend
 from moebench.backends.plugins import Triton as Params
+from moebench.bench.config import load
+from moebench.bench.gate.cases import planned_cases
 from moebench.bench.run import planned
 from moebench.contracts import Evidence, MoebenchError, Registry
 from moebench.kernels.isa import Resources
@@ -85,6 +87,13 @@ def test_compiled_code_and_models_share_no_group_and_compiled_code_is_not_interp
     assert max(map(len, kinds)) == 1
     for case in (case for group in plan.groups for case in group.cases if case.evidence == Evidence.STATIC_COMPILE):
         assert case.environment == {"TRITON_INTERPRET": "0"}
+
+
+def test_a_gate_runs_each_case_once_on_each_side():
+    config = load(["suite=static", "suite.kernel=[combine]", "axes.tokens=[4]"], registry(), 2.0**33, 2.0**20)
+    gated = planned_cases(config, registry(), 2.0**33)
+    assert (gated.batches, gated.refused) == ((), ())
+    assert len(gated.once) == len(TARGETS) + len(DEVICES)
 
 
 def test_every_kernel_is_compiled_for_every_target_with_every_tile_or_says_why_not():

@@ -153,10 +153,9 @@ def test_the_page_has_every_kernel_on_every_target_with_many_tiles():
 def cases():
     plan = planned(["suite=static", *SETTINGS], Registry.load())[0]
     return {
-        case.workload.get("target"): case
+        (case.workload.get("target"), case.backend.params.get("tile")): case
         for group in plan.groups
         for case in group.cases
-        if case.backend.params.get("tile") == GOOD
     }
 
 
@@ -164,10 +163,14 @@ def test_the_gate_judges_what_is_compiled_exactly(rows, caches, tmp_path, monkey
     for name, value in caches.items():
         monkeypatch.setenv(name, value)
     sides = {side: Side(side, sys.executable, {}, None, side) for side in ("base", "candidate")}
-    same, other = cases()["gfx942"], cases()["sm_80"]
-    pairs = Cases((), (), (PairedCase("same", same, same), PairedCase("other", same, other)))
+    same, other, spilling = (cases()[key] for key in (("gfx942", GOOD), ("sm_80", GOOD), ("sm_80", BAD)))
+    labelled = {"same": (same, same), "other": (same, other), "spilling": (other, spilling)}
+    pairs = Cases((), (), tuple(PairedCase(label, *both) for label, both in labelled.items()))
     result = run_gate(sides, pairs, GateConfig(), tmp_path / "store", ())
     told = {(one.label, one.metric): one for one in result.judged}
+    (broken,) = result.skipped
+    assert (broken.label, broken.status) == ("spilling", "broken")
+    assert "the code spills" in broken.reason
     names = {"registers", "stack", "spills", "shared_memory", "occupancy"}
     assert {metric for label, metric in told if label == "same"} == names
     assert {told["same", name].verdict for name in names} == {"equivalent"}
