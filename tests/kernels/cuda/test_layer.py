@@ -38,7 +38,7 @@ def outputs(made, variant="fused", schedule=SCHEDULES[0], atomic=False, blocks=5
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     kinds=st.lists(st.sampled_from(ROUTINGS), min_size=2, max_size=2),
     tokens=st.sampled_from([1, 2, 17, 40]),

@@ -117,9 +117,10 @@ def test_no_shipped_configuration_spills():
     shipped = [row for row in FIGURES if row["status"] != "skipped"]
     assert {row["status"] for row in shipped} == {"ok"}
     assert {row["metrics"]["spills"] + row["metrics"]["stack"] for row in shipped} == {0.0}
-    tensor = [row for row in shipped if "tensor" in kernel_named(row["kernel"]).needs(row["dtype"])]
-    assert len(tensor) > 100
-    assert all(row["metrics"]["tensor_instructions"] for row in tensor)
+    for row in shipped:
+        needed = kernel_named(row["kernel"]).needs(row["dtype"])
+        on = TARGETS[row["target"]]
+        assert all(row["metrics"][f"{kind}_instructions"] for kind in needed if kind == "tensor" or on.async_copy)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", "half"), ("float32", "single")])
