@@ -15,7 +15,8 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -128,25 +129,31 @@ def _instructions(program: str) -> tuple[Sequence[str], bytes]:
     raise MoebenchError(f"{program} does not compile C ({_first_line(found.stderr)}); name another compiler in CC.")
 
 
-def _build(command: Sequence[str], target: Path) -> None:
-    """Compile into a file aside, and rename it."""
+@contextmanager
+def aside(target: Path) -> Iterator[Path]:
+    """Give a file to write beside ``target``, which takes its place at the end: two processes may make it at once."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, aside = tempfile.mkstemp(suffix=target.suffix, dir=target.parent)
+        descriptor, name = tempfile.mkstemp(suffix=target.suffix, dir=target.parent)
     except OSError as error:
         raise MoebenchError(
             f"{target.parent} cannot be written ({error.strerror}); set MOEBENCH_CACHE elsewhere."
         ) from error
     os.close(descriptor)
     try:
-        made = _run([*command, "-o", aside])
+        yield Path(name)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _build(command: Sequence[str], target: Path) -> None:
+    with aside(target) as file:
+        made = _run([*command, "-o", str(file)])
         if made.returncode:
             raise MoebenchError(
                 f"{shlex.join(command)} failed ({_first_line(made.stderr)}); name another compiler in CC."
             )
-        os.replace(aside, target)
-    finally:
-        Path(aside).unlink(missing_ok=True)
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...contracts import MoebenchError
-from ..cpu.build import cache_root, refuse_foreign
+from ..cpu.build import aside, cache_root, refuse_foreign
 
 OPTIONS = ("-std=c++17", "-default-device")
 """Every function of a source is the device's, unless it says otherwise."""
@@ -55,7 +53,9 @@ def compile_source(source: Source, arch: str) -> bytes:
     key = _key(source, options, _version(nvrtc), headers)
     target = cache_root() / "kernels" / f"{Path(source.name).stem}-{arch}-{key[:16]}.cubin"
     if not target.is_file():
-        _write(_compiled(nvrtc, source, (*options, f"-I{headers}")), target)
+        made = _compiled(nvrtc, source, (*options, f"-I{headers}"))
+        with aside(target) as file:
+            file.write_bytes(made)
     refuse_foreign(target)
     return target.read_bytes()
 
@@ -139,20 +139,3 @@ def _checked(nvrtc: Any, answer: tuple[Any, ...]) -> Any:
     if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise MoebenchError(f"NVRTC answered {code.name}; {INSTALL}.")
     return values[0] if len(values) == 1 else tuple(values)
-
-
-def _write(made: bytes, target: Path) -> None:
-    """Write into a file aside, and rename it: two processes may compile at once."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, aside = tempfile.mkstemp(suffix=target.suffix, dir=target.parent)
-    except OSError as error:
-        raise MoebenchError(
-            f"{target.parent} cannot be written ({error.strerror}); set MOEBENCH_CACHE elsewhere."
-        ) from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(made)
-        os.replace(aside, target)
-    finally:
-        Path(aside).unlink(missing_ok=True)
