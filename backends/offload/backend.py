@@ -15,7 +15,7 @@ from ...contracts import Availability, Execution, LayerSpec, MoebenchError, Refu
 from .. import plugins, rules
 from ..eager import DTYPES
 from ..packing import unpackable
-from .access import Layout
+from .access import Future, Layout
 from .execution import LowBits
 from .names import needs_costs
 from .opening import NO_COSTS, Opening, make_cache, open_host, open_offload
@@ -33,8 +33,12 @@ ANYWHERE = Layout((0,), 1)
 class Offload:
     """The backend."""
 
-    def __init__(self, params: plugins.Offload) -> None:
-        self.params = params
+    def __init__(self, params: plugins.Offload, future: Future | None = None) -> None:
+        self.params, self.future = params, future
+
+    def foreseeing(self) -> Offload:
+        """Return the same backend as a suite has it that knows the accesses to come, and opens sessions with them."""
+        return Offload(self.params, Future(()))
 
     def availability(self) -> Availability:
         """It runs on the CPU, wherever files can be read as the parameters say."""
@@ -61,7 +65,7 @@ class Offload:
         """Return why a layer cannot run with these parameters, or an empty string."""
         params = self.params
         try:
-            cache = make_cache(params, ANYWHERE, costs=NO_COSTS)
+            cache = make_cache(params, ANYWHERE, self.future, NO_COSTS)
             low = None if params.low == "none" else Registry.load().get("quantization", params.low)
         except MoebenchError as error:
             return str(error).removesuffix(".")

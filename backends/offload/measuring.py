@@ -75,7 +75,9 @@ def measured(experts: Sequence[HostExpert], described: Described, spec: LayerSpe
         def call(tokens: int, pair: tuple[object, object]) -> None:
             hidden.ffn(x_TH[:tokens], lambda x: product(x, pair[0]), lambda x: product(x, pair[1]), 0)
 
-        return Curve(tuple((tokens, _seconds([(lambda p=p, n=tokens: call(n, p)) for p in pairs])) for tokens in numbers))
+        return Curve(
+            tuple((tokens, _seconds([(lambda p=p, n=tokens: call(n, p)) for p in pairs])) for tokens in numbers)
+        )
 
     with torch.no_grad():
         load = _seconds([one.dense for one in some])
