@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .access import Access, Event, Future, Layout
+from .access import Access, Event, Future, Key, Layout
 from .cache import Cache, Execution, Prefetcher, Tally
 from .policies.base import CachePolicy
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a cache did: its counts, and its events, one list an access."""
+    """What a cache did: its counts, and its events, one list an access; ``initial`` were there before."""
 
     tally: Tally
     events: tuple[tuple[Event, ...], ...]
+    capacity: int
+    initial: frozenset[Key]
 
     def bytes_read(self, slab_bytes: int, low_bytes: int = 0) -> int:
         """Return the bytes that came from the slow tier, with ``slab_bytes`` an expert and ``low_bytes`` a copy of few
@@ -44,8 +46,9 @@ def simulate(
     """
     future = Future(accesses)
     cache = Cache(policy, capacity, layout, prefetcher, future, execution)
+    initial = frozenset(cache.resident)
     events = tuple(tuple(cache.access(access)) for access in future.accesses)
-    return Simulated(cache.tally, events)
+    return Simulated(cache.tally, events, capacity, initial)
 
 
 def sweep(
