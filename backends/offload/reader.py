@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from .access import Key
 from .errors import OffloadError, named
 from .faults import Faults
-from .header import ALIGN, Slab
+from .header import ALIGN, Identity, Slab
 
 if TYPE_CHECKING:
     from .file import SlabFile
@@ -32,8 +32,8 @@ IOS = ("direct", "page_cache")
 DEADLINE_S = 30.0
 CLOSE_S = 5.0
 
-Landing = Callable[[int], AbstractContextManager[memoryview]]
-"""Of a slot: memory for a read, at a multiple of 4096; what was read is on its way to the slot once the block ends."""
+Landing = Callable[[int, int], AbstractContextManager[memoryview]]
+"""Of a slot and a number of bytes: memory for a read; its bytes go on to the slot once the block ends well."""
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Ticket:
     slab: Slab
     slot: int
     entry: Entry
+    urgent: bool
     state: Literal["queued", "running", "done", "cancelled"] = "queued"
     began_ns: int = field(default=0)
 
@@ -98,16 +99,17 @@ class Readers:
 
     def submit(self, key: Key, form: str, slot: int, urgent: bool, entry: Entry) -> Ticket:
         """Queue a read; an urgent one goes before all that are not."""
-        ticket = Ticket(key, form, self.file.slab(key, form), slot, entry)
+        ticket = Ticket(key, form, self.file.slab(key, form), slot, entry, urgent)
         with self._changed:
-            self._push(ticket, urgent)
+            self._push(ticket)
         return ticket
 
     def hurry(self, ticket: Ticket) -> None:
         """Make a queued read urgent."""
         with self._changed:
-            if ticket.state == "queued":
-                self._push(ticket, True)  # its other place in the queue is skipped later
+            if ticket.state == "queued" and not ticket.urgent:
+                ticket.urgent = True
+                self._push(ticket)  # its other place in the queue is skipped later
 
     def cancel(self, ticket: Ticket) -> bool:
         """Give up a read that has not begun; return whether nothing is or will be written to its slot."""
@@ -159,9 +161,9 @@ class Readers:
 
     # Under the lock
 
-    def _push(self, ticket: Ticket, urgent: bool) -> None:
+    def _push(self, ticket: Ticket) -> None:
         self._count += 1
-        heapq.heappush(self._queue, (not urgent, self._count, ticket))
+        heapq.heappush(self._queue, (not ticket.urgent, self._count, ticket))
         self._changed.notify_all()
 
     def _raise_failure(self) -> None:
@@ -213,16 +215,16 @@ class Readers:
         with self._changed:
             self._running.discard(ticket)
             ticket.state = "done"
-            ticket.entry.read_ns += time.perf_counter_ns() - ticket.began_ns
-            ticket.entry.bytes_read += ticket.slab.nbytes
-            ticket.entry.reads += 1
             self._failure = self._failure or failure
+            if failure is None:
+                ticket.entry.read_ns += time.perf_counter_ns() - ticket.began_ns
+                ticket.entry.bytes_read += ticket.slab.nbytes
+                ticket.entry.reads += 1
             self._changed.notify_all()
 
     def _read(self, ticket: Ticket) -> None:
         slab = ticket.slab
-        with self._landing(ticket.slot) as memory:
-            target = memory[: slab.nbytes]
+        with self._landing(ticket.slot, slab.nbytes) as target:
             try:
                 self._check_unchanged()
                 self._fill(target, self.file.data_begin + slab.offset)
@@ -238,8 +240,6 @@ class Readers:
                 )
 
     def _check_unchanged(self) -> None:
-        from .file import Identity
-
         if Identity.of(os.stat(self.file.path)) != self.file.identity:
             raise OSError(errno.ESTALE, "the file was changed after it was opened")
 
