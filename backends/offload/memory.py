@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -115,7 +115,7 @@ class DeviceMemory:
         try:
             if leaving is not None:
                 self.link.finish(leaving)
-            yield memoryview(buffer.numpy())[:nbytes]
+            yield buffer.numpy().data[:nbytes]
             leaving = self.link.copy(self._slot(slot)[:nbytes], buffer[:nbytes], self._used[slot])
             self._arrived[slot] = leaving
         finally:
@@ -145,8 +145,8 @@ class CudaLink:
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
-        self.side = torch.cuda.Stream(self.device)
-        self._event: Callable[..., Any] = torch.cuda.Event
+        self._cuda: Any = torch.cuda  # parts of it have no types
+        self.side = self._cuda.Stream(self.device)
 
     def pinned(self, nbytes: int) -> Tensor:
         """Return a part of page-locked memory that begins at a multiple of 4096."""
@@ -160,8 +160,8 @@ class CudaLink:
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
         """Begin a copy on the side stream."""
-        end = self._event(blocking=True)
-        with torch.cuda.stream(self.side):
+        end = self._cuda.Event(blocking=True)
+        with self._cuda.stream(self.side):
             self.side.wait_event(after)
             target.copy_(source, non_blocking=True)
             end.record(self.side)
@@ -169,13 +169,13 @@ class CudaLink:
 
     def mark(self) -> Any:
         """Return an event of this thread's stream."""
-        mark = self._event(blocking=True)
-        mark.record(torch.cuda.current_stream(self.device))
+        mark = self._cuda.Event(blocking=True)
+        mark.record(self._cuda.current_stream(self.device))
         return mark
 
     def follow(self, mark: Any) -> None:
         """Let this thread's stream wait for the event."""
-        torch.cuda.current_stream(self.device).wait_event(mark)
+        self._cuda.current_stream(self.device).wait_event(mark)
 
     def finish(self, mark: Any) -> None:
         """Wait for the event."""

@@ -15,7 +15,8 @@ from .cache import Cache
 from .errors import OffloadError
 from .file import SlabFile
 from .memory import Link, Memory, memory_on
-from .reader import DEADLINE_S, IO, Entry, Readers, Ticket
+from .reader import DEADLINE_S, Entry, Readers, Ticket
+from .source import IO
 
 
 class Served(NamedTuple):
