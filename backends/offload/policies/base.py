@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from typing import Protocol
 
@@ -12,8 +11,8 @@ from ..access import Access, Key, Layout, Moment
 class CachePolicy(Protocol):
     """Decides who stays; pure bookkeeping, the same object for the simulator and for the real store.
 
-    A cache calls ``start`` once, ``begin`` before it serves an access, ``touch`` for every key used, ``place`` for a key
-    that may come in, then ``admit`` and ``drop`` as things happen.
+    A cache calls ``start`` once, ``begin`` before it serves an access, ``touch`` for every key used, ``place`` for a
+    key that may come in, then ``admit`` and ``drop`` as things happen.
     """
 
     needs_future: bool
@@ -38,7 +37,7 @@ class CachePolicy(Protocol):
         """Note that ``key`` goes."""
 
 
-class Ranked(ABC):
+class Ranked:
     """A policy that drops whoever is worth least; ties go to the lower key, so that every run decides the same."""
 
     needs_future = False
@@ -65,9 +64,9 @@ class Ranked(ABC):
     def drop(self, key: Key) -> None:
         """Note that ``key`` goes."""
 
-    @abstractmethod
     def worth(self, key: Key, moment: Moment) -> tuple[float, ...]:
         """Return what keeping ``key`` is worth; the least goes first."""
+        raise NotImplementedError
 
 
 __all__ = ["Access", "CachePolicy", "Key", "Layout", "Moment", "Ranked"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
-from .base import Key, Moment
+from .base import Key, Layout, Moment
 from .recency import LRU
 
 
@@ -13,14 +13,21 @@ class Belady(LRU):
     """Drops whoever is used next the furthest away, the incoming expert included; beyond ``window`` accesses, LRU.
 
     Without a window it is the bound: no demand-driven policy has more hits on the same accesses. With one it is the
-    eviction of Read-ME (NeurIPS 2024), whose pre-gating router knows the experts of tokens that wait.
+    eviction of Read-ME (NeurIPS 2024), whose pre-gating router knows the experts of tokens that wait. A policy that
+    begins with a filled cache is bounded by a Belady that begins with the same: ``initial``.
     """
 
     needs_future = True
 
-    def __init__(self, window: int | None = None) -> None:
+    def __init__(self, window: int | None = None, initial: Iterable[Key] = ()) -> None:
+        if window is not None and window < 0:
+            raise ValueError(f"window={window} must be at least 0 accesses.")
         super().__init__()
-        self.window = window
+        self.window, self.initial = window, tuple(initial)
+
+    def start(self, layout: Layout, capacity: int) -> Iterable[Key]:
+        """Begin with what was given."""
+        return self.initial
 
     def place(self, incoming: Key, candidates: Collection[Key], free: int, moment: Moment) -> Key | None:
         """Take a free slot, else drop the candidate, or the incoming expert, that is worth least."""

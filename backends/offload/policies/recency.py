@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from .base import Key, Moment, Ranked
+import math
+from collections import deque
+from collections.abc import Collection, Iterable
+
+from .base import Key, Layout, Moment, Ranked
 
 
 class LRU(Ranked):
@@ -17,8 +21,64 @@ class LRU(Ranked):
         self._clock += 1
         self._last[key] = self._clock
 
-    admit = touch
+    def admit(self, key: Key, moment: Moment) -> None:
+        """Note the coming, which counts as a use: what is brought ahead is wanted soon."""
+        LRU.touch(self, key, moment)
 
     def worth(self, key: Key, moment: Moment) -> tuple[float, ...]:
         """Return when it was last used, or brought."""
-        return (self._last[key],)
+        return (self._last.get(key, 0),)
+
+
+class LRUK(LRU):
+    """LRU-k (O'Neil et al., 1993): drops whoever's ``k``-th last use is the longest ago; those used less often, first.
+
+    Uses are counted also while an expert is not in the cache; all uses within one access are one.
+    """
+
+    def __init__(self, k: int = 2) -> None:
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1.")
+        super().__init__()
+        self.k = k
+        self._uses: dict[Key, deque[int]] = {}
+
+    def touch(self, key: Key, moment: Moment) -> None:
+        """Note the use."""
+        super().touch(key, moment)
+        self._uses.setdefault(key, deque(maxlen=self.k)).append(moment.now)
+
+    def worth(self, key: Key, moment: Moment) -> tuple[float, ...]:
+        """Return the time of the k-th last use, then of the last one."""
+        uses = self._uses.get(key)
+        oldest = uses[0] if uses is not None and len(uses) == self.k else -math.inf
+        return (oldest, *super().worth(key, moment))
+
+
+class PerLayer(LRU):
+    """One LRU a layer (mixtral-offloading): slots are divided evenly, and only its own layer makes room for an expert.
+
+    Where slots do not divide, the first layers have one more. A layer without slots keeps nothing.
+    """
+
+    def start(self, layout: Layout, capacity: int) -> Iterable[Key]:
+        """Divide the slots."""
+        each, more = divmod(capacity, len(layout.layers))
+        self._slots = {layer: each + (place < more) for place, layer in enumerate(layout.layers)}
+        self._held = dict.fromkeys(layout.layers, 0)
+        return ()
+
+    def place(self, incoming: Key, candidates: Collection[Key], free: int, moment: Moment) -> Key | None:
+        """Take a free slot of the layer, else drop its least recently used; the incoming expert where it has none."""
+        layer = incoming[0]
+        mine = [key for key in candidates if key[0] == layer]
+        return super().place(incoming, mine, self._slots[layer] - self._held[layer], moment)
+
+    def admit(self, key: Key, moment: Moment) -> None:
+        """Note the coming."""
+        super().admit(key, moment)
+        self._held[key[0]] += 1
+
+    def drop(self, key: Key) -> None:
+        """Note the going."""
+        self._held[key[0]] -= 1
