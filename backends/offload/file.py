@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,25 +12,10 @@ from ...moe.experts import Weight
 from ...moe.quantization import tensor_of
 from .access import Key, Layout
 from .errors import OffloadError, named
-from .header import ALIGN, Header, Matrix, Slab, parse
+from .header import ALIGN, Header, Identity, Matrix, Slab, parse
 from .writer import write_slabs
 
-__all__ = ["Identity", "OffloadError", "SlabFile", "write_slabs"]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What tells a file from another one at the same path, and from itself after a change."""
-
-    device: int
-    inode: int
-    nbytes: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> Identity:
-        """Return that of a file that was looked up."""
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+__all__ = ["OffloadError", "SlabFile", "write_slabs"]
 
 
 class SlabFile:

@@ -9,6 +9,7 @@ tensors are called ``<form>.<layer>.<expert>.gate_up`` and ``.down``, of quantiz
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,21 @@ _TORCH = {name: (dtype, size) for dtype, (name, size) in DTYPES.items()}
 def aligned(number: int, to: int = ALIGN) -> int:
     """Return the least multiple of ``to`` that is at least ``number``."""
     return -(-number // to) * to
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells a file from another one at the same path, and from itself after a change."""
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Identity:
+        """Return that of a file that was looked up."""
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)

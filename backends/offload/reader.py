@@ -6,34 +6,27 @@ store: whoever waits is woken and told, and so is everybody after.
 
 from __future__ import annotations
 
-import errno
 import heapq
-import os
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .access import Key
 from .errors import OffloadError, named
-from .faults import Faults
-from .header import ALIGN, Slab
+from .header import Slab
+from .source import IO, Source
 
 if TYPE_CHECKING:
     from .file import SlabFile
 
-IO = Literal["direct", "page_cache"]
-IOS = ("direct", "page_cache")
-"""``direct`` reads past the page cache (O_DIRECT); ``page_cache`` may find there what was read or written before."""
-
 DEADLINE_S = 30.0
 CLOSE_S = 5.0
 
-Landing = Callable[[int], AbstractContextManager[memoryview]]
-"""Of a slot: memory for a read, at a multiple of 4096; what was read is on its way to the slot once the block ends."""
+Landing = Callable[[int, int], AbstractContextManager[memoryview]]
+"""Of a slot and a number of bytes: memory for a read; its bytes go on to the slot once the block ends well."""
 
 
 @dataclass
@@ -62,8 +55,9 @@ class Ticket:
     slab: Slab
     slot: int
     entry: Entry
-    state: Literal["queued", "running", "done", "cancelled"] = "queued"
-    began_ns: int = field(default=0)
+    urgent: bool
+    state: Literal["queued", "running", "done", "failed", "cancelled"] = "queued"
+    began_ns: int = 0
 
     @property
     def name(self) -> str:
@@ -77,13 +71,10 @@ class Readers:
     def __init__(
         self, file: SlabFile, landing: Landing, io: IO = "direct", threads: int = 1, deadline_s: float = DEADLINE_S
     ) -> None:
-        if io not in IOS:
-            raise OffloadError(f"io={io} is no way of reading; write one of {', '.join(IOS)}.")
         if threads < 1:
             raise OffloadError(f"readers={threads} threads read nothing; give at least one.")
-        self.file, self.io, self.deadline_s = file, io, deadline_s
-        self._landing, self._faults = landing, Faults()
-        self._descriptor = self._open()
+        self.file, self.deadline_s = file, deadline_s
+        self._landing, self._source = landing, Source(file, io)
         self._failure: OffloadError | None = None
         self._closing = False
         self._queue: list[tuple[bool, int, Ticket]] = []
@@ -98,16 +89,17 @@ class Readers:
 
     def submit(self, key: Key, form: str, slot: int, urgent: bool, entry: Entry) -> Ticket:
         """Queue a read; an urgent one goes before all that are not."""
-        ticket = Ticket(key, form, self.file.slab(key, form), slot, entry)
+        ticket = Ticket(key, form, self.file.slab(key, form), slot, entry, urgent)
         with self._changed:
-            self._push(ticket, urgent)
+            self._push(ticket)
         return ticket
 
     def hurry(self, ticket: Ticket) -> None:
         """Make a queued read urgent."""
         with self._changed:
-            if ticket.state == "queued":
-                self._push(ticket, True)  # its other place in the queue is skipped later
+            if ticket.state == "queued" and not ticket.urgent:
+                ticket.urgent = True
+                self._push(ticket)  # its other place in the queue is skipped later
 
     def cancel(self, ticket: Ticket) -> bool:
         """Give up a read that has not begun; return whether nothing is or will be written to its slot."""
@@ -155,24 +147,24 @@ class Readers:
         for thread in self._threads:
             thread.join(CLOSE_S)
         if not any(thread.is_alive() for thread in self._threads):  # one that hangs in a read still needs it
-            os.close(self._descriptor)
+            self._source.close()
 
     # Under the lock
 
-    def _push(self, ticket: Ticket, urgent: bool) -> None:
+    def _push(self, ticket: Ticket) -> None:
         self._count += 1
-        heapq.heappush(self._queue, (not urgent, self._count, ticket))
+        heapq.heappush(self._queue, (not ticket.urgent, self._count, ticket))
         self._changed.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise OffloadError(str(self._failure)) from self._failure
 
-    def _patience(self) -> float | None:
+    def _patience(self) -> float:
         """Return how long the oldest running read may still take; end the store where it took too long."""
         oldest = min(self._running, key=lambda ticket: ticket.began_ns, default=None)
         if oldest is None:
-            return None
+            return self.deadline_s  # one may begin, and hang, meanwhile
         left = self.deadline_s - (time.perf_counter_ns() - oldest.began_ns) / 1e9
         if left <= 0:
             self._failure = OffloadError(
@@ -212,69 +204,14 @@ class Readers:
     def _end(self, ticket: Ticket, failure: OffloadError | None) -> None:
         with self._changed:
             self._running.discard(ticket)
-            ticket.state = "done"
-            ticket.entry.read_ns += time.perf_counter_ns() - ticket.began_ns
-            ticket.entry.bytes_read += ticket.slab.nbytes
-            ticket.entry.reads += 1
+            ticket.state = "failed" if failure else "done"
             self._failure = self._failure or failure
+            if failure is None:
+                ticket.entry.read_ns += time.perf_counter_ns() - ticket.began_ns
+                ticket.entry.bytes_read += ticket.slab.nbytes
+                ticket.entry.reads += 1
             self._changed.notify_all()
 
     def _read(self, ticket: Ticket) -> None:
-        slab = ticket.slab
-        with self._landing(ticket.slot) as memory:
-            target = memory[: slab.nbytes]
-            try:
-                self._check_unchanged()
-                self._fill(target, self.file.data_begin + slab.offset)
-            except OSError as error:
-                raise OffloadError(
-                    f"{ticket.name} cannot be read from {self.file.path} ({error.strerror or error}); see whether the "
-                    "disk is healthy, or write the file anew."
-                ) from error
-            if zlib.crc32(target) != slab.crc32:
-                raise OffloadError(
-                    f"{ticket.name} is damaged: its bytes in {self.file.path} do not match their checksum; "
-                    "write the file anew."
-                )
-
-    def _check_unchanged(self) -> None:
-        from .file import Identity
-
-        if Identity.of(os.stat(self.file.path)) != self.file.identity:
-            raise OSError(errno.ESTALE, "the file was changed after it was opened")
-
-    def _fill(self, target: memoryview, offset: int) -> None:
-        """Read until ``target`` is full: the system may give less than it is asked for."""
-        if self._faults.strikes("read_slow"):
-            time.sleep(self._faults.slow_s)
-        if self._faults.strikes("read_error"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        step = ALIGN if self.io == "direct" else 1
-        done = 0
-        if self._faults.strikes("read_short"):
-            done = os.preadv(self._descriptor, [target[: len(target) // 2 // step * step]], offset)
-        while done < len(target):
-            got = os.preadv(self._descriptor, [target[done:]], offset + done) // step * step
-            if got == 0:
-                raise OSError(errno.EIO, "it ends before all of it was read")
-            done += got
-
-    def _open(self) -> int:
-        """Return a descriptor of the very file whose header was read."""
-        path, direct = self.file.path, self.io == "direct"
-        try:
-            if direct and self._faults.strikes("no_direct"):
-                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-            descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-        except OSError as error:
-            if direct and error.errno == errno.EINVAL:
-                raise OffloadError(
-                    f"the file system of {path} has no direct reads (O_DIRECT); use io=page_cache, or put it elsewhere."
-                ) from error
-            raise OffloadError(f"{path} cannot be read ({error.strerror}); write it with write_slabs.") from error
-        try:
-            self._check_unchanged()
-        except OSError as error:
-            os.close(descriptor)
-            raise OffloadError(f"{path} cannot be read ({error.strerror}); open it again.") from error
-        return descriptor
+        with self._landing(ticket.slot, ticket.slab.nbytes) as target:
+            self._source.read(ticket.slab, target, ticket.name)

@@ -14,8 +14,9 @@ from .access import Access, Event, Key
 from .cache import Cache
 from .errors import OffloadError
 from .file import SlabFile
-from .memory import HostMemory, Memory
-from .reader import DEADLINE_S, IO, Entry, Readers, Ticket
+from .memory import Link, Memory, memory_on
+from .reader import DEADLINE_S, Entry, Readers, Ticket
+from .source import IO
 
 
 class Served(NamedTuple):
@@ -59,11 +60,13 @@ class SlotStore:
         io: IO = "direct",
         readers: int = 1,
         staging: int = 2,
-        device: str = "cpu",
+        device: str | Link = "cpu",
         deadline_s: float = DEADLINE_S,
     ) -> None:
-        if cache.layout != file.layout:
-            raise OffloadError(f"the cache is of another model than {file.path}; make it with the layout of the file.")
+        if cache.layout != file.layout or cache.now >= 0:
+            raise OffloadError(
+                f"the cache is of another model than {file.path}, or in use already; make a new one with its layout."
+            )
         if staging < 1:
             raise OffloadError(f"staging={staging} leaves no slot for what is not kept; give at least one.")
         self.file, self.cache = file, cache
@@ -71,14 +74,15 @@ class SlotStore:
         self.ledger: list[Entry] = []
         self.first = Entry()
         slots = cache.capacity + staging
-        self.memory: Memory = HostMemory(slots, max(file.slab_bytes(form) for form in file.forms))
+        slot_bytes = max(file.slab_bytes(form) for form in file.forms)
+        self.memory: Memory = memory_on(device, slots, slot_bytes, readers)
         self._free = deque(range(slots))
         self._pending: deque[_Copy] = deque()
         self._draining: deque[Ticket] = deque()
         self._held: dict[Key, _Copy] = {}
         self._serving = False
         self._readers = Readers(file, self.memory.landing, io, readers, deadline_s)
-        self.close = weakref.finalize(self, self._readers.close)
+        self._end = weakref.finalize(self, _close, self._readers, self.memory)
         try:
             self._bring_first()
         except OffloadError:
@@ -95,8 +99,8 @@ class SlotStore:
             OffloadError: a read failed, now or before, or the access before was not iterated to its end.
         """
         self._readers.check()
-        if self._serving:
-            raise OffloadError("an access is being served; take all its experts before the next one.")
+        if self._serving or self.cache.now + 1 != len(self.log):
+            raise OffloadError("the access before is still served, or the cache was used elsewhere; take turns.")
         for key in access.keys:
             self.file.slab(key)
         self._serving = True
@@ -123,8 +127,12 @@ class SlotStore:
             self._serving = False
 
     def resident_bytes(self) -> int:
-        """Return the bytes of all slots."""
+        """Return the bytes of all slots, in the memory in which experts are computed."""
         return self.memory.nbytes
+
+    def close(self) -> None:
+        """End the reader threads. What was yielded stays readable; nothing more is served."""
+        self._end()
 
     def __enter__(self) -> SlotStore:
         return self
@@ -207,3 +215,8 @@ class SlotStore:
         while self._pending and self._free:
             copy = self._pending.popleft()
             copy.ticket = self._readers.submit(copy.key, copy.form, self._free.popleft(), copy.wanted, copy.entry)
+
+
+def _close(readers: Readers, memory: Memory) -> None:
+    readers.close()
+    memory.close()

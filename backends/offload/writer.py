@@ -49,6 +49,7 @@ def write_slabs(
             if low is not None:
                 writer.add(layer, "low", low(store))
             writer.layer_done(layer)
+            del store  # before the next one is made
         writer.finish()
     return path
 
