@@ -187,7 +187,7 @@ def memory_on(device: str | Link, slots: int, slot_bytes: int, readers: int) -> 
     if device == "cpu":
         return HostMemory(slots, slot_bytes)
     if isinstance(device, str):
-        if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        if not (device.startswith("cuda") and torch.cuda.is_available()):
             raise OffloadError(f"there are no slots on device {device} here; use cpu, or cuda where there is a GPU.")
         device = CudaLink(device)
     return DeviceMemory(device, slots, slot_bytes, readers + 1)

@@ -56,7 +56,7 @@ class Ticket:
     slot: int
     entry: Entry
     urgent: bool
-    state: Literal["queued", "running", "done", "cancelled"] = "queued"
+    state: Literal["queued", "running", "done", "failed", "cancelled"] = "queued"
     began_ns: int = 0
 
     @property
@@ -204,7 +204,7 @@ class Readers:
     def _end(self, ticket: Ticket, failure: OffloadError | None) -> None:
         with self._changed:
             self._running.discard(ticket)
-            ticket.state = "done"
+            ticket.state = "failed" if failure else "done"
             self._failure = self._failure or failure
             if failure is None:
                 ticket.entry.read_ns += time.perf_counter_ns() - ticket.began_ns

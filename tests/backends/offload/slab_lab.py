@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from contextlib import contextmanager
 
 import torch
@@ -153,6 +154,15 @@ class Gate:
             read(source, slab, target, name)
 
         patch.setattr(Source, "read", held)
+
+
+def until(condition):
+    """Wait until something is so; give up after ten seconds."""
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never came to be so")
 
 
 def reader_threads():

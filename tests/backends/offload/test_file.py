@@ -259,7 +259,7 @@ def test_writers_of_one_file_take_turns(tmp_path):
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEBENCH_OFFLOAD_FAULT", "write_full:9")
-    with pytest.raises(OffloadError, match="No space left on device.*free space"):
+    with pytest.raises(OffloadError, match=r"No space left on device.*free space"):
         lab.Model(tmp_path / "m")
     assert os.listdir(tmp_path) == []
 

@@ -56,10 +56,8 @@ def serve_all(model, store, accesses, dwell=lambda: None):
 
 def quiet(store):
     """Wait until no read is under way, and return the sum of the ledger."""
-    for _ in range(2000):
-        if not store._readers._running and not any(entry[2].state == "queued" for entry in store._readers._queue):
-            break
-        time.sleep(0.005)
+    readers = store._readers
+    lab.until(lambda: not readers._running and all(place[2].state != "queued" for place in readers._queue))
     entries = [store.first, *store.ledger]
     return {name: sum(getattr(entry, name) for entry in entries) for name in vars(store.first)}
 
@@ -78,7 +76,8 @@ def test_store_and_simulator_agree_on_every_event(model, trace, policy, capacity
     assert seen == [event for some in events for event in some if event.kind != "prefetch"]
     assert spent["reads"] + spent["cancelled"] == tally.misses + tally.prefetched
     assert spent["bytes_read"] == spent["reads"] * SLAB
-    assert (spent["late"] <= tally.covered + tally.hits) and (spent["stall_ns"] > 0) == (tally.misses > 0)
+    assert spent["late"] <= tally.covered + tally.hits
+    assert spent["stall_ns"] > 0
 
 
 @pytest.mark.parametrize("io", ["direct", "page_cache"])
@@ -87,11 +86,11 @@ def test_store_and_simulator_agree_on_every_event(model, trace, policy, capacity
 def test_weights_are_those_that_were_written(model, io, readers, staging):
     settings = {"io": io, "readers": readers, "staging": staging}
     accesses = TRACES["sticky"]
-    with open_store(model, LRU(), 4, accesses, lab.NextLayer(), lab.ByTurns(), **settings) as store:
+    with open_store(model, LRU(), 9, accesses, lab.NextLayer(), lab.ByTurns(), **settings) as store:
         seen = serve_all(model, store, accesses)
     assert {event.how for event in seen if event.kind == "miss"} == {"fetch", "in_place", "low", "deferred"}
     assert {event.kind for event in seen} == {"hit", "covered", "miss"}
-    assert store.resident_bytes() == (4 + staging) * SLAB
+    assert store.resident_bytes() == (9 + staging) * SLAB
     assert lab.reader_threads() == []
 
 
@@ -198,6 +197,7 @@ def test_a_prefetch_that_was_dropped_before_it_began_is_never_read(model, monkey
     with open_store(model, LRU(), 4, prefetcher=ahead) as store:
         for layer in (0, 1, 1):  # layer 1 is served without its two, which may go then
             list(store.serve(lab.access(layer, [])))
+            lab.until(lambda: gate.begun)
         assert [event.evicted for event in store.log[2]] == [None, None]
         ahead.proposals = [[(5, 0), (5, 1)]]
         list(store.serve(lab.access(2, [])))
@@ -240,7 +240,7 @@ def test_settings_that_make_no_sense_are_refused(model, tmp_path):
         ({"staging": 0}, "at least one"),
         ({"readers": 0}, "at least one"),
         ({"io": "mmap"}, "direct, page_cache"),
-        ({"device": "tpu"}, "no slots on device tpu"),
+        ({"device": "xpu"}, "no slots on device xpu"),
     ):
         with pytest.raises(OffloadError, match=said):
             open_store(model, LRU(), 1, **setting)
