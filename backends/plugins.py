@@ -87,11 +87,11 @@ class CudaFused:
 @dataclass(frozen=True)
 class Offload:
     """``capacity`` is the share of all loaded experts that have a slot; ``policy`` says which, ``prefetch`` who comes
-    before being asked for, ``execution`` what becomes of those that are missing: NAME or NAME:ARGUMENT of docs/offload.md.
+    ahead of time, ``execution`` what becomes of those that are missing: NAME or NAME:ARGUMENT.
 
-    ``tier`` is where the others lie: ``disk``, a file read by ``readers`` threads past the page cache (``io=direct``) or
-    through it, with ``staging`` buffers beside the slots; or ``host``, packed in RAM, where a slot holds an expert
-    dequantized. ``low`` names the quantization of a second copy of few bits, for executions that fetch it.
+    ``tier`` is where the others lie: ``disk``, a file that ``readers`` threads read past the page cache (``io=direct``)
+    or through it, with ``staging`` buffers beside the slots; or ``host``, RAM, as they are stored, and a slot holds one
+    of them dequantized. ``low`` names the quantization of a second copy of few bits, for executions that fetch it.
     """
 
     policy: str = "lru"

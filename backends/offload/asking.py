@@ -18,28 +18,45 @@ if TYPE_CHECKING:
 
 
 class Served(Protocol):
-    """An expert as a store hands it out; both weights are None of one that is computed where it lies."""
+    """An expert as a store hands it out: dense, quantized, or packed where it is computed where it lies."""
 
-    key: Key
-    gate_up: Any
-    down: Any
-    event: Event
+    @property
+    def key(self) -> Key:
+        """(layer, expert)."""
+
+    @property
+    def gate_up(self) -> Any:
+        """[2F, H], or [F, H] without a gate."""
+
+    @property
+    def down(self) -> Any:
+        """[H, F]."""
+
+    @property
+    def event(self) -> Event:
+        """What the cache did about it."""
 
 
 class Store(Protocol):
     """Brings experts: from a file (``SlotStore``), or from their packed form in memory (``HostStore``)."""
 
-    log: list[list[Event]]
-    ledger: list[Any]
+    @property
+    def log(self) -> Sequence[Sequence[Event]]:
+        """The events of every access."""
+
+    @property
+    def ledger(self) -> Sequence[Any]:
+        """What every access cost: ``stall_ns``, ``bytes_read``, ``late``, ``read_ns``."""
+
+    @property
+    def close(self) -> Callable[[], object]:
+        """Let go of memory, files and threads."""
 
     def serve(self, access: Access) -> Iterator[Served]:
         """Yield every expert of ``access``: those that are there first; good until the next one is asked for."""
 
     def resident_bytes(self) -> int:
         """Return the bytes held in memory."""
-
-    def close(self) -> None:
-        """Let go of memory, files and threads."""
 
 
 class Owed(NamedTuple):

@@ -1,6 +1,6 @@
 """Experts as the host tier holds them, and what they cost there: measured on the experts themselves.
 
-Shape letters: T tokens, H hidden.
+Shape letters: T tokens, H hidden, I inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -21,7 +23,7 @@ from ..packing import pack
 from ..session import Described, Hidden, torch_dtype
 from .access import Key
 from .costs import Curve, ExpertCosts
-from .host import HostExpert, Pair
+from .host import HostExpert
 
 LIMIT = 256
 """The most tokens of an expert that are tried."""
@@ -68,16 +70,17 @@ def measured(experts: Sequence[HostExpert], described: Described, spec: LayerSpe
     some = experts[:COPIES]
     generator = torch.Generator().manual_seed(0)
     x_TH = torch.randn(limit, spec.hidden, generator=generator).to(torch_dtype(spec.dtype))
-    dense: list[Pair] = [one.dense() for one in some]
-    packed = [one.packed for one in some if one.packed is not None]
+    dense: list[tuple[Any, Any]] = [one.dense() for one in some]
+    packed: list[tuple[Any, Any]] = [one.packed for one in some if one.packed is not None]
 
-    def curve(pairs: Sequence[tuple[object, object]], product: Callable[[Tensor, object], Tensor]) -> Curve:
-        def call(tokens: int, pair: tuple[object, object]) -> None:
-            hidden.ffn(x_TH[:tokens], lambda x: product(x, pair[0]), lambda x: product(x, pair[1]), 0)
+    def curve(pairs: Sequence[tuple[Any, Any]], product: Callable[[Tensor, Any], Tensor]) -> Curve:
+        def seconds(tokens: int) -> float:
+            def call(pair: tuple[Any, Any]) -> None:
+                hidden.ffn(x_TH[:tokens], lambda x_TI: product(x_TI, pair[0]), lambda x_TI: product(x_TI, pair[1]), 0)
 
-        return Curve(
-            tuple((tokens, _seconds([(lambda p=p, n=tokens: call(n, p)) for p in pairs])) for tokens in numbers)
-        )
+            return _seconds([partial(call, pair) for pair in pairs])
+
+        return Curve(tuple((tokens, seconds(tokens)) for tokens in numbers))
 
     with torch.no_grad():
         load = _seconds([one.dense for one in some])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...contracts import ExecutedPath, LayerSpec, MoebenchError
@@ -66,7 +66,7 @@ class Opening:
 
 
 def open_offload(
-    file: SlabFile | str | PathLike[str],
+    file: SlabFile | Path | str,
     specs: Mapping[int, LayerSpec],
     params: plugins.Offload,
     future: Future | None = None,

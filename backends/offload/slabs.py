@@ -19,9 +19,10 @@ def read_all(file: SlabFile) -> dict[Key, tuple[Weight, Weight]]:
     Raises:
         OffloadError: the file cannot be read, or a slab is not what was written.
     """
+    keys = file.layout.keys()
     try:
         with file.path.open("rb") as opened:
-            return {key: _read(file, key, opened) for key in file.layout.keys()}
+            return {key: _read(file, key, opened) for key in keys}
     except OSError as error:
         raise OffloadError(f"{file.path} cannot be read ({error.strerror}); write it anew.") from error
 
