@@ -1,58 +1,21 @@
-"""From a trace to what a cache of experts is asked for, and the hints that may lie beside it. Imports no torch.
+"""From a trace to what a cache of experts is asked for, with the hints that belong to it. Imports no torch.
 
-Hints are what a driver of the model expects to be asked for next. They are a trace of their own, with the same columns,
-in a file beside the trace: ``NAME.hints.parquet`` for ``NAME.parquet``. Its rows say which experts were expected of
-``layer`` at ``step``, with which weight, before that layer was reached: while the recorded layer before it was served.
+Hints are what a driver of the model expects to be asked for next. They are a trace of their own, with the same columns:
+its rows say which experts were expected of ``layer`` at ``step``, with which weight, before that layer was reached,
+while the recorded layer before it was served.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from ...backends.offload.access import Access, Key, Layout
-from ..trace import Trace, TraceError, facts_of, load_trace, sha256_of_file
+from ..trace import Trace, TraceError
 
 Place = tuple[int, int]
 """(step, decoder layer)."""
 
 Hint = tuple[Key, float]
-
-
-@dataclass(frozen=True)
-class TraceFile:
-    """A trace with what lies beside it. ``facts`` are what whoever made the file said of it; see ``facts_of``."""
-
-    trace: Trace
-    hints: Trace | None
-    layout: Layout
-    facts: dict[str, Any]
-
-    def accesses(self, layers: Collection[int] | None = None) -> list[Access]:
-        """Return what the trace asks a cache for, hints included."""
-        return accesses_of(self.trace, layers, self.hints)
-
-
-def hints_file(path: str | Path) -> Path:
-    """Return where the hints of the trace in ``path`` lie: ``a/b.hints.parquet`` for ``a/b.parquet``."""
-    file = Path(path)
-    return file.with_name(f"{file.stem}.hints{file.suffix}")
-
-
-def read_trace(path: str, sha256: str | None = None) -> TraceFile:
-    """Return the trace in ``path`` with its hints, where there are some; TraceError says what is wrong.
-
-    ``sha256`` is what the file's content must have; None takes the file as it is. Hints that the trace's own facts pin
-    are held to that.
-    """
-    trace, facts = load_trace(path, sha256 or sha256_of_file(path)), facts_of(path)
-    file, pinned = hints_file(path), facts.get("hints_sha256")
-    if pinned is None and not file.exists():
-        return TraceFile(trace, None, layout_of(trace, facts.get("experts")), facts)
-    hints = load_trace(str(file), pinned or sha256_of_file(str(file)))
-    return TraceFile(trace, hints, layout_of(trace, facts.get("experts")), facts)
 
 
 def layout_of(trace: Trace, experts: int | None = None) -> Layout:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench.suites.trace import TraceError, facts_of, load_trace, save_trace, trace_of
-from moebench.suites.traces.accesses import accesses_of, hints_file, layout_of, read_trace
+from moebench.suites.traces.accesses import accesses_of, layout_of
+from moebench.suites.traces.files import check_target, hints_file, read_trace, write_trace
 from moebench.suites.traces.synthetic import KINDS, DomainTrace, StickyTrace, ZipfTrace
 
 # --- accesses --------------------------------------------------------------------------------------------------------
@@ -31,7 +32,7 @@ def columns(rows):
     return {name: [row[i] for row in rows] for i, name in enumerate(("step", "layer", "token", "expert", "weight"))}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(ROWS)
 def test_accesses_are_what_the_rows_say(rows):
     expected = {}
@@ -142,6 +143,32 @@ def test_broken_facts_are_told(tmp_path, facts):
         facts_of(path)
 
 
+def test_a_trace_is_written_with_its_hints_or_without(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    sha256 = write_trace(path, columns(TRACE), {"experts": 8}, columns(HINTS))
+    found = read_trace(path, sha256)
+    assert (found.layout.experts, found.hints is None) == (8, False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.hints.parquet", "a.parquet"]
+    write_trace(path, columns(TRACE), {})
+    assert [file.name for file in tmp_path.iterdir()] == ["a.parquet"]  # hints of another trace do not stay
+
+
+def test_targets_that_will_not_do_are_told(tmp_path):
+    path = tmp_path / "a.parquet"
+    check_target(str(path), force=False)
+    for wrong, told in ((tmp_path / "a.csv", "end it in .parquet"), (tmp_path / "no" / "a.parquet", "is no folder")):
+        with pytest.raises(TraceError, match=told):
+            check_target(str(wrong), force=False)
+    hints_file(path).touch()
+    with pytest.raises(TraceError, match=r"a.hints.parquet is there already; name another file, or .* --force"):
+        check_target(str(path), force=False)
+    check_target(str(path), force=True)
+    path.mkdir()
+    with pytest.raises(TraceError, match="cannot be written"):
+        write_trace(str(path), columns(TRACE), {})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.parquet"]
+
+
 # --- made-up traces --------------------------------------------------------------------------------------------------
 
 SMALL = {"steps": 6, "layers": 3, "experts": 8, "k": 2, "tokens": 2}
@@ -239,9 +266,9 @@ def test_sequences_are_sticky_each_for_itself():
 
 def test_disjoint_domains_share_no_expert():
     params = DomainTrace(steps=60, layers=2, experts=12, k=3, domains=4, period=5, share=1.0)
-    used = {}
+    used, tasks = {}, params.tasks()
     for (step, layer, _), experts in sets_of(params.trace()).items():
-        used.setdefault((params.tasks()[step], layer), set()).update(experts)
+        used.setdefault((tasks[step], layer), set()).update(experts)
     assert len({task for task, _ in used}) > 1
     for (task, layer), experts in used.items():
         assert experts <= set(params.popular_DLM()[task, layer].tolist())
@@ -256,11 +283,8 @@ def test_domains_may_share_experts():
 
 def test_popular_experts_have_their_share():
     params = DomainTrace(steps=3000, layers=1, experts=16, k=1, domains=2, period=7, share=0.75, popular=4)
-    popular = params.popular_DLM()
-    hits = [
-        next(iter(experts)) in popular[params.tasks()[step], 0]
-        for (step, _, _), experts in sets_of(params.trace()).items()
-    ]
+    popular, tasks = params.popular_DLM(), params.tasks()
+    hits = [expert in popular[tasks[step], 0] for step, expert in enumerate(params.columns()["expert"])]
     assert abs(np.mean(hits) - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 3000)
 
 
