@@ -21,19 +21,19 @@ JOB = "moebench.suites.traces.record_job"
 def record(options: argparse.Namespace) -> int:
     """Record the routing of a model that generates, in a process of its own, and print how to replay it."""
     plugins, settings = split_plugins(_settings(options))
-    registry = Registry.load(plugins)
-    warn(registry)
-    case = _case(options.model, settings, registry)
     check_target(options.output, options.force)
     if options.tokens < 1:
         raise MoebenchError(f"--tokens {options.tokens} records nothing; give a number from 1.")
+    text = _readable(options.text)
+    registry = Registry.load(plugins)
+    warn(registry)
     job = {
-        "case": case.to_json(),
+        "case": _case(options.model, settings, registry).to_json(),
         "plugins": plugins,
         "target": str(Path(options.output).absolute()),
         "tokens": options.tokens,
         "prompt": options.prompt,
-        "text": _readable(options.text),
+        "text": text,
     }
     code, last = run_lines([sys.executable, "-m", JOB, json.dumps(job)], _to_stderr)
     if code:

@@ -38,11 +38,13 @@ class Recording:
 
 def watching(model: Any, case: Case, registry: Registry) -> AbstractContextManager[Watch]:
     """Return what watches the case's layers: the model's own, or what the case makes of its FFNs."""
-    if registry.params("model", case.model).shape().experts and {case.structure.name, case.quantization.name} == {
-        "none"
-    }:
-        return own_layers(model, case, registry)
-    return exchanged_layers(model, case, registry)
+    return (own_layers if runs_as_it_is(case, registry) else exchanged_layers)(model, case, registry)
+
+
+def runs_as_it_is(case: Case, registry: Registry) -> bool:
+    """Whether the case changes nothing of the model's experts, so that its weights need no second copy."""
+    has_experts = bool(registry.params("model", case.model).shape().experts)
+    return has_experts and {case.structure.name, case.quantization.name} == {"none"}
 
 
 @torch.inference_mode()
