@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from .session import OffloadSession
 if TYPE_CHECKING:
     from ...moe.experts import Weight
     from .file import SlabFile
+    from .host import HostExpert
 
 NO_COSTS = ExpertCosts(0.0, Curve.line(0, 0), Curve.line(0, 0))
 """Stands for costs where only names are checked."""
@@ -112,18 +113,23 @@ def _open_disk(file: SlabFile, opening: Opening) -> OffloadSession:
 
 def open_host(weights: Mapping[Key, tuple[Weight, Weight]], opening: Opening) -> OffloadSession:
     """Return a session on experts that lie in RAM: ``weights`` are (gate_up, down) of each, packed or dense."""
-    from .host import HostStore
     from .measuring import host_experts, measured
 
-    params, spec = opening.params, next(iter(opening.specs.values()))
-    in_place = needs_costs(params.execution)
+    spec, in_place = next(iter(opening.specs.values())), needs_costs(opening.params.execution)
     experts = host_experts(weights, spec, in_place)
-    costs = opening.costs
-    if in_place and costs is None:
-        costs = measured(list(experts.values()), next(iter(opening.described.values())), spec)
-    cache = make_cache(params, opening.layout, opening.future, costs)
+    if in_place and opening.costs is None:
+        described = next(iter(opening.described.values()))
+        opening = replace(opening, costs=measured(list(experts.values()), described, spec))
+    return session_on_host(experts, opening)
+
+
+def session_on_host(experts: Mapping[Key, HostExpert], opening: Opening) -> OffloadSession:
+    """Return a session on experts as RAM holds them; an execution that decides by costs finds them in ``opening``."""
+    from .host import HostStore
+
+    cache = make_cache(opening.params, opening.layout, opening.future, opening.costs)
     kernels = dict.fromkeys(matrix.kernel for one in experts.values() for matrix in one.packed or ())
-    return opening.session(HostStore(experts, cache, params.readers), cache, tuple(kernels))
+    return opening.session(HostStore(experts, cache, opening.params.readers), cache, tuple(kernels))
 
 
 def check_layers(layout: Layout, specs: Mapping[int, LayerSpec]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from ...backends.offload.access import Event
 from ...backends.offload.cache import Tally
 from ...backends.offload.names import make_policy
-from ...backends.offload.simulate import optimality, simulate
+from ...backends.offload.simulate import Simulated, optimality, simulate
 from ...contracts import Metric
 from .recording import Recording
 
@@ -37,8 +37,9 @@ def hit_rate(recording: Recording, policy: str, capacity: int) -> float:
     return tally_of(done.events, recording.prompt_accesses).hit_rate or 0.0
 
 
-def cache_figures(recording: Recording, events: Sequence[Sequence[Event]], capacity: int) -> list[Metric]:
+def cache_figures(recording: Recording, run: Simulated) -> list[Metric]:
     """Return hits, what was brought ahead, and ``optimality``: the share of the gap between LRU and Belady closed."""
+    events, capacity = run.events, run.capacity
     tally = tally_of(events, recording.prompt_accesses)
     lru, belady = (hit_rate(recording, name, capacity) for name in ("lru", "belady"))
     rate, n = tally.hit_rate, tally.requests

@@ -9,8 +9,8 @@ from typing import Literal
 
 from ...contracts import Case, Check, Cost, Facts, Registry
 from .figures import cache_figures
-from .prediction import figures, predict
-from .prepared import prepared, probes_of, slab_file
+from .prediction import figures
+from .prepared import prediction_of, prepared, probes_of, slab_file
 
 
 class PredictedTrial:
@@ -30,7 +30,7 @@ class PredictedTrial:
 
     def run(self, step: int) -> None:
         """Predict."""
-        self.prediction = predict(self.found.recording, self.params, self.file, self.probes)
+        self.prediction = prediction_of(self.found, self.file, self.params, self.probes)
 
     def verify(self, step: int, output: None) -> Check:
         """Nothing is computed that an oracle could check."""
@@ -42,7 +42,7 @@ class PredictedTrial:
 
     def facts(self) -> Facts:
         """Return what the simulator says of the cache, and what is predicted of time."""
-        found = cache_figures(self.found.recording, self.prediction.events, self.prediction.capacity)
+        found = cache_figures(self.found.recording, self.prediction.simulated)
         return Facts((*found, *figures(self.prediction, ())))
 
     def close(self) -> None:

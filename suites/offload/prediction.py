@@ -1,4 +1,4 @@
-"""What is predicted of a run before it is timed: hits by the simulator and by Che, time by the two-tier model.
+"""What is predicted of a run before it is timed: hits by the simulator and by popularity, time by the two-tier model.
 
 Imported by workers only.
 """
@@ -8,51 +8,66 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...backends.offload.access import Event, Future
-from ...backends.offload.file import SlabFile
+from ...backends.offload import timeline
+from ...backends.offload.access import Future
+from ...backends.offload.che import inclusion, lru_hit_rate
+from ...backends.offload.costs import ExpertCosts
 from ...backends.offload.opening import make_cache
+from ...backends.offload.simulate import Simulated
 from ...backends.plugins import Offload
 from ...contracts import Metric
 from .figures import Turn
-from .probes import Probes
 from .recording import Recording
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The simulated events of all accesses, the slots that there are, and the mean time and stall of a step."""
+    """The simulated run, and the mean time and stall of a step by the two-tier model; ``bound_s`` is its closed form.
 
-    events: tuple[tuple[Event, ...], ...]
-    capacity: int
+    ``popular`` is the hit rate of an LRU by the popularity of experts alone.
+    """
+
+    simulated: Simulated
     step_s: float
     stall_s: float
+    late: float
+    bound_s: float
+    popular: float
 
 
-def simulated(recording: Recording, params: Offload) -> tuple[tuple[tuple[Event, ...], ...], int]:
-    """Return what a cache under ``params`` does with the recorded accesses, and its number of slots."""
-    cache = make_cache(params, recording.layout, Future(recording.accesses))
-    return tuple(tuple(cache.access(access)) for access in recording.accesses), cache.capacity
+def simulated(recording: Recording, params: Offload, costs: ExpertCosts | None = None) -> Simulated:
+    """Return what a cache under ``params`` does with the recorded accesses."""
+    cache = make_cache(params, recording.layout, Future(recording.accesses), costs)
+    initial = frozenset(cache.resident)
+    events = tuple(tuple(cache.access(access)) for access in recording.accesses)
+    return Simulated(cache.tally, events, cache.capacity, initial)
 
 
-def predict(recording: Recording, params: Offload, file: SlabFile, probes: Probes) -> Prediction:
+def predict(recording: Recording, run: Simulated, costs: timeline.TierCosts) -> Prediction:
     """Predict a run of the recorded accesses."""
-    events, capacity = simulated(recording, params)
-    stall = 0.0
-    for access in events[recording.prompt_accesses :]:
-        for event in access:
-            if event.kind == "miss" and event.how != "in_place":
-                stall += probes.load_s["low" if event.how == "low" else "full"]
-    stall /= recording.steps
-    return Prediction(events, capacity, probes.step_s + stall, stall)
+    spent = timeline.predict(recording.accesses, run, costs)[recording.prompt_accesses :]
+    bound = timeline.two_tier(recording.accesses, run, costs)[recording.prompt_calls :]
+    steps, decoded = recording.steps, recording.accesses[recording.prompt_accesses :]
+    return Prediction(
+        run,
+        sum(one.seconds for one in spent) / steps,
+        sum(one.stall for one in spent) / steps,
+        sum(one.late for one in spent) / steps,
+        sum(one.seconds for one in bound) / steps,
+        lru_hit_rate(inclusion(decoded, recording.layout), run.capacity),
+    )
 
 
 def figures(prediction: Prediction, turns: Sequence[Turn]) -> list[Metric]:
     """Return what was predicted, and its error where something was measured."""
-    steps = sum(len(turn.step_ns) for turn in turns)
     metrics = [
         Metric("predicted_step_time", prediction.step_s * 1e9, "ns"),
         Metric("predicted_stall_per_step", prediction.stall_s * 1e9, "ns"),
+        Metric("predicted_late_per_step", prediction.late, "1"),
+        Metric("two_tier_step_time", prediction.bound_s * 1e9, "ns"),
+        Metric("che_hit_rate", prediction.popular, "1"),
     ]
+    steps = sum(len(turn.step_ns) for turn in turns)
     if steps:
         measured = sum(sum(turn.step_ns) for turn in turns) / steps / 1e9
         metrics.append(Metric("prediction_error", abs(prediction.step_s - measured) / measured, "1", n=steps))

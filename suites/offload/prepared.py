@@ -9,6 +9,7 @@ import ctypes
 import gc
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...backends.offload.file import SlabFile, write_slabs
 from ...backends.offload.keeping import low_form
@@ -18,7 +19,8 @@ from ...moe.experts import ExpertStore
 from ..models import cache_dir
 from .cores import roaming
 from .layers import Layers
-from .probes import Probes, load_seconds, step_seconds
+from .prediction import Prediction, predict, simulated
+from .probes import Probes, all_at_hand, expert_seconds, load_seconds, step_seconds
 from .recording import Recording, record, without_experts
 from .stacks import Stack, stack_of
 
@@ -26,13 +28,14 @@ from .stacks import Stack, stack_of
 @dataclass(frozen=True)
 class Prepared:
     """What cases share. ``stack`` is begun anew by every turn; ``stores`` are kept only where a case has all experts
-    at hand."""
+    at hand; ``probed`` and ``loads`` are what probes measured."""
 
     stack: Stack
     recording: Recording
     specs: dict[int, LayerSpec]
     stores: dict[int, ExpertStore]
-    probed: dict[str, float] = field(default_factory=dict)
+    probed: list[Any] = field(default_factory=list)
+    loads: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
 
 _PREPARED: dict[str, Prepared] = {}
@@ -82,17 +85,27 @@ def slab_file(case: Case, registry: Registry, found: Prepared, low: str) -> Slab
 
 
 def probes_of(case: Case, registry: Registry, found: Prepared, file: SlabFile, params: Offload) -> Probes:
-    """Return what a step with all experts at hand and the bringing of one cost here, each measured once in a worker."""
-    if "step" not in found.probed:
-        stores = stores_of(case, registry, found)
-        found.probed["step"] = step_seconds(found.stack, found.recording, found.specs, stores)
+    """Return what a step, an expert and the bringing of one cost here, each measured once in a worker."""
+    if not found.probed:
+        session = all_at_hand(found.recording, found.specs, stores_of(case, registry, found))
+        found.probed.append(step_seconds(found.stack, found.recording, session))
+        found.probed.append(expert_seconds(found.recording, next(iter(found.specs.values())), session))
+    step_s, expert = found.probed
+    loads = {}
     for form in file.forms:
-        name = f"{form} {params.io} {params.readers} {file.path}"
-        if name not in found.probed:
+        name = (form, params.io, params.readers, file.path)
+        if name not in found.loads:
             with roaming():
-                found.probed[name] = load_seconds(file, params.io, params.readers, form)
-    loads = {form: found.probed[f"{form} {params.io} {params.readers} {file.path}"] for form in file.forms}
-    return Probes(found.probed["step"], loads)
+                found.loads[name] = load_seconds(file, params.io, params.readers, form)
+        loads[form] = found.loads[name]
+    return Probes(step_s, expert, loads)
+
+
+def prediction_of(found: Prepared, file: SlabFile, params: Offload, probes: Probes) -> Prediction:
+    """Return what is predicted of a run under ``params``."""
+    slab_bytes = {form: file.slab_bytes(form) for form in file.forms}
+    costs = probes.tiers(found.recording, slab_bytes, params.readers, params.staging)
+    return predict(found.recording, simulated(found.recording, params, probes.host), costs)
 
 
 def let_go(found: Prepared) -> None:

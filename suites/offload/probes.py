@@ -1,6 +1,6 @@
-"""What things cost here, measured before anything is predicted: a step with all experts at hand, and bringing one.
+"""What things cost here, measured before anything is predicted: a step, an expert at hand, bringing one.
 
-Imported by workers only.
+Imported by workers only. Shape letters: T tokens, H hidden.
 """
 
 from __future__ import annotations
@@ -8,17 +8,23 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ...backends.offload.access import Access, How, Key, Moment
 from ...backends.offload.cache import Cache
+from ...backends.offload.costs import Curve, ExpertCosts
 from ...backends.offload.file import SlabFile
 from ...backends.offload.names import make_policy
-from ...backends.offload.reader import IO
+from ...backends.offload.session import OffloadSession
+from ...backends.offload.source import IO
 from ...backends.offload.store import SlotStore
+from ...backends.offload.timeline import TierCosts
 from ...contracts import LayerSpec
 from ...moe.experts import ExpertStore
+from ..subject import DTYPES
 from .in_memory import InMemory, session_in_memory
 from .recording import Recording
 from .stacks import Stack
@@ -26,33 +32,75 @@ from .stacks import Stack
 STEPS = 12
 """Steps whose median is the time of a step; the first is not timed."""
 
-LOADS = 24
-"""Experts whose median is the time to bring one."""
+SAMPLES = 24
+"""Experts whose median is the time to compute or to bring one."""
 
 
 @dataclass(frozen=True)
 class Probes:
-    """Seconds: of a step with every expert at hand, and of bringing one, by form."""
+    """Seconds: of a step with every expert at hand, of an expert over its tokens, and of bringing one, by form.
+
+    ``host`` are the costs of a tier in RAM, None for one on a disk.
+    """
 
     step_s: float
+    expert: Curve
     load_s: Mapping[str, float]
+    host: ExpertCosts | None = None
+
+    def tiers(self, recording: Recording, slab_bytes: Mapping[str, int], readers: int, staging: int) -> TierCosts:
+        """Return the costs of the two-tier model; what a step takes beside its experts is the same in all layers."""
+        decoded = recording.accesses[recording.prompt_accesses :]
+        layers = len(recording.layout.layers)
+        experts = sum(self.expert(tokens) for access in decoded for tokens in access.tokens) / recording.steps
+        full, low = slab_bytes["full"], slab_bytes.get("low", 0)
+        points = {low: self.load_s.get("low", 0.0), full: self.load_s["full"]} if low else {full: self.load_s["full"]}
+        return TierCosts(
+            other=max(0.0, self.step_s - experts) / layers,
+            fast=self.expert,
+            load=Curve(tuple(sorted(points.items()))),
+            slab_bytes=full,
+            readers=readers,
+            staging=staging,
+            in_place=None if self.host is None else self.host.in_place,
+            low=self.expert,
+            low_bytes=low,
+        )
 
 
-def step_seconds(
-    stack: Stack, recording: Recording, specs: Mapping[int, LayerSpec], stores: Mapping[int, ExpertStore]
-) -> float:
-    """Return the median time of a step in which no expert is missing, the bookkeeping of a cache included."""
+def all_at_hand(
+    recording: Recording, specs: Mapping[int, LayerSpec], stores: Mapping[int, ExpertStore]
+) -> OffloadSession:
+    """Return a session whose cache holds every expert."""
     cache = Cache(make_policy("lru"), recording.layout.size, recording.layout)
-    session = session_in_memory(InMemory(stores, {}, cache), specs)
+    return session_in_memory(InMemory(stores, {}, cache), specs)
+
+
+def step_seconds(stack: Stack, recording: Recording, session: OffloadSession) -> float:
+    """Return the median time of a step of a session in which no expert is missing."""
     stack.layers.serve_by(session)
     stack.layers.hint = None
     stack.begin()
-    times = []
-    for step in range(min(STEPS, recording.steps)):
-        began = time.perf_counter()
-        stack.step(step)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:] or times)
+    return _median([lambda step=step: stack.step(step) for step in range(min(STEPS, recording.steps))])
+
+
+def expert_seconds(recording: Recording, spec: LayerSpec, session: OffloadSession) -> Curve:
+    """Return the median time of one expert that is at hand, over its tokens."""
+    most = max(max(access.tokens) for access in recording.accesses)
+    numbers = sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
+    x_TH = torch.randn(most, spec.hidden, generator=torch.Generator().manual_seed(0)).to(DTYPES[spec.dtype])
+    points = []
+    for number in numbers:
+        calls = [
+            _one_expert(session.layer(layer), expert, x_TH[:number]) for layer, expert in _some(recording.layout.keys())
+        ]
+        points.append((number, _median(calls)))
+    return Curve(tuple(points))
+
+
+def _one_expert(executor: Callable[..., object], expert: int, x_TH: torch.Tensor) -> Callable[[], object]:
+    indices_T1 = torch.full((len(x_TH), 1), expert)
+    return lambda: executor(x_TH, indices_T1, torch.ones(len(x_TH), 1), out_TH=None)
 
 
 class _Low:
@@ -65,16 +113,25 @@ class _Low:
 
 def load_seconds(file: SlabFile, io: IO, readers: int, form: str) -> float:
     """Return the median time that the computing thread waits for one expert that is missing, in ``form``."""
-    keys = file.layout.keys()
-    chosen = random.Random(0).sample(keys, min(LOADS, len(keys)))
     cache = Cache(make_policy("lru"), 1, file.layout, execution=_Low() if form == "low" else None)
+
+    def load(place: int, key: Key) -> None:
+        for _ in store.serve(Access(place, key[0], (key[1],), (1,), (1.0,))):
+            pass
+
     with SlotStore(file, cache, io=io, readers=readers) as store:
-        return statistics.median(_load(store, place, key) for place, key in enumerate(chosen))
+        return _median([lambda one=one: load(*one) for one in enumerate(_some(file.layout.keys()))])
 
 
-def _load(store: SlotStore, place: int, key: Key) -> float:
-    layer, expert = key
-    began = time.perf_counter()
-    for _ in store.serve(Access(place, layer, (expert,), (1,), (1.0,))):
-        pass
-    return time.perf_counter() - began
+def _some(keys: Sequence[Key]) -> list[Key]:
+    return random.Random(0).sample(keys, min(SAMPLES, len(keys)))
+
+
+def _median(calls: Sequence[Callable[[], object]]) -> float:
+    """Return the median time of the calls; the first is not timed where there are others."""
+    times = []
+    for call in calls:
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:] or times)

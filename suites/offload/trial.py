@@ -21,8 +21,8 @@ from .check import close_to, same
 from .cores import roaming
 from .energy import joules
 from .figures import Turn, cache_figures, turn_figures
-from .prediction import figures, predict
-from .prepared import Prepared, let_go, prepared, probes_of, slab_file, stores_of
+from .prediction import figures
+from .prepared import Prepared, let_go, prediction_of, prepared, probes_of, slab_file, stores_of
 
 
 class ResidentTrial:
@@ -104,7 +104,7 @@ class OffloadTrial(ResidentTrial):
         self.file = slab_file(case, registry, found, self.params.low)
         self.future = Future(found.recording.accesses)
         probes = probes_of(case, registry, found, self.file, self.params)
-        self.prediction = predict(found.recording, self.params, self.file, probes)
+        self.prediction = prediction_of(found, self.file, self.params, probes)
         self.exact, self.expected = not changes_result(self.params), found.recording.final
         self.approximation: Approximation | None = None
         if not self.exact:
@@ -146,7 +146,9 @@ class OffloadTrial(ResidentTrial):
         return same(output, self.expected[step])
 
     def _events(self) -> Check:
-        for place, (found, wanted) in enumerate(zip(self.session.store.log, self.prediction.events, strict=True)):
+        for place, (found, wanted) in enumerate(
+            zip(self.session.store.log, self.prediction.simulated.events, strict=True)
+        ):
             if list(found) != list(wanted):
                 access = self.recording.accesses[place]
                 reason = f"at step {access.step}, layer {access.layer} the store did other than its simulation"
@@ -158,7 +160,7 @@ class OffloadTrial(ResidentTrial):
         self._keep_turn()
         return [
             *super().metrics(),
-            *cache_figures(self.recording, self.prediction.events, self.prediction.capacity),
+            *cache_figures(self.recording, self.prediction.simulated),
             *turn_figures(self.turns),
             *figures(self.prediction, self.turns),
             *(() if self.approximation is None else self.approximation.metrics),
