@@ -87,17 +87,21 @@ def open_offload(
 
     file = file if isinstance(file, SlabFile) else SlabFile.open(file)
     check_layers(file.layout, specs)
-    if described is None:
-        described = {
-            layer: Facts(spec.kinds, file.activation, file.gated, None, rules.act_bits(spec))
-            for layer, spec in specs.items()
-        }
+    described = described_by(file, specs) if described is None else described
     opening = Opening(file.layout, described, specs, params, future, on_access, costs)
     if params.tier == "host":
         from .slabs import read_all
 
         return open_host(read_all(file), opening)
     return _open_disk(file, opening)
+
+
+def described_by(file: SlabFile, specs: Mapping[int, LayerSpec]) -> dict[int, Described]:
+    """Return what a file and the specifications say of each layer."""
+    return {
+        layer: Facts(spec.kinds, file.activation, file.gated, None, rules.act_bits(spec))
+        for layer, spec in specs.items()
+    }
 
 
 def _open_disk(file: SlabFile, opening: Opening) -> OffloadSession:

@@ -9,8 +9,9 @@ from typing import Literal
 
 from ...contracts import Case, Check, Cost, Facts, Registry
 from .figures import cache_figures
+from .predicting import prediction_of
 from .prediction import figures
-from .prepared import prediction_of, prepared, probes_of, slab_file
+from .prepared import prepared, slab_file
 
 
 class PredictedTrial:
@@ -23,14 +24,14 @@ class PredictedTrial:
         self.params = registry.params("backend", case.backend)
         self.found = prepared(case, registry)
         self.file = slab_file(case, registry, self.found, self.params.low)
-        self.probes = probes_of(case, registry, self.found, self.file, self.params)
+        self.case, self.registry = case, registry
 
     def begin_turn(self) -> None:
         """Nothing to make ready."""
 
     def run(self, step: int) -> None:
         """Predict."""
-        self.prediction = prediction_of(self.found, self.file, self.params, self.probes)
+        self.prediction = prediction_of(self.case, self.registry, self.found, self.file, self.params)
 
     def verify(self, step: int, output: None) -> Check:
         """Nothing is computed that an oracle could check."""

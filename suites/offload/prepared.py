@@ -11,16 +11,11 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...backends.offload.file import SlabFile, write_slabs
-from ...backends.offload.keeping import low_form
-from ...backends.plugins import Offload
+from ...backends.offload.file import SlabFile
+from ...backends.offload.keeping import kept_file
 from ...contracts import Case, LayerSpec, Registry, make_key
 from ...moe.experts import ExpertStore
-from ..models import cache_dir
-from .cores import roaming
 from .layers import Layers
-from .prediction import Prediction, predict, simulated
-from .probes import Probes, all_at_hand, expert_seconds, load_seconds, step_seconds
 from .recording import Recording, record, without_experts
 from .stacks import Stack, stack_of
 
@@ -28,14 +23,16 @@ from .stacks import Stack, stack_of
 @dataclass(frozen=True)
 class Prepared:
     """What cases share. ``stack`` is begun anew by every turn; ``stores`` are kept only where a case has all experts
-    at hand; ``probed`` and ``loads`` are what probes measured."""
+    at hand; ``probed`` is what probes measured, ``hosted`` are experts that lie in RAM, ``files`` those on the
+    disk, by the form of their copies."""
 
     stack: Stack
     recording: Recording
     specs: dict[int, LayerSpec]
     stores: dict[int, ExpertStore]
-    probed: list[Any] = field(default_factory=list)
-    loads: dict[tuple[Any, ...], float] = field(default_factory=dict)
+    probed: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    hosted: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    files: dict[str, SlabFile] = field(default_factory=dict)
 
 
 _PREPARED: dict[str, Prepared] = {}
@@ -77,35 +74,9 @@ def stores_of(case: Case, registry: Registry, found: Prepared) -> dict[int, Expe
 
 def slab_file(case: Case, registry: Registry, found: Prepared, low: str) -> SlabFile:
     """Return the file with all experts of the case, and their ``low`` copies, written into the cache if need be."""
-    key = make_key([case.method_key, case.layers, case.dtype, low])
-    target = cache_dir() / "offload" / f"{key[:32]}.safetensors"
-    if not target.is_file():
-        write_slabs(target, stores_of(case, registry, found).items(), None if low == "none" else low_form(low))
-    return SlabFile.open(target)
-
-
-def probes_of(case: Case, registry: Registry, found: Prepared, file: SlabFile, params: Offload) -> Probes:
-    """Return what a step, an expert and the bringing of one cost here, each measured once in a worker."""
-    if not found.probed:
-        session = all_at_hand(found.recording, found.specs, stores_of(case, registry, found))
-        found.probed.append(step_seconds(found.stack, found.recording, session))
-        found.probed.append(expert_seconds(found.recording, next(iter(found.specs.values())), session))
-    step_s, expert = found.probed
-    loads = {}
-    for form in file.forms:
-        name = (form, params.io, params.readers, file.path)
-        if name not in found.loads:
-            with roaming():
-                found.loads[name] = load_seconds(file, params.io, params.readers, form)
-        loads[form] = found.loads[name]
-    return Probes(step_s, expert, loads)
-
-
-def prediction_of(found: Prepared, file: SlabFile, params: Offload, probes: Probes) -> Prediction:
-    """Return what is predicted of a run under ``params``."""
-    slab_bytes = {form: file.slab_bytes(form) for form in file.forms}
-    costs = probes.tiers(found.recording, slab_bytes, params.readers, params.staging)
-    return predict(found.recording, simulated(found.recording, params, probes.host), costs)
+    if low not in found.files:
+        found.files[low] = SlabFile.open(kept_file(stores_of(case, registry, found), low))
+    return found.files[low]
 
 
 def let_go(found: Prepared) -> None:

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -76,12 +77,12 @@ def all_at_hand(
     return session_in_memory(InMemory(stores, {}, cache), specs)
 
 
-def step_seconds(stack: Stack, recording: Recording, session: OffloadSession) -> float:
-    """Return the median time of a step of a session in which no expert is missing."""
+def step_seconds(stack: Stack, recording: Recording, session: OffloadSession, hints: bool) -> float:
+    """Return the median time of a step of a session in which no expert is missing, with hints given or not."""
     stack.layers.serve_by(session)
-    stack.layers.hint = None
+    stack.layers.hint = session.hint if hints else None
     stack.begin()
-    return _median([lambda step=step: stack.step(step) for step in range(min(STEPS, recording.steps))])
+    return _median([partial(stack.step, step) for step in range(min(STEPS, recording.steps))])
 
 
 def expert_seconds(recording: Recording, spec: LayerSpec, session: OffloadSession) -> Curve:
@@ -89,13 +90,12 @@ def expert_seconds(recording: Recording, spec: LayerSpec, session: OffloadSessio
     most = max(max(access.tokens) for access in recording.accesses)
     numbers = sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
     x_TH = torch.randn(most, spec.hidden, generator=torch.Generator().manual_seed(0)).to(DTYPES[spec.dtype])
-    points = []
-    for number in numbers:
-        calls = [
-            _one_expert(session.layer(layer), expert, x_TH[:number]) for layer, expert in _some(recording.layout.keys())
-        ]
-        points.append((number, _median(calls)))
-    return Curve(tuple(points))
+    some = _some(recording.layout.keys())
+
+    def seconds(number: int) -> float:
+        return _median([_one_expert(session.layer(layer), expert, x_TH[:number]) for layer, expert in some])
+
+    return Curve(tuple((number, seconds(number)) for number in numbers))
 
 
 def _one_expert(executor: Callable[..., object], expert: int, x_TH: torch.Tensor) -> Callable[[], object]:
@@ -120,7 +120,7 @@ def load_seconds(file: SlabFile, io: IO, readers: int, form: str) -> float:
             pass
 
     with SlotStore(file, cache, io=io, readers=readers) as store:
-        return _median([lambda one=one: load(*one) for one in enumerate(_some(file.layout.keys()))])
+        return _median([partial(load, *one) for one in enumerate(_some(file.layout.keys()))])
 
 
 def _some(keys: Sequence[Key]) -> list[Key]:

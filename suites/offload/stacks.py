@@ -132,7 +132,7 @@ class NoiseStack:
     def _pass(self, tokens: int, step: int) -> Tensor:
         seed = self.case.seed
         first = next(iter(self.layers.bare))
-        x_TH = self.traffic.hidden(self.source, first, tokens, step, seed)
+        x_TH: Tensor = self.traffic.hidden(self.source, first, tokens, step, seed)
         if self.traffic.forced:
             self.layers.forced = {index: self._forced(index, tokens, step) for index in self.layers.bare}
         for index in self.layers.bare:

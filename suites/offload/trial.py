@@ -21,8 +21,10 @@ from .check import close_to, same
 from .cores import roaming
 from .energy import joules
 from .figures import Turn, cache_figures, turn_figures
+from .host import hosted
+from .predicting import hints_read, prediction_of
 from .prediction import figures
-from .prepared import Prepared, let_go, prediction_of, prepared, probes_of, slab_file, stores_of
+from .prepared import Prepared, let_go, prepared, slab_file, stores_of
 
 
 class ResidentTrial:
@@ -103,8 +105,7 @@ class OffloadTrial(ResidentTrial):
         found = prepared(case, registry)
         self.file = slab_file(case, registry, found, self.params.low)
         self.future = Future(found.recording.accesses)
-        probes = probes_of(case, registry, found, self.file, self.params)
-        self.prediction = prediction_of(found, self.file, self.params, probes)
+        self.prediction = prediction_of(case, registry, found, self.file, self.params)
         self.exact, self.expected = not changes_result(self.params), found.recording.final
         self.approximation: Approximation | None = None
         if not self.exact:
@@ -117,6 +118,8 @@ class OffloadTrial(ResidentTrial):
 
     def _open(self) -> OffloadSession:
         with roaming():
+            if self.params.tier == "host":
+                return hosted(self.found, self.file, self.params).session(self.params, self.future)
             return open_offload(self.file, self.found.specs, self.params, self.future)
 
     def begin_turn(self) -> None:
@@ -125,7 +128,7 @@ class OffloadTrial(ResidentTrial):
         self.session.close()
         self.session = self._open()
         super().begin_turn()
-        if not self.params.prefetch.startswith("gate"):
+        if not hints_read(self.params):
             self.stack.layers.hint = None  # nobody reads hints, and they cost a router's time
 
     def _keep_turn(self) -> None:
@@ -146,9 +149,8 @@ class OffloadTrial(ResidentTrial):
         return same(output, self.expected[step])
 
     def _events(self) -> Check:
-        for place, (found, wanted) in enumerate(
-            zip(self.session.store.log, self.prediction.simulated.events, strict=True)
-        ):
+        simulated = self.prediction.simulated.events
+        for place, (found, wanted) in enumerate(zip(self.session.store.log, simulated, strict=True)):
             if list(found) != list(wanted):
                 access = self.recording.accesses[place]
                 reason = f"at step {access.step}, layer {access.layer} the store did other than its simulation"
