@@ -22,6 +22,10 @@ class OffloadSuite:
     off the clock. Models with text (axes.traffic=recorded) are fed the ``text`` that follows, or what they generate
     greedily; for others the layers run alone on noise, routed by their routers or as the traffic says. The oracle is
     the same run with all experts at hand.
+    A layer computes one expert after another, each for all of its tokens, or (``order=token``) one token after
+    another. With ``batching`` the tokens of all steps, in an order by chance, wait from the beginning to be put into
+    steps: first come first served, or so that a step needs few experts, nobody ``patience`` steps later than in the
+    order of coming (Read-ME); this needs a traffic that forces its routing.
     With backends other than ``offload`` all experts are resident. Each measured row of ``offload`` has a predicted one
     of evidence `model` beside it, made from probes of this host and the trace alone.
     """
@@ -29,6 +33,9 @@ class OffloadSuite:
     prompt: int = 16
     steps: int = 64
     feed: Literal["text", "generated"] = "text"
+    order: Literal["expert", "token"] = "expert"
+    batching: Literal["none", "first_come", "expert_aware"] = "none"
+    patience: int = 4
 
     AXES: ClassVar[Mapping[str, Any]] = {
         **LayerSuite.AXES,
@@ -44,6 +51,8 @@ class OffloadSuite:
             raise ValueError(
                 f"steps={self.steps} must lie between 1 and {MOST_STEPS}, and prompt={self.prompt} be >= 1"
             )
+        if self.patience < 0:
+            raise ValueError(f"patience={self.patience} must be at least 0 steps")
 
 
 DESCRIPTORS = [

@@ -56,6 +56,10 @@ def _refusal(case: Case, registry: Registry) -> str | None:
     """Return why a case that could be planned is none for this suite, or None."""
     if case.pass_ != "forward":
         return "a model that decodes has no backward pass; use axes.pass=forward."
+    if case.workload["batching"] != "none" and not registry.params("traffic", case.traffic).forced:
+        return (
+            "batching needs the experts of waiting tokens; use a traffic that forces them, such as axes.traffic=zipf."
+        )
     if case.execution.folded:
         return f"routing '{case.routing}' has experts without weights, which are not offloaded; use axes.routing=topk."
     if not getattr(registry.params("routing", case.routing), "causal", True):

@@ -50,6 +50,7 @@ def cache_figures(recording: Recording, run: Simulated) -> list[Metric]:
         Metric("lru_hit_rate", lru, "1", n=n),
         Metric("belady_hit_rate", belady, "1", n=n),
         Metric("optimality", best, "1", n=n),
+        Metric("experts_per_step", n / recording.steps, "1", n=recording.steps),
         Metric("misses_per_step", tally.misses / recording.steps, "1", n=recording.steps),
         Metric("evictions_per_step", evicted / recording.steps, "1", n=recording.steps),
         Metric("prefetched_per_step", tally.prefetched / recording.steps, "1", n=recording.steps),

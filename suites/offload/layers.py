@@ -73,23 +73,28 @@ def _without_experts(store: ExpertStore) -> ExpertStore:
     return replace(store, gate_up=empty, down=empty, kinds=(), sparsity=None, stored=None)
 
 
+Look = Callable[[int, Routing, Sequence[Routing]], None]
+"""What sees (layer, Routing of all tokens, the parts in which it is executed)."""
+
+
 class Layers:
     """All MoE layers of a model in the order in which a call passes them.
 
     ``executors`` says who runs the experts of each; ``hint`` is told what the next layer's gate says of this layer's
-    input, one expert after another, and ``look`` what every layer was asked. A traffic sets ``forced``: the Routing of
-    each layer in this call. With ``replayed`` Routings of every call, the routers run all the same, their answers are
-    replaced, and ``flips`` counts the tokens of which they differ.
+    input, one expert after another, and ``look`` what every layer was asked, all at once and in the parts in which it
+    asked its executor. A traffic sets ``forced``: the Routing of each layer in this call. With ``replayed`` Routings of
+    every call, the routers run all the same, their answers are replaced, and ``flips`` counts the tokens of which they
+    differ. An executor takes one expert after another; ``by_token`` gives it one token after another.
     """
 
-    def __init__(self, bare: Mapping[int, Bare], dtype: str) -> None:
-        self.bare = dict(sorted(bare.items()))
+    def __init__(self, bare: Mapping[int, Bare], dtype: str, by_token: bool = False) -> None:
+        self.bare, self.by_token = dict(sorted(bare.items())), by_token
         self.dtype = DTYPES[dtype]
         order = list(self.bare)
         self.following = dict(itertools.pairwise(order))
         self.executors: Mapping[int, Execute] = {}
         self.hint: Hint | None = None
-        self.look: Callable[[int, Routing], None] | None = None
+        self.look: Look | None = None
         self.forced: Mapping[int, Routing] | None = None
         self.replayed: Sequence[Mapping[int, Routing]] | None = None
         self.flips = 0
@@ -111,16 +116,26 @@ class Layers:
         self._call += first
         routing = self._routing(bare, x_TH, None if first else self._before)
         self._before = routing
-        if self.look is not None:
-            self.look(index, routing)
         if self.hint is not None and index in self.following:
             self._tell_next(self.following[index], x_TH, routing)
         read_TH = bare.layer.reads(x_TH)
-        inputs = boundary_inputs(bare.spec.boundary, routing, bare.spec)
-        y_TH = self.executors[index](read_TH, *inputs, out_TH=None)
+        y_TH = self._experts(bare, read_TH, routing)
         if bare.layer.shared is not None:
             y_TH = bare.layer.shared.added_to(y_TH, read_TH)
         return y_TH.to(given_TH.dtype)
+
+    def _experts(self, bare: Bare, x_TH: Tensor, routing: Routing) -> Tensor:
+        parts, run = [routing], self.executors[bare.index]
+        if self.by_token:
+            parts = [routing.part(token, token + 1) for token in range(len(x_TH))]
+        if self.look is not None:
+            self.look(bare.index, routing, parts)
+        done, outputs = 0, []
+        for part in parts:
+            inputs = boundary_inputs(bare.spec.boundary, part, bare.spec)
+            outputs.append(run(x_TH[done : done + part.num_tokens], *inputs, out_TH=None))
+            done += part.num_tokens
+        return torch.cat(outputs)
 
     def _routing(self, bare: Bare, x_TH: Tensor, before: Routing | None) -> Routing:
         own = bare.route(x_TH, before)

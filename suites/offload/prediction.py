@@ -46,7 +46,8 @@ def simulated(recording: Recording, params: Offload, costs: ExpertCosts | None =
 def predict(recording: Recording, run: Simulated, costs: timeline.TierCosts) -> Prediction:
     """Predict a run of the recorded accesses."""
     spent = timeline.predict(recording.accesses, run, costs)[recording.prompt_accesses :]
-    bound = timeline.two_tier(recording.accesses, run, costs)[recording.prompt_calls :]
+    first = recording.accesses[recording.prompt_accesses].step
+    bound = [one for one in timeline.two_tier(recording.accesses, run, costs) if one.step >= first]
     steps, decoded = recording.steps, recording.accesses[recording.prompt_accesses :]
     return Prediction(
         run,

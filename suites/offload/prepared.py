@@ -56,7 +56,7 @@ def prepared(case: Case, registry: Registry) -> Prepared:
 def _make(case: Case, registry: Registry) -> Prepared:
     stores: dict[int, ExpertStore] = {}
     bare, layout = without_experts(case, registry, stores.__setitem__)
-    layers = Layers(bare, case.dtype)
+    layers = Layers(bare, case.dtype, case.workload["order"] == "token")
     stack = stack_of(case, registry, layers)
     specs = {index: one.spec for index, one in bare.items()}
     session = registry.get("backend", "eager").create().load(stores, specs)

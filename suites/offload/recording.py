@@ -23,7 +23,8 @@ from .stacks import Stack
 class Recording:
     """A run of some steps: ``accesses`` of all calls in order, the prompt's first; ``routings`` of each call by layer.
 
-    ``final`` is what the head reads after each step, [B, H], ``logits`` [B, V] where there is a head.
+    ``final`` is what the head reads after each step, [B, H], ``logits`` [B, V] where there is a head. The first
+    ``prompt_accesses`` belong to the prompt.
     """
 
     layout: Layout
@@ -31,17 +32,12 @@ class Recording:
     routings: tuple[Mapping[int, Routing], ...]
     final: tuple[Tensor, ...]
     logits: tuple[Tensor | None, ...]
-    prompt_calls: int
+    prompt_accesses: int
 
     @property
     def steps(self) -> int:
         """Number of steps, the prompt not among them."""
         return len(self.final)
-
-    @property
-    def prompt_accesses(self) -> int:
-        """How many accesses belong to the prompt."""
-        return self.prompt_calls * len(self.layout.layers)
 
 
 def access_of(step: int, layer: int, routing: Routing, hints: Sequence[tuple[Key, float]] = ()) -> Access:
@@ -54,36 +50,27 @@ def access_of(step: int, layer: int, routing: Routing, hints: Sequence[tuple[Key
 
 
 class Recorder:
-    """Collects accesses and Routings from the layers of a stack."""
+    """Collects accesses and Routings from the layers of a stack; steps are counted as sessions count them."""
 
     def __init__(self) -> None:
         self.calls: list[dict[int, Routing]] = []
         self.accesses: list[Access] = []
         self._hints: list[tuple[Key, float]] = []
-        self._waiting: tuple[int, Routing] | None = None
 
-    def look(self, layer: int, routing: Routing) -> None:
+    def look(self, layer: int, routing: Routing, parts: Sequence[Routing]) -> None:
         """See what a layer is asked."""
-        self._finish()
         if not self.calls or layer in self.calls[-1]:
             self.calls.append({})
         self.calls[-1][layer] = routing
-        self._waiting = (layer, routing)
+        for part in parts:
+            last = self.accesses[-1] if self.accesses else None
+            step = 0 if last is None else last.step + (layer <= last.layer)
+            self.accesses.append(access_of(step, layer, part, self._hints))
+            self._hints = []
 
     def hint(self, layer: int, experts: Sequence[int], priority: float) -> None:
-        """See a hint that the layer at work gives."""
+        """See a hint that comes before the next access."""
         self._hints += [((layer, int(expert)), priority) for expert in experts]
-
-    def _finish(self) -> None:
-        if self._waiting is not None:
-            layer, routing = self._waiting
-            self.accesses.append(access_of(len(self.calls) - 1, layer, routing, self._hints))
-        self._waiting, self._hints = None, []
-
-    def taken(self) -> tuple[Access, ...]:
-        """Return all accesses so far."""
-        self._finish()
-        return tuple(self.accesses)
 
 
 def record(stack: Stack, session: Any, steps: int, layout: Layout) -> Recording:
@@ -92,11 +79,12 @@ def record(stack: Stack, session: Any, steps: int, layout: Layout) -> Recording:
     stack.layers.serve_by(session)
     stack.layers.look, stack.layers.hint = recorder.look, recorder.hint
     stack.begin()
-    prompt_calls = len(recorder.calls)
+    prompt_accesses = len(recorder.accesses)
     for step in range(steps):
         final.append(stack.step(step))
         logits.append(stack.logits(final[-1]))
-    return Recording(layout, recorder.taken(), tuple(recorder.calls), tuple(final), tuple(logits), prompt_calls)
+    accesses = tuple(recorder.accesses)
+    return Recording(layout, accesses, tuple(recorder.calls), tuple(final), tuple(logits), prompt_accesses)
 
 
 def without_experts(

@@ -20,6 +20,7 @@ from ..models import substream
 from ..models.smollm2_jobs import ffn_name
 from ..quality.passage import take_passage
 from ..text import evaluation_text
+from .batches import Waiting
 from .layers import Layers, source_of
 
 
@@ -108,41 +109,51 @@ class NoiseStack:
     """The layers alone, each added to what it reads: x <- x + layer(rms_norm(x)), begun with gaussian numbers a step.
 
     The prompt is one call of ``prompt`` tokens for each sequence. A traffic that forces its routing does so at every
-    layer and step.
+    layer and step; with batching, its tokens wait and are put into steps (``batches``).
     """
 
     def __init__(self, case: Case, registry: Registry, layers: Layers) -> None:
         self.case, self.layers, self.prompt = case, layers, int(case.workload["prompt"])
         self.source = source_of(case, registry)
         self.traffic = registry.get("traffic", case.traffic.name).create(case.traffic.params)
+        self.waiting: Waiting | None = None
+        if case.workload["batching"] != "none":
+            drawn = [self._drawn(case.tokens, step + 1) for step in range(int(case.workload["steps"]))]
+            self.waiting = Waiting.of(drawn, case)
 
     def begin(self) -> None:
         """Pass the prompts through the layers."""
-        if self.prompt:
-            self._pass(self.case.tokens * self.prompt, 0)
+        tokens = self.case.tokens * self.prompt
+        self._pass(tokens, 0, self._drawn(tokens, 0) if self.traffic.forced else None)
 
     def step(self, step: int) -> Tensor:
         """Return what comes out of the last layer, [B, H] float32."""
-        return self._pass(self.case.tokens, step + 1)
+        forced = None
+        if self.waiting is not None:
+            forced = self.waiting.batch(step)
+        elif self.traffic.forced:
+            forced = self._drawn(self.case.tokens, step + 1)
+        return self._pass(self.case.tokens, step + 1, forced)
 
     def logits(self, final_BH: Tensor) -> None:
         """Return None: there is no head."""
 
     @torch.no_grad()
-    def _pass(self, tokens: int, step: int) -> Tensor:
-        seed = self.case.seed
+    def _pass(self, tokens: int, step: int, forced: dict[int, Routing] | None) -> Tensor:
         first = next(iter(self.layers.bare))
-        x_TH: Tensor = self.traffic.hidden(self.source, first, tokens, step, seed)
-        if self.traffic.forced:
-            self.layers.forced = {index: self._forced(index, tokens, step) for index in self.layers.bare}
+        x_TH: Tensor = self.traffic.hidden(self.source, first, tokens, step, self.case.seed)
+        self.layers.forced = forced
         for index in self.layers.bare:
             x_TH = x_TH + self.layers(index, nnf.rms_norm(x_TH, x_TH.shape[-1:]))
         return x_TH
 
-    def _forced(self, index: int, tokens: int, step: int) -> Routing:
-        spec = self.layers.bare[index].spec
-        routing: Routing = self.traffic.routing(tokens, spec.experts, spec.max_k, step, self.case.seed, layer=index)
-        return routing
+    def _drawn(self, tokens: int, step: int) -> dict[int, Routing]:
+        """Return what the traffic forces at every layer."""
+        found = {}
+        for index, bare in self.layers.bare.items():
+            spec = bare.spec
+            found[index] = self.traffic.routing(tokens, spec.experts, spec.max_k, step, self.case.seed, layer=index)
+        return found
 
 
 def stack_of(case: Case, registry: Registry, layers: Layers) -> Stack:

@@ -157,6 +157,18 @@ class OffloadTrial(ResidentTrial):
                 return Check(False, reason=reason)
         return Check(True, 0.0)
 
+    def _switches(self) -> list[Metric]:
+        """Return the time of steps at which other experts become popular, and of the others, where the traffic says."""
+        period = getattr(self.registry.params("traffic", self.case.traffic), "period", None)
+        if period is None or not self.turns:
+            return []
+        times: dict[bool, list[int]] = {True: [], False: []}
+        for turn in self.turns:
+            for step, ns in enumerate(turn.step_ns):
+                times[(step + 1) % period == 0].append(ns)
+        names = {True: "switch_step_time", False: "steady_step_time"}
+        return [Metric(names[at], sum(ns) / len(ns) if ns else None, "ns", n=len(ns)) for at, ns in times.items()]
+
     def metrics(self) -> list[Metric]:
         """Return what the cache did, what it cost, what was predicted of it, and how far off the results are."""
         self._keep_turn()
@@ -164,6 +176,7 @@ class OffloadTrial(ResidentTrial):
             *super().metrics(),
             *cache_figures(self.recording, self.prediction.simulated),
             *turn_figures(self.turns),
+            *self._switches(),
             *figures(self.prediction, self.turns),
             *(() if self.approximation is None else self.approximation.metrics),
         ]
