@@ -180,9 +180,17 @@ def test_a_late_prefetch_is_hurried_waited_for_and_counted(model, monkeypatch):
         gate = lab.Gate(monkeypatch)
         ahead.proposals = [[(2, 0), (2, 1), (2, 2)]]
         list(store.serve(lab.access(1, [0, 1])))
-        serving = store.serve(lab.access(2, [2]))
-        lab.threading.Timer(0.03, gate.open.set).start()
-        (served,) = serving
+        lab.until(lambda: gate.begun)
+        wanted = store._held[2, 2].ticket
+
+        def open_gate():
+            lab.until(lambda: wanted.urgent)
+            gate.open.set()
+
+        opener = lab.threading.Thread(target=open_gate)
+        opener.start()
+        (served,) = store.serve(lab.access(2, [2]))
+        opener.join()
         assert model.check(served).kind == "covered"
         assert gate.begun[:2] == ["expert 0 of layer 2", "expert 2 of layer 2"]  # the second one was begun before 1
         assert store.ledger[1].late == 0
