@@ -180,9 +180,17 @@ def test_a_late_prefetch_is_hurried_waited_for_and_counted(model, monkeypatch):
         gate = lab.Gate(monkeypatch)
         ahead.proposals = [[(2, 0), (2, 1), (2, 2)]]
         list(store.serve(lab.access(1, [0, 1])))
-        serving = store.serve(lab.access(2, [2]))
-        lab.threading.Timer(0.03, gate.open.set).start()
-        (served,) = serving
+        lab.until(lambda: gate.begun)
+        wanted = store._held[2, 2].ticket
+
+        def open_gate():
+            lab.until(lambda: wanted.urgent)
+            gate.open.set()
+
+        opener = lab.threading.Thread(target=open_gate)
+        opener.start()
+        (served,) = store.serve(lab.access(2, [2]))
+        opener.join()
         assert model.check(served).kind == "covered"
         assert gate.begun[:2] == ["expert 0 of layer 2", "expert 2 of layer 2"]  # the second one was begun before 1
         assert store.ledger[1].late == 0
@@ -208,6 +216,29 @@ def test_a_prefetch_that_was_dropped_before_it_began_is_never_read(model, monkey
         assert "expert 1 of layer 1" not in gate.begun
         assert [entry.reads for entry in store.ledger] == [1, 0, 2, 2]
         assert {model.check(served).kind for served in store.serve(lab.access(5, [0, 1]))} == {"covered"}
+
+
+def test_a_slot_is_not_given_away_while_a_read_into_it_goes_on(model, monkeypatch):
+    go_on, read = lab.threading.Event(), Source.read
+
+    def held(source, slab, target, name):
+        if name == "expert 0 of layer 1":
+            assert go_on.wait(20)
+        read(source, slab, target, name)
+
+    monkeypatch.setattr(Source, "read", held)
+    with open_store(model, LRU(), 2, prefetcher=Scripted([(1, 0)]), staging=1, readers=2) as store:
+        for layer, experts in ((0, []), (1, []), (2, [0, 1])):  # it is brought ahead, not used, and dropped
+            serve_all(model, store, [lab.access(layer, experts)])
+        assert store.log[2][1].evicted == (1, 0)
+        serving = store.serve(lab.access(5, [0]))
+        served = next(serving)
+        model.check(served)
+        go_on.set()
+        quiet(store)
+        model.check(served)
+        serving.close()
+        serve_all(model, store, lab.uniform(3, 0))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
@@ -266,7 +297,7 @@ def test_accesses_take_turns_and_end_with_the_store(model):
 
 def test_a_form_that_the_file_lacks_ends_the_store(tmp_path):
     plain = lab.Model(tmp_path / "m")
-    with open_store(plain, LRU(), 2, execution=lab.ByTurns(["low"])) as store:
-        for _ in range(2):
+    with open_store(plain, LRU(), 2, execution=lab.ByTurns(["low", "fetch"])) as store:
+        for _ in range(2):  # the second time nothing in few bits is asked for
             with pytest.raises(OffloadError, match="no form low"):
                 next(store.serve(lab.access(0, [1])))
