@@ -7,6 +7,8 @@ T tokens, H hidden, I inputs of a matrix, E experts, N assignments (of one exper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ...contracts import LayerSpec, MoebenchError
@@ -47,32 +49,38 @@ class OffloadExecutor(SortedExecutor):
 
     def add_sorted(self, y_TH: Tensor, x_TH: Tensor, token_N: Tensor, offsets_E1: Tensor, weight_N: Tensor) -> None:
         """Add w * f_e(x) in the order of the experts' ids, and what the layer before deferred."""
-        if x_TH.requires_grad and self.grad_enabled():
+        if self.grad_enabled() and (x_TH.requires_grad or weight_N.requires_grad):
             raise MoebenchError("offload has no backward; call it under torch.no_grad(), or use the eager backend.")
         with self._no_grad():
-            offsets = offsets_E1.tolist()
-            outputs, deferred = {}, []
+            self.asking.begin(self.layer, y_TH)
+            offsets, outputs, owed = offsets_E1.tolist(), {}, {}
+            spans = {e: slice(start, stop) for e, (start, stop) in enumerate(pairwise(offsets)) if stop > start}
             for served in self.asking.serve(self.layer, offsets, weight_N.tolist()):
                 expert = served.key[1]
-                mine = slice(offsets[expert], offsets[expert + 1])
-                out_NH = self._output(x_TH[token_N[mine]], served) * weight_N[mine, None]
+                mine = spans.pop(expert)
+                out_NH = self._output(x_TH[token_N[mine]], weight_N[mine, None], served)
                 if served.event.how == "deferred" and self.asking.may_defer(self.layer):
-                    deferred.append(Owed(token_N[mine], out_NH, len(x_TH)))
+                    owed[expert] = Owed(token_N[mine].clone(), len(x_TH), out_NH)
                 else:
                     outputs[expert] = (token_N[mine], out_NH)
             for _, (mine_N, out_NH) in sorted(outputs.items()):
                 y_TH.index_add_(0, mine_N, out_NH.to(y_TH.dtype))
-            self.asking.settle(y_TH)
-            self.asking.owe(deferred)
+            late = {e: self._late(x_TH, token_N[mine], weight_N[mine, None]) for e, mine in spans.items()}
+            self.asking.owe(self.layer, owed | late)
 
-    def _output(self, x_NH: Tensor, served: Served) -> Tensor:
-        """Return f_e(x) [N, H]."""
+    def _late(self, x_TH: Tensor, token_N: Tensor, weight_N1: Tensor) -> Owed:
+        """Return what an expert left out will add; its inputs are copied, since the caller's may change till then."""
+        return Owed(token_N.clone(), len(x_TH), None, partial(self._output, x_TH[token_N], weight_N1.clone()))
+
+    def _output(self, x_NH: Tensor, weight_N1: Tensor, served: Served) -> Tensor:
+        """Return w * f_e(x) [N, H]."""
         gate_up, down, expert = served.gate_up, served.down, served.key[1]
         if served.event.how == "in_place":
             multiply: Any = self.in_place
         else:
             multiply, gate_up, down = self.linear, self._dense(gate_up), self._dense(down)
-        return self.hidden.ffn(x_NH, lambda x_NI: multiply(x_NI, gate_up), lambda x_NI: multiply(x_NI, down), expert)
+        out_NH = self.hidden.ffn(x_NH, lambda x_NI: multiply(x_NI, gate_up), lambda x_NI: multiply(x_NI, down), expert)
+        return out_NH * weight_N1
 
     def _dense(self, weight: Any) -> Tensor:
         """Return a matrix in the case's dtype, as ``ExpertStore.dense`` makes it."""

@@ -7,6 +7,7 @@ that decides about files, so the same events come about. Imports no torch at mod
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future as Coming
 from concurrent.futures import ThreadPoolExecutor
@@ -69,12 +70,17 @@ class HostStore:
         self.log: list[list[Event]] = []
         self.ledger: list[Cost] = []
         self._slots: dict[Key, Pair | Coming[Pair]] = {key: experts[key].dense() for key in cache.resident}
+        self._carried: deque[tuple[Event, Coming[Pair]]] = deque()
         self._pool = ThreadPoolExecutor(readers, "moebench-offload")
         self._whole = True
 
     def serve(self, access: Access) -> Iterator[HostServed]:
-        """Yield every expert of ``access``; a store whose last access was not taken to its end serves no other."""
-        if not self._whole:
+        """Yield every expert of ``access`` but those that are deferred, and of the last layer these too.
+
+        A store whose last access was not taken to its end serves no other.
+        """
+        carry = access.layer != self.cache.layout.layers[-1]
+        if self._carried or not self._whole:
             raise MoebenchError("an earlier access of this session was broken off; open a new session.")
         self._whole = False
         cost = Cost()
@@ -85,11 +91,31 @@ class HostStore:
             if event.kind == "prefetch":
                 self._slots[event.key] = self._pool.submit(self.experts[event.key].dense)
                 cost.bytes_read += self.experts[event.key].read_bytes
+            elif carry and event.how == "deferred":
+                self._put_off(event, cost)
             else:
                 yield HostServed(event.key, *self._weights(event, cost), event)
             if event.evicted is not None:
                 del self._slots[event.evicted]
         self._whole = True
+
+    def deferred(self) -> Iterator[HostServed]:
+        """Yield the experts that the access before deferred; what waiting costs is that access's."""
+        while self._carried:
+            event, coming = self._carried[0]
+            begun = time.perf_counter_ns()
+            pair = coming.result()
+            self.ledger[-1].stall_ns += time.perf_counter_ns() - begun
+            yield HostServed(event.key, *pair, event)
+            self._carried.popleft()
+
+    def _put_off(self, event: Event, cost: Cost) -> None:
+        """Dequantize an expert in another thread, for ``deferred``."""
+        coming = self._pool.submit(self.experts[event.key].dense)
+        cost.bytes_read += self.experts[event.key].read_bytes
+        if event.kept:
+            self._slots[event.key] = coming
+        self._carried.append((event, coming))
 
     def _weights(self, event: Event, cost: Cost) -> tuple[Any, Any]:
         expert = self.experts[event.key]

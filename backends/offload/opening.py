@@ -111,7 +111,7 @@ def _open_disk(file: SlabFile, opening: Opening) -> OffloadSession:
     cache = make_cache(params, opening.layout, opening.future)
     if isinstance(cache.execution, LowBits) and "low" not in file.forms:
         raise MoebenchError(f"{file.path} has no copies of few bits; write it with them (low=int4), or use fetch.")
-    store = SlotStore(file, cache, io=params.io, readers=params.readers, staging=params.staging)
+    store = SlotStore(file, cache, io=params.io, readers=params.readers, staging=params.staging, carry=True)
     return opening.session(store, cache)
 
 

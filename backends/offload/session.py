@@ -32,9 +32,12 @@ class OffloadSession(Session):
 
     def events(self) -> Sequence[Mapping[str, Any]]:
         """Return what the cache did and what it cost, one entry an access."""
-        told = zip(self.store.log, self.store.ledger, strict=True)
-        costs = ({name: getattr(entry, name) for name in COSTS} for _, entry in told)
-        return [{"event": "access", **counted(one), **cost} for one, cost in zip(self.store.log, costs, strict=True)]
+        told = zip(self.asking.places, self.store.log, self.store.ledger, strict=True)
+        return [
+            {"event": "access", "step": step, "layer": layer, **counted(events)}
+            | {name: getattr(entry, name) for name in COSTS}
+            for (step, layer), events, entry in told
+        ]
 
     def resident_bytes(self) -> int:
         """Return the bytes held in memory: slots and staging buffers, not experts that lie in a file."""

@@ -45,7 +45,8 @@ class SlotStore:
 
     There are ``cache.capacity`` slots and ``staging`` more, through which goes what is not kept, and what was dropped
     while it is still to be computed. ``io`` and ``readers`` are of the reading threads; a read that takes longer than
-    ``deadline_s`` ends the store. ``log`` has the events of each access, ``ledger`` what each cost, ``first`` what it
+    ``deadline_s`` ends the store. With ``carry`` deferred experts are handed out by ``deferred``, but for those of the
+    last layer. ``log`` has the events of each access, ``ledger`` what each cost, ``first`` what it
     cost to bring what is in the cache from the start.
 
     Raises:
@@ -61,6 +62,7 @@ class SlotStore:
         readers: int = 1,
         staging: int = 2,
         device: str | Link = "cpu",
+        carry: bool = False,
         deadline_s: float = DEADLINE_S,
     ) -> None:
         if cache.layout != file.layout or cache.now >= 0:
@@ -69,7 +71,7 @@ class SlotStore:
             )
         if staging < 1:
             raise OffloadError(f"staging={staging} leaves no slot for what is not kept; give at least one.")
-        self.file, self.cache = file, cache
+        self.file, self.cache, self.carry = file, cache, carry
         self.log: list[list[Event]] = []
         self.ledger: list[Entry] = []
         self.first = Entry()
@@ -80,6 +82,7 @@ class SlotStore:
         self._pending: deque[_Copy] = deque()
         self._draining: deque[Ticket] = deque()
         self._held: dict[Key, _Copy] = {}
+        self._carried: deque[tuple[Event, _Copy | None]] = deque()
         self._serving = False
         self._readers = Readers(file, self.memory.landing, io, readers, deadline_s)
         self._end = weakref.finalize(self, _close, self._readers, self.memory)
@@ -93,12 +96,14 @@ class SlotStore:
         """Yield the experts of an access: those that are there, then the missing ones in the order of the events.
 
         What is yielded stays as it is until the next one is asked for. All reads that find a slot are begun before the
-        first is yielded, those ahead of time last.
+        first is yielded, those ahead of time last. Reads of what is carried over are begun after all others.
 
         Raises:
             OffloadError: a read failed, now or before, or the access before was not iterated to its end.
         """
         self._readers.check()
+        if self._carried:
+            raise OffloadError("experts of the access before are deferred; take them before the next access.")
         if self._serving or self.cache.now + 1 != len(self.log):
             raise OffloadError("the access before is still served, or the cache was used elsewhere; take turns.")
         for key in access.keys:
@@ -111,6 +116,8 @@ class SlotStore:
         try:
             for event in events:
                 order += self._apply(event, entry)
+            if self.carry and access.layer != self.file.layout.layers[-1]:
+                order = self._put_off(order)
             self._pump()
             for event, copy in order:
                 yield self._served(event, copy, entry)
@@ -125,6 +132,28 @@ class SlotStore:
                 if copy is not None and copy.wanted:
                     self._settle(copy)
             self._serving = False
+
+    def deferred(self) -> Iterator[Served]:
+        """Yield what the access before carried over, as ``serve`` does; what waiting costs is that access's.
+
+        Raises:
+            OffloadError: a read failed, or the access before was not iterated to its end.
+        """
+        if self._carried and self._serving:
+            raise OffloadError("the access before is still served; take all its experts first.")
+        self._readers.check()
+        self._pump()
+        try:
+            while self._carried:
+                event, copy = self._carried[0]
+                assert copy is not None, "what is deferred is brought"
+                yield self._served(event, copy, self.ledger[-1])
+                self._carried.popleft()
+                self._settle(copy)
+                self._pump()
+        except OffloadError as error:
+            self._readers.fail(error)
+            raise
 
     def resident_bytes(self) -> int:
         """Return the bytes of all slots, in the memory in which experts are computed."""
@@ -167,6 +196,19 @@ class SlotStore:
             self._held[event.key] = copy
         self._pending.append(copy)
         return [(event, copy)] if wanted else []
+
+    def _put_off(self, order: list[tuple[Event, _Copy | None]]) -> list[tuple[Event, _Copy | None]]:
+        """Carry the deferred ones of ``order`` over, their reads behind all others; return the rest.
+
+        They keep the slots that they get. Since they are taken before the next access, each finds one: only those
+        deferred before it may hold a slot besides what is in the cache, and these are let go one by one.
+        """
+        self._carried.extend(pair for pair in order if pair[0].how == "deferred")
+        for _, copy in self._carried:
+            assert copy is not None, "what is deferred is brought"
+            self._pending.remove(copy)
+            self._pending.append(copy)
+        return [pair for pair in order if pair[0].how != "deferred"]
 
     def _served(self, event: Event, copy: _Copy | None, entry: Entry) -> Served:
         if copy is None:
