@@ -52,10 +52,10 @@ condition is SQL over the columns of view latest, and x, y, their bounds x_lo, x
 
 TRACE_HELP = """\
 A trace says which experts every layer asked for, step by step. Examples:
-  moebench trace record tinymoe -o tinymoe.parquet --tokens 256
+  moebench trace record tinymoe -o tinymoe.parquet --tokens 128
   moebench trace record hf model.path=owner/name -o mine.parquet --prompt "Once upon a time"
   moebench trace record smollm2 params.structure.split.k=2 -o split.parquet --text book.txt
-  moebench trace synthesize sticky -o sticky.parquet stay=0.8 layers=16 experts=64 k=8
+  moebench trace synthesize sticky stay=0.8 layers=16 experts=64 k=8 -o sticky.parquet
   moebench trace inspect mine.parquet --capacity 0.25 --capacity 0.5
 """
 
@@ -235,7 +235,7 @@ def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     record.add_argument("model", metavar="MODEL", help="its name here, such as tinymoe; hf is one of yours")
     record.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="as for run: model.NAME, axes.routing ...")
     add_target(record)
-    record.add_argument("--tokens", type=int, default=256, help="steps after the prompt, one token each (default 256)")
+    record.add_argument("--tokens", type=int, default=128, help="steps after the prompt, one token each (default 128)")
     source = record.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="go on from this (default: the evaluation text's beginning)")
     source.add_argument("--text", metavar="FILE", help="read the tokens of a file, and generate none")

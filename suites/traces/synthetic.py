@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...contracts import plain
 from ..models import substream
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     Real = NDArray[np.float64]
     Whole = NDArray[np.int64]
+
+MOST_ROWS = 20_000_000
+"""Of a trace: some gigabytes while it is made."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,14 @@ class MadeUp(ABC):
     tokens: int = 1
     seed: int = 0
 
+    name: ClassVar[str] = ""
+
     def __post_init__(self) -> None:
         if min(self.steps, self.layers, self.tokens) < 1 or not 0 < self.k <= self.experts:
             raise ValueError("steps, layers and tokens must be positive, and k lie between 1 and experts.")
+        rows = self.steps * self.layers * self.tokens * self.k
+        if rows > MOST_ROWS:
+            raise ValueError(f"the trace would have {rows} rows, and {MOST_ROWS} may be made up; choose fewer steps.")
 
     def trace(self) -> Trace:
         """Return the trace."""
@@ -70,7 +78,7 @@ class MadeUp(ABC):
 
     def facts(self) -> dict[str, Any]:
         """Return what a file of the trace should say of how it was made."""
-        return {"made": type(self).__name__, "parameters": plain(self), "experts": self.experts}
+        return {"made": f"made up: {self.name}", "parameters": plain(self), "experts": self.experts}
 
     @abstractmethod
     def chosen(self) -> tuple[Whole, Real]:
@@ -105,6 +113,8 @@ class ZipfTrace(MadeUp):
 
     alpha: float = 1.0
 
+    name: ClassVar[str] = "zipf"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_alpha(self.alpha)
@@ -130,6 +140,8 @@ class StickyTrace(MadeUp):
 
     stay: float = 0.8
     alpha: float = 0.0
+
+    name: ClassVar[str] = "sticky"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,6 +193,8 @@ class DomainTrace(MadeUp):
     popular: int = 0
     share: float = 0.9
     disjoint: bool = True
+
+    name: ClassVar[str] = "domains"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -243,7 +257,7 @@ class DomainTrace(MadeUp):
         return np.stack([experts for experts, _ in drawn]), np.stack([scores for _, scores in drawn])
 
 
-KINDS: Mapping[str, type[MadeUp]] = {"zipf": ZipfTrace, "sticky": StickyTrace, "domains": DomainTrace}
+KINDS: Mapping[str, type[MadeUp]] = {kind.name: kind for kind in (ZipfTrace, StickyTrace, DomainTrace)}
 """Made-up traces by name."""
 
 

@@ -303,6 +303,7 @@ def test_domains_change_when_they_may():
     ("kind", "wrong", "told"),
     [
         ("zipf", {"k": 65}, "k lie between 1 and experts"),
+        ("zipf", {"steps": 10**9}, "would have 128000000000 rows"),
         ("zipf", {"alpha": -1.0}, "alpha=-1.0 must not be negative"),
         ("sticky", {"stay": 1.5}, r"stay=1.5 must lie in \[0, 1\]"),
         ("sticky", {"k": 40}, "at least twice k=40"),
