@@ -27,7 +27,7 @@ class OffloadSuite:
     steps: first come first served, or so that a step needs few experts, nobody ``patience`` steps later than in the
     order of coming (Read-ME); this needs a traffic that forces its routing.
     With backends other than ``offload`` all experts are resident. Each measured row of ``offload`` has a predicted one
-    of evidence `model` beside it, made from probes of this host and the trace alone.
+    of evidence `model` beside it (unless ``predicted`` is false), made from probes of this host and the trace alone.
     """
 
     prompt: int = 16
@@ -36,6 +36,7 @@ class OffloadSuite:
     order: Literal["expert", "token"] = "expert"
     batching: Literal["none", "first_come", "expert_aware"] = "none"
     patience: int = 4
+    predicted: bool = True
 
     AXES: ClassVar[Mapping[str, Any]] = {
         **LayerSuite.AXES,

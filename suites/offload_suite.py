@@ -27,12 +27,12 @@ class OffloadCases:
             shape = registry.params("model", choice).shape()
             layers = select_layers(config.layers, shape, per_layer=False)
             own = replace(config, layers=layers, axes={**config.axes, "model": [choice], "residency": ["warm"]})
-            kind = Kind("timed", per_layer=False, workload=plain(params), foresees=True)
+            kind = Kind("timed", per_layer=False, workload=_workload(params), foresees=True)
             for planned in expand(own, registry, kind):
                 refusal = planned.refusal or _refusal(planned.case, registry)
                 measured = replace(planned, refusal=refusal, method_bytes=planned.method_bytes * len(layers))
                 yield measured
-                if planned.case.backend.name == OFFLOAD and refusal is None:
+                if params.predicted and planned.case.backend.name == OFFLOAD and refusal is None:
                     case = replace(planned.case, protocol="once", evidence=Evidence.MODEL)
                     predicted.append(replace(measured, case=case, seconds=PREDICTED_SECONDS))
         yield from predicted
@@ -50,6 +50,11 @@ class OffloadCases:
         from .offload.trial import ResidentTrial
 
         return ResidentTrial(case, registry)
+
+
+def _workload(params: Any) -> dict[str, Any]:
+    """Return what is asked of every case alike."""
+    return {name: value for name, value in plain(params).items() if name != "predicted"}
 
 
 def _refusal(case: Case, registry: Registry) -> str | None:

@@ -59,6 +59,17 @@ class Fiddler:
         return dict.fromkeys(chosen, "in_place")
 
 
+class InPlace:
+    """Every missing expert is computed where it lies, and nothing is ever brought: the other extreme of fetching."""
+
+    def __init__(self, costs: ExpertCosts) -> None:
+        self.costs = costs
+
+    def decide(self, missing: Sequence[Key], moment: Moment) -> Mapping[Key, How]:
+        """Return all of them."""
+        return dict.fromkeys(missing, "in_place")
+
+
 class DuplexSplit:
     """Duplex' split (arXiv 2409.01141) by operations per byte, that is by tokens: few stay, many go to the fast side.
 

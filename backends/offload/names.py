@@ -10,7 +10,7 @@ from ...contracts import MoebenchError, unknown
 from .access import Key
 from .cache import Execution, Prefetcher
 from .costs import ExpertCosts
-from .execution import Deferral, DuplexSplit, Fiddler, LowBits, Objective
+from .execution import Deferral, DuplexSplit, Fiddler, InPlace, LowBits, Objective
 from .policies.base import CachePolicy
 from .policies.frequency import LFRU, LFU
 from .policies.lookahead import Belady, Windowed
@@ -85,6 +85,7 @@ _PREFETCHERS: dict[str, Named[Prefetcher | None]] = {
 
 _EXECUTIONS: dict[str, Named[Execution | None]] = {
     "fetch": Named("every missing expert is brought", lambda: None),
+    "in_place": Named("every missing expert is computed where it lies", InPlace, takes="costs"),
     "fiddler": Named(
         "computed where it lies if that is faster (fiddler:sum, fiddler:max)", Fiddler, _objective, takes="costs"
     ),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...backends.offload.batching import expert_aware, first_come
+from ...backends.offload.batching import distinct, expert_aware, first_come
 from ...contracts import Case
 from ...moe.routing import Routing
 from ..models import substream
@@ -15,10 +15,11 @@ from ..models import substream
 
 @dataclass(frozen=True)
 class Waiting:
-    """All tokens of a run by layer, and the tokens of each step."""
+    """All tokens of a run by layer, the tokens of each step, and what each needs in the order of coming."""
 
     routings: Mapping[int, Routing]
     steps: Sequence[Sequence[int]]
+    queue: Sequence[set[tuple[int, int]]]
 
     @classmethod
     def of(cls, drawn: Sequence[Mapping[int, Routing]], case: Case) -> Waiting:
@@ -35,12 +36,17 @@ class Waiting:
             batches = expert_aware(queue, case.tokens, int(case.workload["patience"]))
         else:
             batches = first_come(queue, case.tokens)
-        return cls(routings, [[order[place] for place in batches[step]] for step in sorted(batches)])
+        return cls(routings, [[order[place] for place in batches[step]] for step in sorted(batches)], queue)
 
     def batch(self, step: int) -> dict[int, Routing]:
         """Return the Routings of the tokens of a step."""
         rows = self.steps[step]
         return {layer: Routing.dense(routing.to_dense()[rows]) for layer, routing in self.routings.items()}
+
+    def first_come_experts(self) -> float:
+        """Return how many distinct experts of all layers a step needs in the mean if the first that came go first."""
+        batches = first_come(self.queue, len(self.steps[0]))
+        return sum(distinct(self.queue, batch) for batch in batches.values()) / len(batches)
 
 
 def _concatenated(parts: Sequence[Routing]) -> Routing:

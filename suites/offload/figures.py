@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from ...backends.offload.access import Event
+from ...backends.offload.access import Access, Event, Layout
 from ...backends.offload.cache import Tally
 from ...backends.offload.names import make_policy
 from ...backends.offload.simulate import Simulated, optimality, simulate
 from ...contracts import Metric
-from .recording import Recording
+from .layers import Layers
+from .recording import Recorder, Recording
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,19 @@ def tally_of(events: Sequence[Sequence[Event]], skipped: int) -> Tally:
     return tally
 
 
-def hit_rate(recording: Recording, policy: str, capacity: int) -> float:
-    """Return the simulated hit rate over the steps of a policy that brings experts on demand."""
-    done = simulate(recording.accesses, make_policy(policy), capacity, recording.layout)
-    return tally_of(done.events, recording.prompt_accesses).hit_rate or 0.0
+def misses(accesses: Sequence[Access], skipped: int, policy: str, capacity: int, layout: Layout) -> Tally:
+    """Return the simulated counts of a policy that brings experts on demand, without the first ``skipped`` accesses."""
+    return tally_of(simulate(accesses, make_policy(policy), capacity, layout).events, skipped)
 
 
 def cache_figures(recording: Recording, run: Simulated) -> list[Metric]:
     """Return hits, what was brought ahead, and ``optimality``: the share of the gap between LRU and Belady closed."""
     events, capacity = run.events, run.capacity
     tally = tally_of(events, recording.prompt_accesses)
-    lru, belady = (hit_rate(recording, name, capacity) for name in ("lru", "belady"))
+    accesses, skipped = recording.accesses, recording.prompt_accesses
+    lru, belady = (
+        misses(accesses, skipped, name, capacity, recording.layout).hit_rate or 0.0 for name in ("lru", "belady")
+    )
     rate, n = tally.hit_rate, tally.requests
     best = None if rate is None else optimality(rate, lru, belady)
     evicted = sum(event.evicted is not None for access in events[recording.prompt_accesses :] for event in access)
@@ -59,6 +63,38 @@ def cache_figures(recording: Recording, run: Simulated) -> list[Metric]:
         Metric("capacity_experts", float(capacity), "1"),
         Metric("covered_per_step", tally.covered / recording.steps, "1", n=recording.steps),
     ]
+
+
+def gate_figures(recording: Recording) -> list[Metric]:
+    """Return ``gate_recall``: the share of a layer's experts that the gate named when it read the layer before; and
+    ``gate_chance``, what naming as many by chance would give. Nothing where gates were not asked."""
+    found, asked, chance = 0, 0, 0.0
+    decoded = recording.accesses[recording.prompt_accesses :]
+    for before, access in pairwise(decoded):
+        hinted = {key for key, _ in before.hints if key[0] == access.layer}
+        if hinted and before.step == access.step:
+            found += sum(key in hinted for key in access.keys)
+            asked += len(access.keys)
+            chance += len(access.keys) * len(hinted) / recording.layout.experts
+    if not asked:
+        return []
+    return [Metric("gate_recall", found / asked, "1", n=asked), Metric("gate_chance", chance / asked, "1", n=asked)]
+
+
+def order_figures(recording: Recording, layers: Layers, policy: str, capacity: int) -> list[Metric]:
+    """Return ``by_token_misses_per_step``: what a demand policy misses if layers compute token by token (M3ViT).
+
+    Nothing for one token a step, or where they do so already.
+    """
+    if layers.by_token or max(sum(access.tokens) for access in recording.accesses[recording.prompt_accesses :]) < 2:
+        return []
+    recorder = Recorder()
+    for call in recording.routings:
+        for layer, routing in call.items():
+            recorder.look(layer, routing, [routing.part(token, token + 1) for token in range(routing.num_tokens)])
+    own = sum(routing.num_tokens for call in recording.routings[-recording.steps :] for routing in call.values())
+    tally = misses(recorder.accesses, len(recorder.accesses) - own, policy, capacity, recording.layout)
+    return [Metric("by_token_misses_per_step", tally.misses / recording.steps, "1", n=recording.steps)]
 
 
 def turn_figures(turns: Sequence[Turn]) -> list[Metric]:

@@ -48,6 +48,10 @@ class InMemory:
                 store = (self.low if event.how == "low" else self.full)[layer]
                 yield Served(event.key, store.gate_up[expert], store.down[expert], event)
 
+    def deferred(self) -> Iterator[Served]:
+        """Yield nothing: no access leaves anything out."""
+        return iter(())
+
     def resident_bytes(self) -> int:
         """Return the bytes of all experts."""
         return sum(store.nbytes for stores in (self.full, self.low) for store in stores.values())

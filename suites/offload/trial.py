@@ -20,7 +20,7 @@ from .approximate import Approximation, approximate, changes_result
 from .check import close_to, same
 from .cores import roaming
 from .energy import joules
-from .figures import Turn, cache_figures, turn_figures
+from .figures import Turn, cache_figures, gate_figures, order_figures, turn_figures
 from .host import hosted
 from .predicting import hints_read, prediction_of
 from .prediction import figures
@@ -157,6 +157,13 @@ class OffloadTrial(ResidentTrial):
                 return Check(False, reason=reason)
         return Check(True, 0.0)
 
+    def _batched(self) -> list[Metric]:
+        """Return what first come, first served would need, where waiting tokens are batched by their experts."""
+        waiting = getattr(self.stack, "waiting", None)
+        if waiting is None:
+            return []
+        return [Metric("first_come_experts_per_step", waiting.first_come_experts(), "1", n=self.steps)]
+
     def _switches(self) -> list[Metric]:
         """Return the time of steps at which other experts become popular, and of the others, where the traffic says."""
         period = getattr(self.registry.params("traffic", self.case.traffic), "period", None)
@@ -175,6 +182,9 @@ class OffloadTrial(ResidentTrial):
         return [
             *super().metrics(),
             *cache_figures(self.recording, self.prediction.simulated),
+            *gate_figures(self.recording),
+            *order_figures(self.recording, self.stack.layers, self.params.policy, self.prediction.simulated.capacity),
+            *self._batched(),
             *turn_figures(self.turns),
             *self._switches(),
             *figures(self.prediction, self.turns),
