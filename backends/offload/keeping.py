@@ -17,7 +17,7 @@ from .file import OffloadError, SlabFile, write_slabs
 
 
 def kept_file(layers: Mapping[int, ExpertStore], low: str = "none") -> SlabFile:
-    """Return the file of these layers under ``$MOEBENCH_CACHE/offload``, written where it is not there yet, or not whole.
+    """Return the file of these layers under ``$MOEBENCH_CACHE/offload``; if it is not there, or broken, it is written.
 
     ``low`` names the quantization of each expert's copy of few bits, if it has one.
     """
