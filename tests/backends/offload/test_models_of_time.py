@@ -101,6 +101,9 @@ def test_demand_goes_before_what_waits_to_be_read_ahead():
     assert times[1].stall == 7 + 3 - 5.5  # (1, 2), asked for at 5.5, is read from 7 to 10
     assert times[2].stall == 13 + 3 - 11.5  # (1, 1) is read from 10 to 13, before (0, 1) is asked for at 11.5
     assert (times[3].stall, times[3].late) == (0, 0)
+    soon = [accesses[0], lone(0, 0, 1, layer=1)]  # both that are brought ahead: (1, 1) is read as soon as it can be
+    again = predict(soon, simulate(soon, make_policy("lru"), 8, Layout((0, 1), 4), make_prefetcher("gate")), COSTS)
+    assert (again[1].seconds, again[1].late) == (10 + 0.5 - 4.5, 2)
 
 
 def test_what_goes_while_it_is_read_gives_its_buffer_back_when_it_has_come():
