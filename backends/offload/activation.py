@@ -49,7 +49,8 @@ class ActivationMatrices:
         """Return the stored matrix that is nearest to the running one; None while none is stored.
 
         Near is a high mean cosine of the rows after this layer, as in the authors' code, which makes the rows up to it
-        equal in all; at the last layer no row is left, and all rows are compared. Ties go to the one stored first.
+        equal in all; at the last layer no row is left, and all rows are compared. Ties go to the one stored last: with
+        nothing to tell, as at the first step of a matrix, a text goes on as it was.
         """
         if not self._stored:
             return None
@@ -57,7 +58,7 @@ class ActivationMatrices:
         rows = slice(first if first < len(moment.layout.layers) else 0, None)
         mine_LE = directions(self.running_LE)[rows]
         cosines = [float((mine_LE * one_LE[rows]).sum()) for one_LE in self._directions]
-        best = max(range(len(cosines)), key=cosines.__getitem__)
+        best = max(range(len(cosines)), key=lambda place: (cosines[place], place))
         self._nearest_at[best] += 1
         return self._stored[best]
 

@@ -41,7 +41,9 @@ class Curve:
         place = min(bisect_right(self.points, number, key=lambda point: point[0]), len(self.points) - 1)
         (x0, y0), (x1, y1) = self.points[place - 1], self.points[place]
         slope = (y1 - y0) / (x1 - x0)
-        return y0 + (max(slope, 0.0) if number > last[0] else slope) * (number - x0)
+        if number > last[0]:
+            return y1 + max(slope, 0.0) * (number - x1)
+        return y0 + slope * (number - x0)
 
 
 @dataclass(frozen=True)

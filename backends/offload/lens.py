@@ -100,8 +100,8 @@ def stage_two(machine: Streaming, load: Load, requests: int, page: int = 16) -> 
 
     An iteration streams the weights, computes the prompts of those admitted and one token of each that runs, and reads
     the keys and values of these, all at the same time: it takes as long as the slowest. Requests are admitted as long
-    as the device has tokens to spare (at least one where nothing runs), and as the pages suffice until the end of all
-    of them: lengths are known, so nobody is ever thrown out. Never faster than ``stage_one``.
+    as the device has time to spare, the last prompt may take more than that, and as long as the pages suffice until
+    the end of all of them: lengths are known, so nobody is ever thrown out. Never faster than ``stage_one``.
     """
     pages = int(machine.kv_bytes // (machine.kv_per_token * page))
     if _pages(load.prompt + load.generated, page) > pages:
@@ -134,7 +134,7 @@ def _admitted(running: Sequence[_Cohort], decoding: int, machine: Streaming, loa
     Memory is fullest when somebody ends; whoever comes now is the last to end.
     """
     spare = machine.n_sat - decoding
-    by_time = max(int(spare // load.prompt), 0 if running else 1) if load.prompt else pages
+    by_time = math.ceil(max(spare, 0) / load.prompt) if load.prompt else pages
     fit = pages // _pages(load.prompt + load.generated, page)
     for ending in running:
         ahead = load.generated - ending.age  # iterations from now to the last one that holds its pages

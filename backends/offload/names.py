@@ -13,7 +13,7 @@ from .costs import ExpertCosts
 from .execution import Deferral, DuplexSplit, Fiddler, LowBits, Objective
 from .policies.base import CachePolicy
 from .policies.frequency import LFRU, LFU
-from .policies.lookahead import Belady
+from .policies.lookahead import Belady, Windowed
 from .policies.placement import CpuMoe, Pattern, Static
 from .policies.recency import LRU, LRUK, PerLayer
 from .policies.scored import ActivationPriority, MixedScore
@@ -56,6 +56,10 @@ def _objective(text: str) -> Objective:
     raise ValueError("sum or max is wanted")
 
 
+def _belady(window: int | None = None) -> CachePolicy:
+    return Belady() if window is None else Windowed(window)
+
+
 _POLICIES: dict[str, Named[CachePolicy]] = {
     "lru": Named("drops the least recently used", LRU),
     "lru_k": Named("drops the one whose K-th last use is the oldest (lru_k:2)", LRUK, int),
@@ -67,7 +71,7 @@ _POLICIES: dict[str, Named[CachePolicy]] = {
     "pattern": Named("layers whose tensor names match stay in the slow tier (pattern:REGEX)", Pattern, str, True),
     "eam": Named("MoE-Infinity's priority; a matrix is finished every N steps (eam:16)", ActivationPriority, int),
     "hobbit": Named("HOBBIT's weights of LRU/LFU/LHU/FLD (hobbit:1/1/1/1)", MixedScore, _weights),
-    "belady": Named("drops the one that is used the furthest away, within W accesses if given (belady:W)", Belady, int),
+    "belady": Named("drops the one used the furthest away, within W accesses if given (belady:W)", _belady, int),
 }
 
 _PREFETCHERS: dict[str, Named[Prefetcher | None]] = {

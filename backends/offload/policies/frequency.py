@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from .base import Key, Layout, Moment, Ranked
+from .base import Key, Layout, Moment, Ranked, Settled
 
 
-class LFU(Ranked):
+class LFU(Settled):
     """Drops the least frequently used, where a use counts half after every ``half_life`` steps.
 
     Counts that never age are no fair baseline: once the subject of a text has changed, they keep the experts of the
@@ -18,6 +18,7 @@ class LFU(Ranked):
     def __init__(self, half_life: float = 16) -> None:
         if not half_life > 0:
             raise ValueError(f"half_life={half_life} must be above 0 steps.")
+        super().__init__()
         self.half_life = half_life
         self._count: dict[Key, float] = {}  # as it was at the last use
         self._last: dict[Key, int] = {}
@@ -27,7 +28,7 @@ class LFU(Ranked):
         self._accesses = self.half_life * len(layout.layers)
         return ()
 
-    def touch(self, key: Key, moment: Moment) -> None:
+    def use(self, key: Key, moment: Moment) -> None:
         """Age the count up to now, and add one."""
         self._count[key] = 1 + self._count.get(key, 0) * 0.5 ** ((moment.now - self._last.get(key, 0)) / self._accesses)
         self._last[key] = moment.now

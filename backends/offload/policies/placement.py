@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from .base import Key, Layout, Moment, Ranked
+from .base import Access, Key, Layout, Moment, Ranked
+
+
+def popularity(accesses: Iterable[Access]) -> dict[Key, float]:
+    """Return how often each expert was asked for: the profile of ``Static``, of a run beforehand."""
+    counts: dict[Key, float] = {}
+    for access in accesses:
+        for key in access.keys:
+            counts[key] = counts.get(key, 0) + 1
+    return counts
 
 
 class Placement(Ranked):

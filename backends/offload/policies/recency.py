@@ -6,24 +6,26 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable
 
-from .base import Key, Layout, Moment, Ranked
+from .base import Key, Layout, Moment, Ranked, Settled
 
 
-class LRU(Ranked):
+class LRU(Settled):
     """Drops the least recently used."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._clock = 0
         self._last: dict[Key, int] = {}
 
-    def touch(self, key: Key, moment: Moment) -> None:
+    def use(self, key: Key, moment: Moment) -> None:
         """Note the use."""
         self._clock += 1
         self._last[key] = self._clock
 
     def admit(self, key: Key, moment: Moment) -> None:
         """Note the coming, which counts as a use: what is brought ahead is wanted soon."""
-        LRU.touch(self, key, moment)
+        LRU.use(self, key, moment)
+        self.settle(key, moment)
 
     def worth(self, key: Key, moment: Moment) -> tuple[float, ...]:
         """Return when it was last used, or brought."""
@@ -43,9 +45,9 @@ class LRUK(LRU):
         self.k = k
         self._uses: dict[Key, deque[int]] = {}
 
-    def touch(self, key: Key, moment: Moment) -> None:
+    def use(self, key: Key, moment: Moment) -> None:
         """Note the use."""
-        super().touch(key, moment)
+        super().use(key, moment)
         self._uses.setdefault(key, deque(maxlen=self.k)).append(moment.now)
 
     def worth(self, key: Key, moment: Moment) -> tuple[float, ...]:
@@ -55,7 +57,7 @@ class LRUK(LRU):
         return (oldest, *super().worth(key, moment))
 
 
-class PerLayer(LRU):
+class PerLayer(Ranked):
     """One LRU a layer (mixtral-offloading): slots are divided evenly, and only its own layer makes room for an expert.
 
     Where slots do not divide, the first layers have one more. A layer without slots keeps nothing.
@@ -64,21 +66,24 @@ class PerLayer(LRU):
     def start(self, layout: Layout, capacity: int) -> Iterable[Key]:
         """Divide the slots."""
         each, more = divmod(capacity, len(layout.layers))
-        self._slots = {layer: each + (place < more) for place, layer in enumerate(layout.layers)}
-        self._held = dict.fromkeys(layout.layers, 0)
+        self._free = {layer: each + (place < more) for place, layer in enumerate(layout.layers)}
+        self._layers = {layer: LRU() for layer in layout.layers}
         return ()
+
+    def touch(self, key: Key, moment: Moment) -> None:
+        """Note the use."""
+        self._layers[key[0]].touch(key, moment)
 
     def place(self, incoming: Key, candidates: Collection[Key], free: int, moment: Moment) -> Key | None:
         """Take a free slot of the layer, else drop its least recently used; the incoming expert where it has none."""
-        layer = incoming[0]
-        mine = [key for key in candidates if key[0] == layer]
-        return super().place(incoming, mine, self._slots[layer] - self._held[layer], moment)
+        return self._layers[incoming[0]].place(incoming, candidates, self._free[incoming[0]], moment)
 
     def admit(self, key: Key, moment: Moment) -> None:
         """Note the coming."""
-        super().admit(key, moment)
-        self._held[key[0]] += 1
+        self._layers[key[0]].admit(key, moment)
+        self._free[key[0]] -= 1
 
     def drop(self, key: Key) -> None:
         """Note the going."""
-        self._held[key[0]] -= 1
+        self._layers[key[0]].drop(key)
+        self._free[key[0]] += 1

@@ -95,11 +95,7 @@ class MixedScore(Ranked):
 
     def worth(self, key: Key, moment: Moment) -> tuple[float, ...]:
         """Return the weighted sum, then when the last use was."""
-        served, last = max(self._served[key[0]], 1), self._last.get(key, -1) + 1
-        signs = (
-            last / (moment.now + 1),
-            self._uses.get(key, 0) / served,
-            self._high.get(key, 0) / served,
-            self._near[key[0]],
-        )
-        return (sum(weight * sign for weight, sign in zip(self.weights, signs, strict=True)), last)
+        recency, frequency, high, distance = self.weights
+        last, served = self._last.get(key, -1) + 1, max(self._served[key[0]], 1)
+        used = (frequency * self._uses.get(key, 0) + high * self._high.get(key, 0)) / served
+        return (recency * last / (moment.now + 1) + used + distance * self._near[key[0]], last)

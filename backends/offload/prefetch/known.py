@@ -25,8 +25,9 @@ class Gate:
     needs_future = False
 
     def propose(self, moment: Moment) -> Sequence[Key]:
-        """Return the hints of the access, the surest first."""
-        return [key for key, _ in sorted(moment.access.hints, key=lambda hint: (-hint[1], hint[0]))]
+        """Return the hints of the access, the surest first, each key once."""
+        ranked = sorted(moment.access.hints, key=lambda hint: (-hint[1], hint[0]))
+        return list(dict.fromkeys(key for key, _ in ranked))
 
 
 class Pregate:

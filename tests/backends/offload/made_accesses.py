@@ -63,6 +63,18 @@ def switching(layout, k, steps, seed, stay=0.4, switch=0.05, domains=4):
     return accesses
 
 
+def subjects(layout, k, steps, seed, wide, length, number=6):
+    """Return accesses of subjects that each use ``wide`` experts of a layer only, a new one every ``length`` steps."""
+    rng = random.Random(seed)
+    own = [{layer: rng.sample(range(layout.experts), wide) for layer in layout.layers} for _ in range(number)]
+    now = [rng.randrange(number) for _ in range(steps // length + 1)]
+    return [
+        _plain(step, layer, rng.sample(own[now[step // length]][layer], k))
+        for step in range(steps)
+        for layer in layout.layers
+    ]
+
+
 def _plain(step, layer, experts):
     chosen = tuple(sorted(int(expert) for expert in experts))
     return Access(step, layer, chosen, (1,) * len(chosen), (1.0,) * len(chosen))

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench.backends.offload.access import Access, Event, Future, Layout, Moment
-from moebench.backends.offload.cache import Cache
+from moebench.backends.offload.cache import Cache, Leaving
 from moebench.backends.offload.names import POLICIES, PREFETCHERS, make_execution, make_policy, make_prefetcher
-from moebench.backends.offload.policies.lookahead import Belady
+from moebench.backends.offload.policies.base import Ranked, Settled
+from moebench.backends.offload.policies.lookahead import Belady, Windowed
+from moebench.backends.offload.policies.placement import popularity
 from moebench.backends.offload.policies.scored import proximity
 from moebench.backends.offload.simulate import optimality, read_bytes, simulate, sweep
 from moebench.contracts import load_file
@@ -54,7 +56,7 @@ def test_nobody_has_more_hits_than_belady_that_begins_with_the_same(case, spec):
 def test_a_longer_window_never_has_fewer_hits_and_the_longest_is_belady(case):
     accesses, layout, capacity = case
     windows = [0, 1, 2, 3, 5, 8, len(accesses)]
-    found = [hits(simulate(accesses, Belady(window), capacity, layout)) for window in windows]
+    found = [hits(simulate(accesses, Windowed(window), capacity, layout)) for window in windows]
     assert found == sorted(found)
     assert found[-1] == hits(simulate(accesses, Belady(), capacity, layout))
 
@@ -113,6 +115,29 @@ def test_equal_accesses_give_equal_events(case, spec, ahead):
     accesses, layout, capacity = case
     runs = [simulate(accesses, make_policy(spec), capacity, layout, make_prefetcher(ahead)) for _ in range(2)]
     assert runs[0] == runs[1]
+
+
+@given(case=cases(), spec=st.sampled_from(["lru", "lru_k", "lfu:2", "belady"]), ahead=ANY_PREFETCHER)
+@settings(max_examples=100, deadline=None)
+def test_a_heap_finds_who_is_worth_least(case, spec, ahead):
+    accesses, layout, capacity = case
+
+    def events(patch):
+        if patch is not None:
+            patch.setattr(Settled, "least", Ranked.least)
+        return simulate(accesses, make_policy(spec), capacity, layout, make_prefetcher(ahead)).events
+
+    with pytest.MonkeyPatch.context() as patch:
+        plain = events(patch)
+    assert events(None) == plain
+
+
+def test_hits_alone_do_not_fill_the_memory():
+    policy = make_policy("lru")
+    cache = Cache(policy, 2, Layout((0,), 2))
+    for access in asks(*[0, 1] * 500):
+        cache.access(access)
+    assert len(policy._heap) < 100
 
 
 @given(case=cases(), spec=st.sampled_from(["static", "cpu_moe", "cpu_moe:1", "pattern:blk.2."]))
@@ -183,6 +208,42 @@ def evictions(spec, accesses, capacity, layout=None):
 def test_who_goes_is_as_worked_by_hand(spec, went):
     accesses = asks(0, 0, 1, 1, 2, 0, 3, 4)
     assert evictions(spec, accesses, 4) == went
+
+
+def test_a_window_sees_as_far_as_it_says():
+    accesses = asks(0, 1, 2, 0, layer=0)  # when 2 comes at 2, 0 is used at 3: one access away
+    assert evictions("belady:0", accesses, 2) == [0, 1]  # by recency alone
+    assert evictions("belady:1", accesses, 2) == [1]
+    assert evictions("belady", accesses, 2) == [1]  # neither 1 nor 2 is wanted again; 1 was used before 2
+
+
+def test_what_is_brought_ahead_counts_as_used():
+    layout = Layout((0, 1), 3)
+    hint = (((1, 0), 1.0),)
+    accesses = [
+        Access(0, 0, (0,), (1,), (1.0,)),
+        Access(0, 1, (1,), (1,), (1.0,)),
+        Access(1, 0, (0,), (1,), (1.0,), hint),
+        Access(1, 1, (1, 2), (1, 1), (1.0, 1.0)),  # serves layer 1, so what was brought ahead may go from now on
+        Access(2, 0, (2,), (1,), (1.0,)),
+    ]
+    went = {}
+    for capacity in (3, 4):
+        simulated = simulate(accesses, make_policy("lru"), capacity, layout, make_prefetcher("gate"))
+        went[capacity] = [event.evicted for events in simulated.events for event in events if event.evicted]
+    assert went == {3: [(0, 0), (1, 0)], 4: [(0, 0)]}  # (1, 0), brought ahead, is younger than (0, 0)
+
+
+def test_popularity_counts_accesses():
+    assert popularity([*asks(0, (0, 2)), *asks(1, layer=3)]) == {(0, 0): 2, (0, 2): 1, (3, 1): 1}
+
+
+def test_those_who_may_leave_are_neither_awaited_nor_spared():
+    one, two, three, four = ((0, expert) for expert in range(4))
+    view = Leaving(dict.fromkeys((one, two, three)), {two: None}, (three,))
+    assert list(view) == [one]
+    assert len(view) == 1
+    assert [key in view for key in (one, two, three, four)] == [True, False, False, False]
 
 
 def test_counts_that_age_forget_the_former_subject():
