@@ -33,9 +33,10 @@ Landing = Callable[[int, int], AbstractContextManager[memoryview]]
 class Entry:
     """What one access cost. The clock is that of the host.
 
-    ``stall_ns``: how long the computing thread waited. ``bytes_read``, ``reads`` and ``read_ns`` are of the reads that
-    this access began, prefetches included, whenever they end; ``cancelled`` were given up before they began.
-    ``late``: experts brought ahead that had to be waited for nevertheless.
+    ``stall_ns``: how long the computing thread waited for reads; for copies to a device the device waits, and that is
+    in no figure here. ``bytes_read``, ``reads`` and ``read_ns`` are of the reads that this access began, prefetches
+    included, whenever they end; ``cancelled`` were given up before they began. ``late``: experts brought ahead that had
+    to be waited for nevertheless.
     """
 
     stall_ns: int = 0

@@ -29,7 +29,7 @@ class Source:
         self.file, self.step = file, ALIGN if io == "direct" else 1
         self._faults = Faults()
         try:
-            if io == "direct" and self._faults.strikes("no_direct"):
+            if io == "direct" and (not hasattr(os, "O_DIRECT") or self._faults.strikes("no_direct")):
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             self._descriptor = os.open(file.path, os.O_RDONLY | (os.O_DIRECT if io == "direct" else 0))
         except OSError as error:

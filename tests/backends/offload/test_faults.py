@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -102,12 +103,21 @@ def test_a_queued_read_behind_a_slow_one_is_not_waited_for_forever(model, monkey
 
 
 def test_a_read_that_failed_before_it_was_asked_for_is_told(model, monkeypatch):
-    monkeypatch.setenv("MOEBENCH_OFFLOAD_FAULT", "read_error:2")
+    first_is_out, read = threading.Event(), Source.read
+
+    def failing(source, slab, target, name):
+        if name == "expert 2 of layer 0":
+            assert first_is_out.wait(20)
+            raise OffloadError("the second one cannot be read")
+        read(source, slab, target, name)
+
+    monkeypatch.setattr(Source, "read", failing)
     with open_store(model) as store:
         serving = store.serve(lab.access(0, [1, 2]))
-        next(serving)
+        model.check(next(serving))
+        first_is_out.set()
         lab.until(lambda: store._readers._failure)
-        with pytest.raises(OffloadError, match="expert 2 of layer 0 cannot be read"):
+        with pytest.raises(OffloadError, match="the second one"):
             next(serving)
 
 

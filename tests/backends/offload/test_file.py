@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
 import random
+import re
 import resource
 import signal
 import time
@@ -262,6 +264,29 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OffloadError, match=r"No space left on device.*free space"):
         lab.Model(tmp_path / "m")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """A file system of 256 KiB that only the child sees."""
+    answer, write = os.pipe()
+    libc = ctypes.CDLL(None)
+
+    def work():
+        private = libc.unshare(0x20000) or libc.mount(b"none", b"/", None, 0x44000, None)
+        if private or libc.mount(b"tmpfs", os.fsencode(tmp_path), b"tmpfs", 0, b"size=256k"):
+            os._exit(77)
+        try:
+            lab.Model(tmp_path / "m")
+        except OffloadError as error:
+            os.write(write, f"{error} {os.listdir(tmp_path)}".encode())
+
+    with lab.forked(work) as child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(write)
+    if code == 77:
+        pytest.skip("this user may not mount a file system")
+    with os.fdopen(answer) as said:
+        assert re.fullmatch(r".* cannot be written \(No space left on device\); free space .* \[\]", said.read())
 
 
 def test_a_limit_on_the_size_of_files_is_told_and_leaves_nothing(tmp_path):
