@@ -196,6 +196,9 @@ def test_a_replay_processes_every_token_and_is_never_faster_than_the_bound(load,
     assert sum(replayed.tokens) == requests * (load.prompt + load.generated)
     assert replayed.throughput <= stage_one(machine, load).throughput * (1 + 1e-9)
     assert all(seconds >= machine.delta for seconds in replayed.seconds)
+    read = requests * load.generated * (load.prompt + (load.generated - 1) / 2) * machine.kv_per_token
+    assert sum(replayed.seconds) >= read / bandwidth - 1e-6
+    assert sum(replayed.seconds) >= sum(replayed.tokens) * machine.flops_per_token / machine.flops - 1e-6
 
 
 def test_more_requests_bring_a_replay_nearer_to_the_bound():
