@@ -21,6 +21,7 @@ from .costs import Curve, ExpertCosts
 from .execution import LowBits
 from .executor import Facts, OffloadExecutor
 from .names import make_execution, make_policy, make_prefetcher, needs_costs
+from .prefetch.known import Gate
 from .session import OffloadSession
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Opening:
             (*OffloadExecutor.kernels, *kernels),
             told(self.params, cache),
         )
-        return OffloadSession(executors, path, asking)
+        return OffloadSession(executors, path, asking, reads_hints=isinstance(cache.prefetcher, Gate))
 
 
 def open_offload(
