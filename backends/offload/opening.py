@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ...moe.experts import Weight
     from .file import SlabFile
     from .host import HostExpert
+    from .memory import Link
 
 NO_COSTS = ExpertCosts(0.0, Curve.line(0, 0), Curve.line(0, 0))
 """Stands for costs where only names are checked."""
@@ -39,7 +40,7 @@ class Opening:
 
     ``described`` says what is known of each layer without weights. ``future`` are the accesses to come, for policies
     and prefetchers that look at them; ``on_access`` sees each access before it is served; ``costs`` are those by which
-    executions decide, measured where they are needed and not given.
+    executions decide, measured where they are needed and not given. ``device`` is where slots of tier disk are.
     """
 
     layout: Layout
@@ -49,6 +50,7 @@ class Opening:
     future: Future | None = None
     on_access: Callable[[Access], None] | None = None
     costs: ExpertCosts | None = None
+    device: str | Link = "cpu"
 
     def session(self, store: Store, cache: Cache, kernels: tuple[str, ...] = ()) -> OffloadSession:
         """Return a session on ``store``; ``kernels`` run beside those of the executors."""
@@ -94,7 +96,7 @@ def open_offload(
         from .slabs import read_all
 
         return open_host(read_all(file), opening)
-    return _open_disk(file, opening)
+    return open_disk(file, opening)
 
 
 def described_by(file: SlabFile, specs: Mapping[int, LayerSpec]) -> dict[int, Described]:
@@ -105,14 +107,23 @@ def described_by(file: SlabFile, specs: Mapping[int, LayerSpec]) -> dict[int, De
     }
 
 
-def _open_disk(file: SlabFile, opening: Opening) -> OffloadSession:
+def open_disk(file: SlabFile, opening: Opening) -> OffloadSession:
+    """Return a session on experts that are read from ``file`` when they are asked for."""
     from .store import SlotStore
 
     params = opening.params
     cache = make_cache(params, opening.layout, opening.future)
     if isinstance(cache.execution, LowBits) and "low" not in file.forms:
         raise MoebenchError(f"{file.path} has no copies of few bits; write it with them (low=int4), or use fetch.")
-    store = SlotStore(file, cache, io=params.io, readers=params.readers, staging=params.staging, carry=True)
+    store = SlotStore(
+        file,
+        cache,
+        io=params.io,
+        readers=params.readers,
+        staging=params.staging,
+        device=opening.device,
+        carry=True,
+    )
     return opening.session(store, cache)
 
 
