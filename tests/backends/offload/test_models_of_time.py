@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moebench.backends.offload.access import Access, Layout
 from moebench.backends.offload.che import inclusion, lru_hit_rate
 from moebench.backends.offload.costs import Curve
-from moebench.backends.offload.execution import LowBits
+from moebench.backends.offload.execution import Deferral, LowBits
 from moebench.backends.offload.lens import Load, Streaming, execution_per_memory, stage_one, stage_two
 from moebench.backends.offload.names import make_policy, make_prefetcher
 from moebench.backends.offload.simulate import simulate
@@ -122,6 +122,19 @@ def test_a_read_waits_for_a_buffer():
     ample = predict(accesses, nothing, replace(slow, staging=3))
     assert ample[0].seconds == 1 + 3 + 30
     assert predict(accesses, nothing, replace(slow, staging=1))[0].seconds == 1 + 3 * (3 + 10)
+
+
+def test_what_is_deferred_is_waited_for_at_the_next_layer_as_worked_by_hand():
+    accesses = [lone(0, 0, 1), lone(0, 0, layer=1)]
+    layout = Layout((0, 1), 2)
+    at_once = predict(accesses, simulate(accesses, make_policy("static"), 0, layout), COSTS)
+    assert [one.seconds for one in at_once] == [1 + 6 + 0.5, 1 + 3 + 0.5]
+    later = simulate(accesses, make_policy("static"), 0, layout, execution=Deferral(1))
+    assert [event.how for event in later.events[0]] == ["fetch", "deferred"]
+    first, second = predict(accesses, later, COSTS)
+    assert (first.seconds, first.stall) == (1 + 3 + 0.5, 3)  # the second read goes on
+    assert second.stall == pytest.approx(2.5 - 1 + 3)  # 1 of its 2.5 hides behind the rest of layer 1
+    assert second.seconds == pytest.approx(1 + 1.5 + 0.5 + 3 + 0.5)
 
 
 def test_copies_of_few_bits_cost_their_bytes_and_unknown_costs_are_refused():
