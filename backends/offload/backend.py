@@ -2,7 +2,10 @@
 
 On tier ``disk`` they are in a file, written once for each set of weights under ``$MOEBENCH_CACHE/offload`` and read
 with O_DIRECT, so that the page cache does not hold what the budget forbids. On tier ``host`` they stay in RAM as they
-are stored, and a slot holds one dequantized. Imports no torch at module level.
+are stored, and a slot holds one dequantized.
+
+Whoever gives a backend its layers has them in memory, and so does a model that is attached: what the slots save is
+seen where a session is opened on the file alone (``open_offload``). Imports no torch at module level.
 """
 
 from __future__ import annotations

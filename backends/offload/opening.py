@@ -191,7 +191,11 @@ def make_cache(
 
 def told(params: plugins.Offload, cache: Cache) -> str:
     """Return how a session runs, in words."""
-    where = f"the others read from a file (io={params.io})" if params.tier == "disk" else "the others packed in RAM"
+    where = (
+        f"the others read from a file (io={params.io})"
+        if params.tier == "disk"
+        else "the others in RAM as they are stored"
+    )
     how: dict[str, Any] = {name: getattr(params, name) for name in ("policy", "prefetch", "execution", "readers")}
     names = ", ".join(f"{name}={value}" for name, value in how.items())
     return f"{cache.capacity} of {cache.layout.size} experts in slots, {where}; {names}"

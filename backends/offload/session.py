@@ -34,7 +34,7 @@ class OffloadSession(Session):
 
     def events(self) -> Sequence[Mapping[str, Any]]:
         """Return what the cache did and what it cost, one entry an access."""
-        told = zip(self.asking.places, self.store.log, self.store.ledger, strict=True)
+        told = zip(self.asking.places, self.store.log, self.store.ledger, strict=False)  # what failed may have no log
         return [
             {"event": "access", "step": step, "layer": layer, **counted(events)}
             | {name: getattr(entry, name) for name in COSTS}

@@ -206,6 +206,21 @@ def test_the_tier_in_ram_takes_every_store(dtype, name):
         session.close()
 
 
+def test_a_closed_or_broken_session_in_ram_serves_no_more():
+    stores, inputs = {3: experts(3)}, (torch.randn(1, HIDDEN), torch.tensor([[1, 2]]), torch.ones(1, 2))
+    closed, broken = (backend("offload", tier="host").load(stores, specs_of(stores)) for _ in range(2))
+    executor = closed.layer(3)
+    closed.close()
+    broken.store.experts.pop((3, 2))
+    with pytest.raises(KeyError):
+        broken.layer(3)(*inputs)
+    for one in (executor, broken.layer(3)):
+        with pytest.raises(MoebenchError, match="closed, or an access of it broken off; open a new one"):
+            one(*inputs)
+    assert len(broken.events()) == 1
+    broken.close()
+
+
 def test_in_ram_too_what_is_prefetched_was_asked_for_rightly():
     stores = {layer: experts(layer, torch.bfloat16, INT8) for layer in LAYERS}
     specs = specs_of(stores, "bfloat16")
