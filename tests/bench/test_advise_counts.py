@@ -203,7 +203,7 @@ def test_how_weights_are_stored():
     assert stored_form({"quantization_config": {"quant_method": "awq", "bits": 4}}).name == "int4"
     assert stored_form({"dtype": "float32"}).name == "float32"
     assert stored_form({}).name == "bfloat16"
-    with pytest.raises(MoebenchError, match="'aqlm'.*--form"):
+    with pytest.raises(MoebenchError, match=r"'aqlm'.*--form"):
         stored_form({"quantization_config": {"quant_method": "aqlm"}})
     with pytest.raises(MoebenchError, match="'float31'"):
         stored_form({"dtype": "float31"})
@@ -409,10 +409,12 @@ def test_sizes_survive_being_shown(size):
 @given(st.text("0123456789.kKmMgGtTiIbB /-e∞", max_size=8))
 def test_what_is_no_size_is_told_in_a_sentence(text):
     for parse in (parse_bytes, parse_rate, parse_count):
+        told = ""
         try:
             assert parse(text) >= 0
         except MoebenchError as error:
-            assert str(error).endswith(".")
+            told = str(error)
+        assert not told or told.endswith(".")
 
 
 def test_tokens_are_read():
