@@ -13,7 +13,7 @@ from .advice import advise, facts
 from .hardware import DEFAULTS, Hardware, device_rates, given_rates, probed_rates
 from .predict import Load
 from .sizes import parse_bytes, parse_count
-from .source import describe
+from .source import Described, describe
 from .text import advice_text
 
 MOST_TOKENS = 2**30
@@ -25,7 +25,7 @@ def command(options: argparse.Namespace) -> int:
     load = Load(_batch(options), parse_count(options.context), _skew(options.skew))
     if load.context > MOST_TOKENS:
         raise MoebenchError(f"a context of {load.context} tokens is more than any model has; give fewer.")
-    advice = advise(described, hardware(options), load, options.goal, options.form)
+    advice = advise(described, hardware(options, described), load, options.goal, options.form)
     if options.json:
         print(json.dumps(facts(advice), indent=1))
     else:
@@ -33,14 +33,16 @@ def command(options: argparse.Namespace) -> int:
     return 0
 
 
-def hardware(options: argparse.Namespace) -> Hardware:
+def hardware(options: argparse.Namespace, described: Described) -> Hardware:
     """Return the machine: what was given, else this one's memory; rates given, by data sheet, measured, or assumed."""
     known = host.host_facts()
     stable = known["stable"]
     vram = max((gpu.get("memory_bytes") or 0 for gpu in stable["gpus"] or ()), default=0)
     vram = vram if options.vram is None else parse_bytes(options.vram)
     ram = stable["memory_bytes"] if options.ram is None else parse_bytes(options.ram)
-    machine = Hardware(vram, ram, DEFAULTS).with_rates(probed_rates(store_path(options.store), known["host_key"]))
+    dtype = "float32" if described.stored is not None and described.stored.form == "float32" else "bfloat16"
+    probed = probed_rates(store_path(options.store), known["host_key"], dtype)
+    machine = Hardware(vram, ram, DEFAULTS).with_rates(probed)
     return machine.with_rates(device_rates(options.device)).with_rates(given_rates(options.rate))
 
 

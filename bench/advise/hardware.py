@@ -79,8 +79,11 @@ GROUP BY m.name, c.dtype, c.threads
 """
 
 
-def probed_rates(store: Path, host_key: str) -> dict[str, Rate]:
-    """Return what suite ``roofline`` found at best on this host; nothing where the store has no probes of it."""
+def probed_rates(store: Path, host_key: str, dtype: str = "bfloat16", threads: int | None = None) -> dict[str, Rate]:
+    """Return what suite ``roofline`` found at best on this host; nothing where the store has no probes of it.
+
+    Flop are those of ``dtype``; ``threads`` None takes the number of threads that did most.
+    """
     from ...results.database import connect_parts
 
     if not (store / "runs").is_dir():
@@ -90,9 +93,10 @@ def probed_rates(store: Path, host_key: str) -> dict[str, Rate]:
         rows = connection.execute(PROBES, [host_key]).fetchall()
     finally:
         connection.close()
+    fitting = [row for row in rows if threads in (None, row[2]) and (row[0] != "peak_flops" or row[1] == dtype)]
     found: dict[str, Rate] = {}
     for metric, tier in {"bandwidth_DRAM": "ram", "bandwidth_disk": "disk", "peak_flops": "cpu"}.items():
-        best = max((value for name, _, _, value in rows if name == metric), default=None)
+        best = max((value for name, _, _, value in fitting if name == metric), default=None)
         if best is not None:
             found[tier] = Rate(float(best), MEASURED)
     return found

@@ -322,7 +322,7 @@ def test_rates_come_from_probes_of_this_host(say, tmp_path):
     cases = [
         stored["case"]("a", metrics={"bandwidth_DRAM": 1e10}, case_key=stored["key"]("a"), **probe),
         stored["case"]("b", metrics={"bandwidth_DRAM": 2e10}, case_key=stored["key"]("b"), threads=2, **probe),
-        stored["case"]("c", metrics={"peak_flops": 3e11}, case_key=stored["key"]("c"), **probe),
+        stored["case"]("c", metrics={"peak_flops": 3e11}, case_key=stored["key"]("c"), dtype="bfloat16", **probe),
     ]
     stored["write_run"](tmp_path, 0, *cases, host=host.host_facts()["host_key"])
     stored["write_run"](tmp_path, 1, stored["case"]("d", metrics={"bandwidth_DRAM": 9e10}, **probe), host="other")
