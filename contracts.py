@@ -325,6 +325,7 @@ BUILTIN_PLUGINS = (
     "moebench.suites.finetuning_plugins",
     "moebench.suites.robustness_plugins",
     "moebench.suites.static_plugins",
+    "moebench.suites.offload_plugins",
     "moebench.suites.traffic_params",
 )
 """Our own plug-ins go through the same door as everybody else's."""
@@ -822,8 +823,9 @@ class Trial(Protocol):
     """A case made ready in a worker.
 
     The engine calls ``begin_turn`` off the clock, before a turn and before each further round through the steps in it,
-    then ``run``. A trial whose device has a clock of its own may have ``device_ns()``: the time of the last call on it,
-    asked for off the clock.
+    then ``run``. With state ``stream`` a turn is all steps in order, from the state that ``begin_turn`` makes, and no
+    call is made besides. A trial whose device has a clock of its own may have ``device_ns()``: the time of the last
+    call on it, asked for off the clock.
     """
 
     @property

@@ -25,13 +25,10 @@ MATMULS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.li
 """Operators that would betray dequantized weights."""
 
 
-class PackedExecutor(LoopExecutor):
-    """One layer: two packed products for every expert that has tokens."""
+class Products:
+    """The products of tokens with packed matrices, by torch's operators."""
 
-    packed = True
-
-    def __init__(self, store: ExpertStore, spec: LayerSpec) -> None:
-        super().__init__(store, spec)
+    def __init__(self) -> None:
         import torch
 
         from ..moe.token_codes import token_codes
@@ -40,6 +37,33 @@ class PackedExecutor(LoopExecutor):
         self.int4_mm = torch.ops.aten._weight_int4pack_mm_for_cpu.default
         self.int_mm, self.int8 = torch.ops.aten._int_mm.default, torch.int8
         self.token_codes = token_codes
+
+    def __call__(self, x_NI: Tensor, weight: PackedMatrix) -> Tensor:
+        """Return x W^T [N, out] in bfloat16, or float32 where tokens are rounded."""
+        if weight.kernel == INT8_TOKENS:
+            return self.rounded(x_NI, weight)
+        if weight.group is None:
+            y_NO: Tensor = self.int8_mm(x_NI, weight.codes, weight.scales)
+        else:
+            y_NO = self.int4_mm(x_NI, weight.codes, weight.group, weight.scales)
+        return y_NO
+
+    def rounded(self, x_NI: Tensor, weight: PackedMatrix) -> Tensor:
+        """Return x W^T [N, out] in float32: integers multiplied and summed exactly, then scaled by token and row."""
+        codes_NI, scales_N1 = self.token_codes(x_NI, 8)
+        sums_NO = self.int_mm(codes_NI.to(self.int8), weight.codes)
+        y_NO: Tensor = sums_NO.float() * scales_N1 * weight.scales
+        return y_NO
+
+
+class PackedExecutor(LoopExecutor):
+    """One layer: two packed products for every expert that has tokens."""
+
+    packed = True
+
+    def __init__(self, store: ExpertStore, spec: LayerSpec) -> None:
+        super().__init__(store, spec)
+        self.product = Products()
         self.experts = pack_experts(store, spec)
         used = dict.fromkeys(matrix.kernel for pair in self.experts for matrix in pair)
         self.kernels = (*used, "aten::index_add_")
@@ -47,23 +71,6 @@ class PackedExecutor(LoopExecutor):
     def per_expert(self) -> Sequence[tuple[PackedMatrix, PackedMatrix]]:
         """Return (gate_up, down) of every expert, packed."""
         return self.experts
-
-    def product(self, x_NI: Tensor, weight: PackedMatrix) -> Tensor:
-        """Return x W^T [N, out] in bfloat16, or float32 where tokens are rounded."""
-        if weight.kernel == INT8_TOKENS:
-            return self.rounded_product(x_NI, weight)
-        if weight.group is None:
-            y_NO: Tensor = self.int8_mm(x_NI, weight.codes, weight.scales)
-        else:
-            y_NO = self.int4_mm(x_NI, weight.codes, weight.group, weight.scales)
-        return y_NO
-
-    def rounded_product(self, x_NI: Tensor, weight: PackedMatrix) -> Tensor:
-        """Return x W^T [N, out] in float32: integers multiplied and summed exactly, then scaled by token and row."""
-        codes_NI, scales_N1 = self.token_codes(x_NI, 8)
-        sums_NO = self.int_mm(codes_NI.to(self.int8), weight.codes)
-        y_NO: Tensor = sums_NO.float() * scales_N1 * weight.scales
-        return y_NO
 
     def ffn(self, x_NH: Tensor, gate_up: Any, down: Any, expert: int) -> Tensor:
         """Return f_e(x) [N, H]."""

@@ -84,6 +84,34 @@ class CudaFused:
     combine: Literal["deterministic", "atomic"] = "deterministic"
 
 
+@dataclass(frozen=True)
+class Offload:
+    """``capacity`` is the share of all loaded experts that have a slot; ``policy`` says which, ``prefetch`` who comes
+    ahead of time, ``execution`` what becomes of those that are missing: NAME or NAME:ARGUMENT.
+
+    ``tier`` is where the others lie: ``disk``, a file that ``readers`` threads read past the page cache (``io=direct``)
+    or through it, with ``staging`` buffers beside the slots; or ``host``, RAM, as they are stored, and a slot holds one
+    of them dequantized. ``low`` names the quantization of a second copy of few bits, for executions that fetch it.
+    """
+
+    policy: str = "lru"
+    prefetch: str = "none"
+    execution: str = "fetch"
+    capacity: float = 0.25
+    tier: Literal["disk", "host"] = "disk"
+    io: Literal["direct", "page_cache"] = "direct"
+    readers: int = 1
+    staging: int = 2
+    low: str = "none"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.capacity <= 1:
+            raise ValueError(f"capacity={self.capacity} must be a share of the experts, above 0 and at most 1")
+        for name in ("readers", "staging"):
+            if not 1 <= getattr(self, name) <= 64:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 1 and 64")
+
+
 DESCRIPTORS = [
     Descriptor(
         "backend", "reference", "every expert in turn in float32, plainly right", "moebench.backends.reference:create"
@@ -130,5 +158,12 @@ DESCRIPTORS = [
         "our CUDA kernels of a whole layer; on the CPU through a host shim, untimed",
         "moebench.backends.cuda_fused:CudaFused",
         CudaFused,
+    ),
+    Descriptor(
+        "backend",
+        "offload",
+        "experts read from a file into a share of slots, by a cache policy",
+        "moebench.backends.offload.backend:Offload",
+        Offload,
     ),
 ]

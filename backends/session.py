@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..contracts import ExecutedPath, LayerSpec, MoebenchError
 from .convert import to_sorted, to_topk
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..moe.channels import Slot
+    from ..moe.channels import Slot, Sparsity
     from ..moe.experts import ExpertStore
 
 
@@ -33,6 +33,30 @@ def torch_dtype(name: str) -> torch.dtype:
 Product = Callable[["Tensor"], "Tensor"]
 
 
+class Described(Protocol):
+    """What an executor must know of a layer's experts beside their weights: an ``ExpertStore`` knows it, or a file."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every expert id."""
+
+    @property
+    def activation(self) -> str:
+        """The name of the activation function."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts have a gate."""
+
+    @property
+    def sparsity(self) -> Sparsity | None:
+        """Which channels are left out."""
+
+    @property
+    def act_bits(self) -> int | None:
+        """The bits to which tokens are rounded."""
+
+
 class Hidden:
     """What an expert does beside its products: leaving out channels, activation and gating, rounding its tokens.
 
@@ -40,7 +64,7 @@ class Hidden:
     ``slot`` is whose tokens they are (``moe.channels.Slot``); it is asked for by sparsity that differs by expert.
     """
 
-    def __init__(self, store: ExpertStore, act_bits: int | None) -> None:
+    def __init__(self, store: Described, act_bits: int | None) -> None:
         from ..moe.channels import DENSE
         from ..moe.experts import ACTIVATIONS
         from ..moe.token_codes import rounded_tokens
@@ -87,7 +111,7 @@ class Executor:
     packed = False
     notes = ""
 
-    def __init__(self, store: ExpertStore, spec: LayerSpec) -> None:
+    def __init__(self, store: Described, spec: LayerSpec) -> None:
         import torch
 
         if store.kinds != spec.kinds:

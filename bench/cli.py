@@ -60,11 +60,21 @@ condition is SQL over the columns of view latest, and x, y, their bounds x_lo, x
 """
 
 
+TRACE_HELP = """\
+A trace says which experts every layer asked for, step by step. Examples:
+  moebench trace record tinymoe -o tinymoe.parquet --tokens 128
+  moebench trace record hf model.path=owner/name -o mine.parquet --prompt "Once upon a time"
+  moebench trace record smollm2 params.structure.split.k=2 -o split.parquet --text book.txt
+  moebench trace synthesize sticky stay=0.8 layers=16 experts=64 k=8 -o sticky.parquet
+  moebench trace inspect mine.parquet --capacity 0.25 --capacity 0.5
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status. A mistake is told in one sentence, without a traceback."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("run", "gate"):
+    if rest and options.command not in ("run", "gate", "trace"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command is None:
         parser.print_help()
@@ -128,6 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
         "settings", nargs="*", metavar="NAME=VALUE", help="parameters: model.NAME to fetch, NAME to train"
     )
     models.add_argument("--quiet", action="store_true", help="print errors only")
+    _add_trace(commands)
     papers = _add(commands, "papers", "papers:papers", "check the claims of published systems here")
     papers.add_argument("keys", nargs="*", help="which papers (default: all)")
     papers.add_argument("--list", action="store_true", help="show the claims and what they cost, and run nothing")
@@ -236,6 +247,38 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     advise.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
+def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    trace = _add(commands, "trace", "trace_command:trace", "record, make up or look at routing traces", TRACE_HELP)
+    actions = trace.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        parser = actions.add_parser(name, help=summary, description=summary)
+        parser.set_defaults(function=f"trace_command:{name}")
+        return parser
+
+    def add_target(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--output", "-o", metavar="FILE", required=True, help="file to write, such as a.parquet")
+        parser.add_argument("--force", action="store_true", help="replace a file that is there")
+
+    record = add("record", "write down who goes where while a language model generates")
+    record.add_argument("model", metavar="MODEL", help="its name here, such as tinymoe; hf is one of yours")
+    record.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="as for run: model.NAME, axes.routing ...")
+    add_target(record)
+    record.add_argument("--tokens", type=int, default=128, help="steps after the prompt, one token each (default 128)")
+    source = record.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="go on from this (default: the evaluation text's beginning)")
+    source.add_argument("--text", metavar="FILE", help="read the tokens of a file, and generate none")
+    synthesize = add("synthesize", "write a made-up trace of known statistics")
+    synthesize.add_argument("kind", choices=("zipf", "sticky", "domains"))
+    synthesize.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="steps, layers, experts, k, tokens ...")
+    add_target(synthesize)
+    inspect = add("inspect", "print what a trace says of itself")
+    inspect.add_argument("file", metavar="FILE")
+    inspect.add_argument(
+        "--capacity", type=float, action="append", help="share of all experts that a cache holds (default 0.25)"
+    )
+
+
 def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
@@ -247,7 +290,7 @@ def _add(
         name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.set_defaults(function=function)
-    if name != "run":
+    if name not in ("run", "trace"):
         parser.add_argument("--store", help="folder of the results (default: $MOEBENCH_STORE or ./results)")
     return parser
 

@@ -3,7 +3,8 @@
 Requests (each with ``id``):
 
 - ``hello {plugins}`` -> ``{protocol, versions, threads, capability}``
-- ``prepare {trial, case}`` -> ``{steps, input_sha256, executed, seen, device, seconds}``; ``device`` tells of the GPU
+- ``prepare {trial, case}`` -> ``{steps, input_sha256, executed, seen, device, stream, seconds}``; ``device`` tells of
+  the GPU, ``stream`` says that every turn must be all steps in order
 - ``turn {trial, first_step, calls}`` -> ``{ns, cpu_ns, device_ns, switches, warm_s, ready_s}``;
   ``device_ns`` is empty where no clock of a device times the calls; where the engine's does, ``ns`` is the host's time
   to launch them, and there are ``wait_s``, its wait at the end, and ``throttled``, what held the device's clocks down

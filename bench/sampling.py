@@ -64,6 +64,7 @@ class Member:
     steady: bool = True
     calls: int = 1
     steps: int = 1
+    stream: bool = False
     next_step: int = 0
     wall_ns: list[int] = field(default_factory=list)
     cpu_ns: list[int] = field(default_factory=list)
@@ -177,6 +178,7 @@ class Sitting:
         reply = self._ask(member, "prepare", "prepare_timeout", case=member.case.to_json())
         self.phases.add("prepare", started)
         member.steps, member.executed = reply["steps"], reply["executed"]
+        member.stream = reply.get("stream", False)
         member.input_sha256, member.seconds = reply["input_sha256"], reply["seconds"]
         member.device = reply.get("device")
         fallback = fallback_reason(member.case, reply["executed"], reply["seen"])
@@ -206,11 +208,17 @@ class Sitting:
 
     def first_check(self, member: Member) -> None:
         """Check a first output of every input, before any time is spent on the member."""
-        self.turn(member, min(member.steps, FIRST_CALLS))
+        self.turn(member, member.steps if member.stream else min(member.steps, FIRST_CALLS))
         self.verify(member)
 
     def warm_up(self, member: Member) -> None:
-        """Take turns until two neighbouring windows of turn minima agree; give up after ``warmup_seconds``."""
+        """Take turns until two neighbouring windows of turn minima agree; give up after ``warmup_seconds``.
+
+        A stream begins each turn from the same state, which it makes itself: the turn of the first check was enough.
+        """
+        if member.stream:
+            member.calls = member.steps
+            return
         minima: list[int] = []
         spent = 0.0
         while member.alive:

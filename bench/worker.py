@@ -108,6 +108,7 @@ class Worker:
             "executed": plain(held.trial.facts().executed) if resolved.protocol == "timed" else None,
             "seen": held.excluded_operators(),
             "device": held.timer and held.timer.told,
+            "stream": held.trial.state == "stream",
             "seconds": time.perf_counter() - started,
         }
 
@@ -175,7 +176,7 @@ class _Held:
         device, device_ns = getattr(trial, "device_ns", None), []
         self.outputs = {}
         entered = time.perf_counter()
-        if self.case.residency == "warm":
+        if self.case.residency == "warm" and trial.state != "stream":
             trial.run(first_step % steps)
         warmed = time.perf_counter()
         trial.begin_turn()

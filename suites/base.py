@@ -82,7 +82,8 @@ class SuiteConfig:
 class Kind:
     """How a suite turns a point of the product into cases: one per layer or one per model, timed or once.
 
-    ``devices`` are those on which its trials put tensors.
+    ``devices`` are those on which its trials put tensors. A suite that ``foresees`` replays a trace, so that backends
+    may look at what is to come.
     """
 
     protocol: str
@@ -90,6 +91,7 @@ class Kind:
     backend_free: bool = False
     workload: Mapping[str, Any] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cpu",)
+    foresees: bool = False
 
 
 def expand(config: SuiteConfig, registry: Registry, kind: Kind) -> Iterator[Planned]:
@@ -298,6 +300,7 @@ class _Planner:
         evidence = available.evidence_on(case.device)
         if case.protocol == "timed" and not evidence.measured:
             return Refusal(f"backend '{case.backend}' is not timed here: {available.reason}"), evidence
+        backend = backend.foreseeing() if self.kind.foresees and hasattr(backend, "foreseeing") else backend
         answer = backend.supports(spec)
         if isinstance(answer, Refusal) and set(spec.kinds) - {"ffn"} <= {"zero", "copy", "constant"}:
             inner = backend.supports(spec.folded())

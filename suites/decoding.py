@@ -222,7 +222,7 @@ class _Pass:
         """Return logits_BV of the token that follows, float32; only tokens not yet in the cache are computed."""
         model: Any = self.routers.model
         self.routers.context = replace(self.routers.context, ranks=self.taken, rng=self.rng)
-        output = model(ids_BS[:, self.seen :], use_cache=True, **{_cache_name(model): self.cache})
+        output = model(ids_BS[:, self.seen :], use_cache=True, **{cache_name(model): self.cache})
         self.seen = ids_BS.shape[1]
         self._count()
         logits_BV: Tensor = output.logits[:, -1].float()
@@ -237,7 +237,7 @@ class _Pass:
             self.bytes[-1] += int((routing.counts_E > 0).sum()) * (store.nbytes // len(store.ffn_ids))
 
 
-def _cache_name(model: Any) -> str:
+def cache_name(model: Any) -> str:
     """Return what the model's forward calls its cache; transformers 5 has renamed it on the way."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 

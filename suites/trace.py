@@ -22,13 +22,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..contracts import MoebenchError
+from ..contracts import MoebenchError, canonical_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 INDICES = ("step", "layer", "token", "expert")
 COLUMNS = (*INDICES, "weight")
 TOKENS = "tokens"
+FACTS = "moebench"
 SUFFIXES = (".parquet", ".jsonl", ".ndjson")
 
 LARGEST = 2**31 - 1
@@ -112,21 +113,50 @@ def sha256_of_file(path: str) -> str:
     return hashlib.sha256(_read(path)).hexdigest()
 
 
-def save_trace(path: str, columns: dict[str, Any]) -> str:
-    """Write the columns (sequences of one length; ``tokens`` if given) as a trace and return the file's sha256."""
-    import pyarrow as pa
+def save_trace(path: str, columns: dict[str, Any], facts: Mapping[str, Any] | None = None) -> str:
+    """Write the columns (sequences of one length; ``tokens`` if given) as a trace and return the file's sha256.
+
+    ``facts`` are kept in a Parquet file's metadata as JSON, such as ``experts``, the number that each layer has; JSON
+    lines have no place for them.
+    """
     import pyarrow.parquet as pq
 
-    names = [*COLUMNS, TOKENS] if TOKENS in columns else COLUMNS
-    table = pa.table({name: pa.array(columns[name], _type(name)) for name in names})
+    table = _table_of(columns)
     if Path(path).suffix == ".parquet":
-        pq.write_table(table, path)
+        pq.write_table(table.replace_schema_metadata({FACTS: canonical_json(facts)}) if facts else table, path)
     else:
         import json
 
         lines = "".join(json.dumps(row) + "\n" for row in table.to_pylist())
         Path(path).write_text(lines)
     return sha256_of_file(path)
+
+
+def facts_of(path: str) -> dict[str, Any]:
+    """Return what whoever made the trace said of it; nothing where they said nothing."""
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if Path(path).suffix != ".parquet":
+        return {}
+    try:
+        metadata = pq.read_schema(io.BytesIO(_read(path))).metadata or {}
+        facts = json.loads(metadata.get(FACTS.encode(), b"{}"))
+    except (pa.ArrowException, ValueError) as error:
+        raise TraceError(f"what trace '{path}' says of itself cannot be parsed; write it anew.") from error
+    kinds = {"experts": int, "hints_sha256": str}
+    if not isinstance(facts, dict) or any(
+        not isinstance(facts.get(name, kind()), kind) for name, kind in kinds.items()
+    ):
+        raise TraceError(f"what trace '{path}' says of itself is of other kinds than we write; write it anew.")
+    return facts
+
+
+def trace_of(columns: dict[str, Any]) -> Trace:
+    """Return the trace that ``save_trace`` of these columns and ``load_trace`` would give, without a file."""
+    return _sorted(_checked(_table_of(columns), "in memory"))
 
 
 def columns_of(places: Iterable[tuple[int, int, Routing]]) -> dict[str, list[Any]]:
@@ -141,6 +171,13 @@ def columns_of(places: Iterable[tuple[int, int, Routing]]) -> dict[str, list[Any
         columns["weight"] += routing.weight_N.detach().double().tolist()
         columns[TOKENS] += [routing.num_tokens] * len(tokens)
     return columns
+
+
+def _table_of(columns: dict[str, Any]) -> pa.Table:
+    import pyarrow as pa
+
+    names = [*COLUMNS, TOKENS] if TOKENS in columns else COLUMNS
+    return pa.table({name: pa.array(columns[name], _type(name)) for name in names})
 
 
 def _type(name: str) -> pa.DataType:

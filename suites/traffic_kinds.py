@@ -19,7 +19,7 @@ from .model_plugins import Balanced, Forced
 from .models import substream
 from .trace import Entries, TraceError
 from .traffic import BalancedTraffic, DrawnTraffic, GaussianTraffic, inclusion
-from .traffic_params import RankBalanced, Replay, Sticky
+from .traffic_params import Domains, RankBalanced, Replay, Sticky
 
 
 def _generator(params: Forced, seed: int, *names: str | int) -> torch.Generator:
@@ -71,6 +71,32 @@ class StickyTraffic(DrawnTraffic):
         latest_T = torch.where(new_T, token_T, -1).cummax(0).values
         source_T = latest_T if same else latest_T[-1:].expand(tokens)
         return source_T >= 0, source_T
+
+
+# --- domains that change ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DomainsTraffic(DrawnTraffic):
+    """What ``rotating`` draws, by each layer for itself, with its experts in an order of its own, whatever the seed."""
+
+    params: Domains
+
+    def routing(self, tokens: int, experts: int, k: int, step: int, seed: int, layer: int | None = None) -> Routing:
+        """Return a top-k Routing of shape (tokens, experts) with weights 1/k."""
+        own = substream(seed, "domains", -1 if layer is None else layer)
+        return super().routing(tokens, experts, k, step, own).relabel(self._order(experts, layer))
+
+    def requested(self, experts: int, k: int, step: int = 0, layer: int | None = None) -> tuple[float, ...]:
+        """Return the expected share of assignments of each expert; exact up to quadrature, sums to 1."""
+        shares = super().requested(experts, k, step)
+        found = dict(zip(self._order(experts, layer).tolist(), shares, strict=True))
+        return tuple(found[expert] for expert in range(experts))
+
+    def _order(self, experts: int, layer: int | None) -> Tensor:
+        """Return the id of each expert that ``rotating`` draws."""
+        rng = _generator(self.params, 0, "order", -1 if layer is None else layer)
+        return torch.randperm(experts, generator=rng)
 
 
 # --- balanced per rank -----------------------------------------------------------------------------------------------
@@ -214,6 +240,11 @@ def _projected(entries: Entries, tokens: int, experts: int, k: int) -> Routing:
 def sticky(params: Sticky) -> StickyTraffic:
     """Return the traffic that keeps experts."""
     return StickyTraffic(params)
+
+
+def domains(params: Domains) -> DomainsTraffic:
+    """Return the traffic whose popular experts change, in every layer others."""
+    return DomainsTraffic(params)
 
 
 def rank_balanced(params: RankBalanced) -> RankBalancedTraffic:

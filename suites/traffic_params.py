@@ -48,6 +48,15 @@ class Rotating(Hotspot):
 
 
 @dataclass(frozen=True)
+class Domains(Rotating):
+    """Text that changes its domain, or a model that changes its task: every ``period`` steps others are popular.
+
+    As ``rotating``, but each layer has experts of its own: their ids are exchanged by an order by chance, and every
+    layer draws for itself.
+    """
+
+
+@dataclass(frozen=True)
 class RankBalanced(Zipf):
     """Every one of ``ranks`` equal blocks of expert ids gets the same number of assignments, to within one.
 
@@ -150,6 +159,7 @@ _TRAFFIC = "moebench.suites.traffic_kinds:"
 DESCRIPTORS = [
     Descriptor("traffic", "sticky", "correlated in time: experts are kept", _TRAFFIC + "sticky", Sticky),
     Descriptor("traffic", "rotating", "a hotspot that moves on", "moebench.suites.traffic:drawn", Rotating),
+    Descriptor("traffic", "domains", "popular experts of every layer change", _TRAFFIC + "domains", Domains),
     Descriptor("traffic", "rank_balanced", "equal load per rank", _TRAFFIC + "rank_balanced", RankBalanced),
     Descriptor("traffic", "replay", "a recorded trace, by its sha256", _TRAFFIC + "replay", Replay, ("pyarrow",)),
 ]

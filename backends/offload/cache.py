@@ -6,7 +6,7 @@ give the same events in both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,6 +65,22 @@ class Tally:
         """Add one event."""
         name = {"hit": "hits", "covered": "covered", "miss": "misses", "prefetch": "prefetched"}[event.kind]
         setattr(self, name, getattr(self, name) + 1)
+
+
+class Leaving(Collection[Key]):
+    """The residents that may go: neither brought ahead nor ``spared``. A view: it costs nothing to make."""
+
+    def __init__(self, resident: Mapping[Key, None], ahead: Mapping[Key, None], spared: Collection[Key]) -> None:
+        self._resident, self._ahead, self._spared = resident, ahead, spared
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._resident and key not in self._ahead and key not in self._spared
+
+    def __iter__(self) -> Iterator[Key]:
+        return (key for key in self._resident if key not in self._ahead and key not in self._spared)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class Cache:
@@ -130,18 +146,19 @@ class Cache:
 
     def _bring_ahead(self, keys: Sequence[Key], moment: Moment) -> list[Event]:
         events = []
+        spared = frozenset(keys)
         for key in keys:
             if key in self.resident or len(self._ahead) >= self.capacity // 2:
                 continue
-            evicted, kept = self._place(key, moment, keys)
+            evicted, kept = self._place(key, moment, spared)
             if kept:
                 self._ahead[key] = None
                 events.append(Event("prefetch", key, evicted))
         return events
 
-    def _place(self, key: Key, moment: Moment, spared: Sequence[Key]) -> tuple[Key | None, bool]:
+    def _place(self, key: Key, moment: Moment, spared: Collection[Key]) -> tuple[Key | None, bool]:
         """Let the policy decide about ``key``; return who went, and whether it stays."""
-        candidates = [one for one in self.resident if one not in self._ahead and one not in spared]
+        candidates = Leaving(self.resident, self._ahead, spared)
         goes = self.policy.place(key, candidates, self.capacity - len(self.resident), moment)
         if goes == key:
             return None, False

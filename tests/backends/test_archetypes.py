@@ -63,6 +63,7 @@ def available():
 
 def test_the_built_in_backends_take_both_boundaries_and_three_declare_a_backward():
     built_in = {"reference", "eager", "batched", "grouped", "compiled", "packed", "duplex", "column_skip", "triton"}
+    built_in.add("offload")
     assert built_in <= set(BACKENDS)
     assert {(name, boundary) for name in built_in for boundary in ("topk", "sorted")} <= set(taken(False))
     assert {name for name, _ in taken(True)} >= {"reference", "eager", "grouped"}

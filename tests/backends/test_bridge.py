@@ -11,7 +11,7 @@ from moebench.contracts import Availability, MoebenchError, load_file
 
 TINY = load_file(Path(__file__).parent.parent / "tiny_models.py")
 MODELS, build = TINY.MODELS, TINY.build
-BACKENDS = ("reference", "eager", "batched", "grouped", "compiled")
+BACKENDS = ("reference", "eager", "batched", "grouped", "compiled", "offload")
 
 
 def logits(model):

@@ -7,7 +7,7 @@ from moebench.backends import rules
 from moebench.contracts import Refusal, SparsitySpec
 from moebench.moe.channels import LowRank, SiteRule, Sparsity
 
-BACKENDS = ("reference", "eager", "grouped", "batched", "compiled", "column_skip")
+BACKENDS = ("reference", "eager", "grouped", "batched", "compiled", "column_skip", "offload")
 E, H, F = 6, 32, 32
 
 

@@ -20,6 +20,7 @@ NAMES = (
     "column_skip",
     "triton",
     "cuda_fused",
+    "offload",
 )
 INT8, INT4 = Scheme("rtn", 8.0), Scheme("rtn", 4.0, 128, symmetric=False)
 W8A8 = Scheme("rtn", 8.0, act_bits=8)
@@ -67,7 +68,7 @@ def test_executions_say_what_will_run(name):
         told = supports(name, layer("bfloat16", INT4, boundary="sorted"))
         assert told == Execution("dequantized", boundary="sorted")
         return
-    boundary = "sorted" if name in ("eager", "grouped", "compiled", "column_skip", "triton") else "topk"
+    boundary = "sorted" if name in ("eager", "grouped", "compiled", "column_skip", "triton", "offload") else "topk"
     sparse = "skip" if name == "column_skip" else "mask"
     assert supports(name, layer()) == Execution()
     assert supports(name, layer(boundary="sorted")).boundary == boundary

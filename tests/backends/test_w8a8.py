@@ -18,7 +18,7 @@ from moebench.moe.quantization import coded
 from moebench.moe.token_codes import exact_tokens, near_ties, rounded_tokens, token_codes
 
 INT8, W8A8, W4A4 = Scheme("rtn", 8.0), Scheme("rtn", 8.0, act_bits=8), Scheme("rtn", 4.0, 32, act_bits=4)
-ROUNDING = ("reference", "eager", "batched", "grouped")
+ROUNDING = ("reference", "eager", "batched", "grouped", "offload")
 ARCHETYPES = ("dynamic_k", "empty", "hot", "signed", "null", "dropped")
 
 relaxed = settings(

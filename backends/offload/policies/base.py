@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import heapq
 from collections.abc import Collection, Iterable
 from typing import Protocol
 
@@ -12,8 +12,8 @@ from ..access import Access, Key, Layout, Moment
 class CachePolicy(Protocol):
     """Decides who stays; pure bookkeeping, the same object for the simulator and for the real store.
 
-    A cache calls ``start`` once, ``begin`` before it serves an access, ``touch`` for every key used, ``place`` for a key
-    that may come in, then ``admit`` and ``drop`` as things happen.
+    A cache calls ``start`` once, ``begin`` before it serves an access, ``touch`` for every key used, ``place`` for a
+    key that may come in, then ``admit`` and ``drop`` as things happen.
     """
 
     needs_future: bool
@@ -38,10 +38,12 @@ class CachePolicy(Protocol):
         """Note that ``key`` goes."""
 
 
-class Ranked(ABC):
+class Ranked:
     """A policy that drops whoever is worth least; ties go to the lower key, so that every run decides the same."""
 
     needs_future = False
+    refuses = False
+    """Whether the incoming expert is compared with the others: it does not stay where it is worth least."""
 
     def start(self, layout: Layout, capacity: int) -> Iterable[Key]:
         """Begin with an empty cache."""
@@ -54,10 +56,17 @@ class Ranked(ABC):
         """Note that ``key`` is used."""
 
     def place(self, incoming: Key, candidates: Collection[Key], free: int, moment: Moment) -> Key | None:
-        """Take a free slot, else drop the candidate that is worth least."""
+        """Take a free slot, else drop the candidate that is worth least; without any, the incoming expert."""
         if free:
             return None
-        return min(candidates, key=lambda key: (self.worth(key, moment), key), default=incoming)
+        least = self.least(candidates, moment)
+        if least is not None and self.refuses:
+            return Ranked.least(self, (least, incoming), moment)
+        return incoming if least is None else least
+
+    def least(self, candidates: Collection[Key], moment: Moment) -> Key | None:
+        """Return the candidate that is worth least; None without any."""
+        return min(candidates, key=lambda key: (self.worth(key, moment), key), default=None)
 
     def admit(self, key: Key, moment: Moment) -> None:
         """Note that ``key`` comes in."""
@@ -65,9 +74,60 @@ class Ranked(ABC):
     def drop(self, key: Key) -> None:
         """Note that ``key`` goes."""
 
-    @abstractmethod
     def worth(self, key: Key, moment: Moment) -> tuple[float, ...]:
         """Return what keeping ``key`` is worth; the least goes first."""
+        raise NotImplementedError
+
+
+class Settled(Ranked):
+    """A policy where the worth of an expert changes only when it is used or comes in: a heap finds the least.
+
+    So a model of thousands of experts is simulated in seconds. Who goes is the same as without the heap.
+    """
+
+    def __init__(self) -> None:
+        self._settled: dict[Key, tuple[float, ...]] = {}  # of everybody in the cache
+        self._heap: list[tuple[tuple[float, ...], Key]] = []  # besides them, what they were worth before
+
+    def use(self, key: Key, moment: Moment) -> None:
+        """Note that ``key`` is used."""
+        raise NotImplementedError
+
+    def touch(self, key: Key, moment: Moment) -> None:
+        """Note that ``key`` is used."""
+        self.use(key, moment)
+        if key in self._settled:
+            self.settle(key, moment)
+
+    def admit(self, key: Key, moment: Moment) -> None:
+        """Note that ``key`` comes in."""
+        self.settle(key, moment)
+
+    def drop(self, key: Key) -> None:
+        """Note that ``key`` goes."""
+        del self._settled[key]
+
+    def settle(self, key: Key, moment: Moment) -> None:
+        """Work the worth of ``key`` out, until it is used or comes in again."""
+        self._settled[key] = worth = self.worth(key, moment)
+        heapq.heappush(self._heap, (worth, key))
+        if len(self._heap) > 2 * len(self._settled) + 64:  # hits alone must not fill the memory
+            self._heap = [(worth, key) for key, worth in self._settled.items()]
+            heapq.heapify(self._heap)
+
+    def least(self, candidates: Collection[Key], moment: Moment) -> Key | None:
+        """Return the candidate that is worth least; None without any."""
+        found, barred = None, []
+        while self._heap and found is None:
+            worth, key = self._heap[0]
+            if self._settled.get(key) == worth and key in candidates:
+                found = key
+            else:
+                barred.append(heapq.heappop(self._heap))
+        for worth, key in barred:
+            if self._settled.get(key) == worth:
+                heapq.heappush(self._heap, (worth, key))
+        return found
 
 
 __all__ = ["Access", "CachePolicy", "Key", "Layout", "Moment", "Ranked"]

@@ -1,0 +1,71 @@
+"""The file of a model's experts, kept by the hash of their bytes: whoever loads the same weights again finds it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...contracts import MoebenchError, Registry, canonical_json
+from ...kernels.cpu.build import cache_root
+from ...moe.experts import ExpertStore
+from ...moe.quantization import parts_of
+from .file import write_slabs
+
+
+def kept_file(layers: Mapping[int, ExpertStore], low: str = "none") -> Path:
+    """Return the file of these layers under ``$MOEBENCH_CACHE/offload``, written where it is not there yet.
+
+    ``low`` names the quantization of each expert's copy of few bits, if it has one.
+    """
+    path = cache_root() / "offload" / f"{digest(layers, low)}.safetensors"
+    if path.is_file():
+        return path
+    return write_slabs(path, sorted(layers.items()), None if low == "none" else low_form(low))
+
+
+def low_form(low: str) -> Callable[[ExpertStore], ExpertStore]:
+    """Return what makes a layer's copies of few bits in quantization ``low``, with its defaults."""
+    step = Registry.load().get("quantization", low).create()
+
+    def form(store: ExpertStore) -> ExpertStore:
+        try:
+            made: ExpertStore = step(store, None)
+        except ValueError as error:
+            raise MoebenchError(f"low={low}: {str(error).removesuffix('.')}; choose another quantization.") from error
+        return made
+
+    return form
+
+
+def digest(layers: Mapping[int, ExpertStore], low: str = "none") -> str:
+    """Return the first 32 hex digits of the sha256 of all experts' bytes and of what says how to read them."""
+    seen = hashlib.sha256(low.encode())
+    for index, store in sorted(layers.items()):
+        seen.update(canonical_json([index, store.kinds, store.activation, store.gated, store.schemes]).encode())
+        for part in _parts(store):
+            seen.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            seen.update(_bytes(part))
+    return seen.hexdigest()[:32]
+
+
+def _parts(store: ExpertStore) -> Iterator[Tensor]:
+    for weights in (store.gate_up, store.down):
+        if isinstance(weights, Tensor):
+            yield weights
+            continue
+        for weight in weights:
+            parts = parts_of(weight)
+            if parts is None:
+                raise MoebenchError(
+                    f"codes of {weight.scheme.codec} cannot be written to a file; use a quantization of moebench's own."
+                )
+            yield from (part for _, part in sorted(parts.items()))
+
+
+def _bytes(part: Tensor) -> Any:
+    return part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

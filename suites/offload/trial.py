@@ -1,0 +1,192 @@
+"""The trials of suite ``offload``: a step is one token for each sequence. Imported by workers only.
+
+Shape letters: B sequences, H hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ...backends.offload.access import Future
+from ...backends.offload.backend import open_offload
+from ...backends.offload.session import OffloadSession
+from ...backends.plugins import Offload
+from ...contracts import Case, Check, Cost, Facts, Metric, Registry
+from ..digest import sha256_of
+from .approximate import Approximation, approximate, changes_result
+from .check import close_to, same
+from .cores import roaming
+from .energy import joules
+from .figures import Turn, cache_figures, gate_figures, order_figures, turn_figures
+from .host import hosted
+from .predicting import hints_read, prediction_of
+from .prediction import figures
+from .prepared import Prepared, let_go, prepared, slab_file, stores_of
+
+
+class ResidentTrial:
+    """The model with all experts at hand, on any backend: what no offloading can be faster than.
+
+    Routings are those of the recording, since backends that round differently would choose others near a tie.
+    """
+
+    state: Literal["stream"] = "stream"
+    exact = False
+
+    def __init__(self, case: Case, registry: Registry) -> None:
+        self.case, self.registry = case, registry
+        self.found: Prepared = prepared(case, registry)
+        self.recording, self.stack = self.found.recording, self.found.stack
+        self.steps = self.recording.steps
+        self.input_sha256 = sha256_of(*self.recording.final)
+        self.session = self._open()
+        self.step_ns: list[int] = []
+        self._joules: list[float] = []
+        self._before: float | None = None
+
+    def _open(self) -> Any:
+        maker = self.registry.get("backend", self.case.backend.name).create(self.case.backend.params)
+        return maker.load(stores_of(self.case, self.registry, self.found), self.found.specs)
+
+    def begin_turn(self) -> None:
+        """Begin anew, and take the prompts."""
+        self.stack.layers.serve_by(self.session, None if self.exact else self.recording.routings)
+        self.stack.begin()
+        self._before = joules()
+
+    def run(self, step: int) -> Tensor:
+        """Decode one token of each sequence; return what the head reads, [B, H]."""
+        began = time.perf_counter_ns()
+        final_BH = self.stack.step(step)
+        self.step_ns.append(time.perf_counter_ns() - began)
+        return final_BH
+
+    def verify(self, step: int, output: Tensor) -> Check:
+        """Compare with the run of backend ``eager`` with all experts at hand."""
+        self._measure_energy(step)
+        return close_to(output, self.recording.final[step], self.case.dtype)
+
+    def _measure_energy(self, step: int) -> None:
+        """Note the energy of the turn that has just ended, before its first output is looked at."""
+        now = joules() if step == 0 else None
+        if now is not None and self._before is not None and now >= self._before:
+            self._joules.append((now - self._before) / self.steps)
+
+    def cost(self, step: int) -> Cost:
+        """Return nothing: how many bytes a step must move depends on what is in the cache."""
+        return Cost(0.0, 0.0)
+
+    def metrics(self) -> list[Metric]:
+        """Return what is resident, and the energy of a step where the host tells."""
+        energy = sum(self._joules) / len(self._joules) if self._joules else None
+        resident = Metric("resident_bytes", float(self.session.resident_bytes()), "byte")
+        return [resident, Metric("energy_per_step", energy, "joule", n=len(self._joules))]
+
+    def facts(self) -> Facts:
+        """Return the metrics and what ran."""
+        return Facts(tuple(self.metrics()), executed=self.session.executed())
+
+    def close(self) -> None:
+        """Free the backend's session."""
+        self.session.close()
+
+
+class OffloadTrial(ResidentTrial):
+    """The model with its experts in the slow tier, of which the cache holds a share; the others are not in memory.
+
+    ``expected`` are the outputs of each step: those of the recording, unless the execution changes the result.
+    """
+
+    def __init__(self, case: Case, registry: Registry) -> None:
+        self.params: Offload = registry.params("backend", case.backend)
+        found = prepared(case, registry)
+        self.file = slab_file(case, registry, found, self.params.low)
+        self.future = Future(found.recording.accesses)
+        self.prediction = prediction_of(case, registry, found, self.file, self.params)
+        self.exact, self.expected = not changes_result(self.params), found.recording.final
+        self.approximation: Approximation | None = None
+        if not self.exact:
+            stores = stores_of(case, registry, found)
+            self.approximation = approximate(found.stack, found.recording, found.specs, stores, self.params)
+            self.expected = self.approximation.expected
+        let_go(found)
+        self.turns: list[Turn] = []
+        super().__init__(case, registry)
+
+    def _open(self) -> OffloadSession:
+        with roaming():
+            if self.params.tier == "host":
+                return hosted(self.found, self.file, self.params).session(self.params, self.future)
+            return open_offload(self.file, self.found.specs, self.params, self.future)
+
+    def begin_turn(self) -> None:
+        """Begin with a cache as the policy has it at the start, and take the prompts."""
+        self._keep_turn()
+        self.session.close()
+        self.session = self._open()
+        super().begin_turn()
+        if not hints_read(self.params):
+            self.stack.layers.hint = None  # nobody reads hints, and they cost a router's time
+
+    def _keep_turn(self) -> None:
+        """Note what the turn that has ended cost, if it was a whole one."""
+        prompt, store = self.recording.prompt_accesses, self.session.store
+        if len(store.log) == len(self.recording.accesses):
+            self.turns.append(Turn(store.ledger[prompt:], self.step_ns[-self.steps :]))
+
+    def verify(self, step: int, output: Tensor) -> Check:
+        """Compare with the run with all experts at hand, bit for bit, and the cache's events with the simulator's."""
+        self._measure_energy(step)
+        if step == self.steps - 1:
+            check = self._events()
+            if not check.ok:
+                return check
+        if self.params.tier == "host":
+            return close_to(output, self.expected[step], self.case.dtype)
+        return same(output, self.expected[step])
+
+    def _events(self) -> Check:
+        simulated = self.prediction.simulated.events
+        for place, (found, wanted) in enumerate(zip(self.session.store.log, simulated, strict=True)):
+            if list(found) != list(wanted):
+                access = self.recording.accesses[place]
+                reason = f"at step {access.step}, layer {access.layer} the store did other than its simulation"
+                return Check(False, reason=reason)
+        return Check(True, 0.0)
+
+    def _batched(self) -> list[Metric]:
+        """Return what first come, first served would need, where waiting tokens are batched by their experts."""
+        waiting = getattr(self.stack, "waiting", None)
+        if waiting is None:
+            return []
+        return [Metric("first_come_experts_per_step", waiting.first_come_experts(), "1", n=self.steps)]
+
+    def _switches(self) -> list[Metric]:
+        """Return the time of steps at which other experts become popular, and of the others, where the traffic says."""
+        period = getattr(self.registry.params("traffic", self.case.traffic), "period", None)
+        if period is None or not self.turns:
+            return []
+        times: dict[bool, list[int]] = {True: [], False: []}
+        for turn in self.turns:
+            for step, ns in enumerate(turn.step_ns):
+                times[(step + 1) % period == 0].append(ns)
+        names = {True: "switch_step_time", False: "steady_step_time"}
+        return [Metric(names[at], sum(ns) / len(ns) if ns else None, "ns", n=len(ns)) for at, ns in times.items()]
+
+    def metrics(self) -> list[Metric]:
+        """Return what the cache did, what it cost, what was predicted of it, and how far off the results are."""
+        self._keep_turn()
+        return [
+            *super().metrics(),
+            *cache_figures(self.recording, self.prediction.simulated),
+            *gate_figures(self.recording),
+            *order_figures(self.recording, self.stack.layers, self.params.policy, self.prediction.simulated.capacity),
+            *self._batched(),
+            *turn_figures(self.turns),
+            *self._switches(),
+            *figures(self.prediction, self.turns),
+            *(() if self.approximation is None else self.approximation.metrics),
+        ]
