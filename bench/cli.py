@@ -231,7 +231,7 @@ def _add_pareto(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     advise = _add(commands, "advise", "advise.command:command", "say what of a model fits where", ADVISE_HELP)
-    advise.add_argument("model", metavar="MODEL", help="a folder, a file, or a name on the hub")
+    advise.add_argument("model", metavar="MODEL", nargs="?", help="a folder, a file, or a name on the hub")
     advise.add_argument("--vram", metavar="SIZE", help="memory of the GPU, such as 24G (default: this machine's)")
     advise.add_argument("--ram", metavar="SIZE", help="memory of the host, such as 64G (default: this machine's)")
     advise.add_argument("--context", metavar="TOKENS", default="4096", help="tokens of a sequence, such as 32k")
@@ -243,6 +243,8 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--rate", action="append", default=[], metavar="NAME=RATE", help="vram link ram disk (byte/s), gpu cpu (flop/s)"
     )
     advise.add_argument("--skew", type=float, default=0.0, help="Zipf exponent of the experts' popularity (default: 0)")
+    advise.add_argument("--measure", type=int, default=0, metavar="N", help="run the first N that this host can run")
+    advise.add_argument("--validate", action="store_true", help="measure how far the predictions are off on this host")
     advise.add_argument("--top", type=int, default=10, metavar="N", help="lines to show (default: 10)")
     advise.add_argument("--json", action="store_true", help="print everything as JSON")
 

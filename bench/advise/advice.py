@@ -14,6 +14,7 @@ from .hardware import Hardware
 from .placements import Asked, NoRoom, Placement, placements
 from .predict import Load
 from .source import Described
+from .validate import Compared
 
 Goal = Literal["tpot", "throughput"]
 SMALLER = ("int8", "int4")
@@ -108,3 +109,20 @@ def _placement(model: Model, one: Placement) -> dict[str, Any]:
         "tokens_per_s": made.tokens_per_s,
         "terms": [{"what": term.what, "tier": term.tier, "seconds": term.seconds} for term in made.terms],
     }
+
+
+def compared_facts(compared: Sequence[Compared]) -> list[dict[str, Any]]:
+    """Return measured cases beside their predictions as JSON takes them."""
+    return [
+        {
+            "model": one.name,
+            "backend": one.measured.case.backend.name,
+            "run_id": one.measured.run_id,
+            "case_key": one.measured.case.case_key,
+            "measured_s": one.measured.seconds,
+            "predicted_s": one.predicted,
+            "error": one.error,
+            "flags": list(one.measured.flags),
+        }
+        for one in compared
+    ]

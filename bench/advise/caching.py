@@ -51,26 +51,9 @@ def static_hit_rate(touched: Sequence[float], share: float) -> float:
 
 
 def lru_hit_rate(touched: Sequence[float], layers: int, slots: float) -> float:
-    """Return the hit rate of one LRU of ``slots`` for all layers, which are passed in order at every step.
+    """Return the hit rate of one LRU of ``slots`` for all layers, which are passed in order at every step."""
+    import numpy as np
 
-    Che's approximation (Che, Tung and Wang 2002; [reconstructed]) in whole steps: an expert last used j steps ago is
-    there if what j steps use, a nearly normal number with mean L sum_i 1 - (1 - q_i)^j, still fits. So an LRU smaller
-    than one step hits nothing.
-    """
-    if slots >= layers * len(touched):
-        return 1.0
-    hit, wanted = 0.0, sum(touched)
-    left = [1.0] * len(touched)  # the probability that an expert is not used for j steps
-    for j in range(1, 1000):
-        before, left = left, [one * (1 - q) for one, q in zip(left, touched, strict=True)]
-        mean = layers * sum(1 - one for one in left)
-        spread = math.sqrt(layers * sum(one * (1 - one) for one in left)) if j > 1 else 0.0
-        fits = _normal((slots - mean) / spread) if spread else float(slots >= mean)
-        if fits < 1e-9:
-            break
-        hit += fits * sum(q * q * one for q, one in zip(touched, before, strict=True))
-    return min(1.0, hit / wanted)
+    from ...backends.offload.che import lru_hit_rate as by_popularity
 
-
-def _normal(x: float) -> float:
-    return 0.5 * math.erfc(-x / math.sqrt(2))
+    return by_popularity(np.asarray([touched]), slots, alike=layers)

@@ -30,19 +30,28 @@ def describe_gguf(path: Path) -> Described:
     count = file.metadata.get("split.count", 0)
     if isinstance(count, int) and count > 1:
         raise MoebenchError(f"{path} is one of {count} parts; join them with llama-gguf-split --merge first.")
-    kind = str(file.metadata.get("general.architecture"))
-    further = file.metadata.get(f"{kind}.nextn_predict_layers") or 0
-    depth = _number(file, "block_count") - further
-    layers = tuple(_layer(file, index) for index in range(depth))
-    if not any(layer.experts for layer in layers):
+    model = gguf_model(file)
+    if not model.moe_layers:
         raise MoebenchError(f"{path} has no experts; name a model with some.")
+    notes = _notes(file, model.kind, _further(file))
+    weights = _weights(file, len(model.layers))
+    return Described(path.stem, model, weights, "the GGUF file's header", notes)
+
+
+def gguf_model(file: GgufFile) -> Model:
+    """Return the counts of a model, with experts or without."""
+    kind = str(file.metadata.get("general.architecture"))
+    layers = tuple(_layer(file, index) for index in range(_number(file, "block_count") - _further(file)))
     embedding = file.place("token_embd.weight")
     head = file.tensors["output.weight"].size if "output.weight" in file.tensors else 0
-    around = [p for p in file.tensors.values() if not BLOCK.fullmatch(p.name)]
+    around = [place for place in file.tensors.values() if not BLOCK.fullmatch(place.name)]
     rest = sum(place.size for place in around) - embedding.size - head
-    model = Model(kind, embedding.dims[0], embedding.dims[-1], layers, embedding.size, head, rest, None)
-    notes = _notes(file, kind, further)
-    return Described(path.stem, model, _weights(file, depth), "the GGUF file's header", notes, folder=path.parent)
+    return Model(kind, embedding.dims[0], embedding.dims[-1], layers, embedding.size, head, rest, None)
+
+
+def _further(file: GgufFile) -> int:
+    """Return how many layers only predict further tokens."""
+    return int(file.metadata.get(f"{file.metadata.get('general.architecture')}.nextn_predict_layers") or 0)
 
 
 def part_of(name: str) -> str:

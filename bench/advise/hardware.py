@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...contracts import MoebenchError, unknown
 from ...kernels.targets import device
+from .program import Program
 from .sizes import parse_rate
 
 TIERS = ("vram", "link", "ram", "disk")
@@ -37,11 +38,15 @@ DEFAULTS: Mapping[str, Rate] = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """Bytes of GPU memory (0: no GPU) and of host memory, and the rates by the names of TIERS and UNITS."""
+    """Bytes of GPU memory (0: no GPU) and of host memory, and the rates by the names of TIERS and UNITS.
+
+    ``program`` is what this harness makes of them, where that is known.
+    """
 
     vram: int
     ram: int
     rates: Mapping[str, Rate]
+    program: Program | None = None
 
     def rate(self, name: str) -> float:
         """Return the value of a rate."""
@@ -50,6 +55,12 @@ class Hardware:
     def with_rates(self, more: Mapping[str, Rate]) -> Hardware:
         """Return the same with some rates replaced."""
         return replace(self, rates={**self.rates, **more})
+
+    def scaled(self, shares: Mapping[str, float]) -> Hardware:
+        """Return the same with some rates multiplied."""
+        return self.with_rates(
+            {name: replace(self.rates[name], value=self.rate(name) * shares[name]) for name in shares}
+        )
 
 
 def given_rates(settings: Sequence[str]) -> dict[str, Rate]:

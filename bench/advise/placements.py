@@ -16,6 +16,9 @@ STAGED = 2
 """Experts that are on their way at a time, for which there is room beside the cache."""
 LARGEST_BATCH = 256
 
+IN_RAM, FROM_DISK = "everything in RAM", "cache in RAM, fetched from disk"
+"""Names of what this harness runs itself."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -181,16 +184,16 @@ def layers_in_ram(asked: Asked) -> Placement | NoRoom | None:
 
 def everything_in_ram(asked: Asked) -> Placement | NoRoom | None:
     """All weights in RAM, computed by the cores."""
-    name, need = "everything in RAM", float(asked.around + asked.experts)
+    name, need = IN_RAM, float(asked.around + asked.experts)
     if need > asked.hardware.ram:
         parts = f"{bytes_text(asked.experts)} of experts + {asked.around_text()}"
         return _too_much(asked, name, need, asked.hardware.ram, parts, "RAM")
-    return _placed(asked, name, "moebench: any backend on a CPU", Split("ram", "ram"), (0, need, 0), 1.0, "")
+    return _placed(asked, name, "moebench: any backend on a CPU", Split("ram", "ram", ours=True), (0, need, 0), 1.0, "")
 
 
 def fetched_from_disk(asked: Asked) -> Placement | NoRoom | None:
     """A cache of experts in RAM, all experts on the disk, everything computed by the cores."""
-    name, limit = "cache in RAM, fetched from disk", asked.hardware.ram
+    name, limit = FROM_DISK, asked.hardware.ram
     if asked.around + asked.experts <= limit:
         return None
     need = asked.around + asked.staged
@@ -200,7 +203,9 @@ def fetched_from_disk(asked: Asked) -> Placement | NoRoom | None:
     share = (limit - need) / asked.experts
     hit, rule = _cached(asked, share)
     used = (0.0, need + share * asked.experts, float(asked.experts))
-    return _placed(asked, name, "moebench: backend offload", Split("ram", "ram", hit, "disk"), used, share, rule)
+    return _placed(
+        asked, name, "moebench: backend offload", Split("ram", "ram", hit, "disk", ours=True), used, share, rule
+    )
 
 
 def disk_behind_both(asked: Asked) -> Placement | NoRoom | None:

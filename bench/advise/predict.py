@@ -4,8 +4,9 @@ A step gives one token to each of B sequences. It reads once: all weights but th
 the head), keys and values of the context, and the experts that the B tokens use. Where weights are read and multiplied
 in place, that takes max(bytes / rate of the memory, flop / peak of its processor); where an expert is brought first,
 bytes / rate of the way come on top. ``serial`` is the sum of all, ``overlapped`` the longest of the tiers: what perfect
-prefetching and computing on both sides at once could come to. Left out: flop of attention over the context, activations
-between tiers, and what a program spends besides.
+prefetching and computing on both sides at once could come to. Where it was measured what this harness makes of the
+machine (``Program``), its own placements are predicted with that. Left out: flop of attention over the context, and
+activations between tiers.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ class Load:
 class Split:
     """Where things lie: all but the routed experts in ``fixed``; experts that are there when asked for in ``hot``.
 
-    The others come over ``way`` (``ram``: they are not brought, and the cores compute where they lie).
+    The others come over ``way`` (``ram``: they are not brought, and the cores compute where they lie). ``ours``: it is
+    this harness that runs it.
     """
 
     fixed: Memory
     hot: Memory
     hit: float = 1.0
     way: Way | None = None
+    ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,20 @@ def touched_experts(model: Model, load: Load) -> float:
     return sum(sum(touch_probabilities(layer.experts, layer.k, load.skew, load.batch)) for layer in model.moe_layers)
 
 
+def fixed_bytes(model: Model, weights: Weights, load: Load) -> float:
+    """Return the bytes that a step reads besides routed experts: of an embedding that is not the head, nothing."""
+    embedding = model.embedding + model.head
+    unread = weights.parts["embedding"] * model.embedding / embedding if model.head else 0.0
+    return weights.fixed - unread + load.batch * model.kv_bytes(load.context)
+
+
 def predict(model: Model, weights: Weights, hardware: Hardware, load: Load, split: Split) -> Prediction:
     """Return the pieces of a step."""
-    counts = model.parameters()
-    embedding = weights.parts["embedding"] * (model.vocabulary * model.hidden) / counts["embedding"]
-    read = weights.fixed - (embedding if model.head else 0) + load.batch * model.kv_bytes(load.context)
-    always = model.total - counts["experts"] - (model.embedding if model.head else 0)
+    program = hardware.program if split.ours else None
+    if program is not None:
+        hardware = hardware.scaled({"ram": program.ram, "disk": program.disk})
+    always = model.total - model.parameters()["experts"] - (model.embedding if model.head else 0)
+    read = fixed_bytes(model, weights, load)
     terms = [_computed("all but the experts", split.fixed, read, 2.0 * load.batch * always, hardware)]
 
     touched = touched_experts(model, load) * weights.expert(model)
@@ -103,6 +114,10 @@ def predict(model: Model, weights: Weights, hardware: Hardware, load: Load, spli
             terms.append(Term("experts brought", split.way, touched * missing / hardware.rate(split.way)))
         memory: Memory = "ram" if split.way == "ram" else split.hot
         terms.append(_computed("experts that are not there", memory, touched * missing, flops * missing, hardware))
+    if program is not None:
+        used = touched_experts(model, load)
+        brought = used * missing if split.way in ("disk", "link") else 0.0
+        terms.append(Term("calls", "cpu", program.seconds(model, used, brought)))
     return Prediction(terms, load.batch)
 
 

@@ -23,7 +23,7 @@ class Described:
     """A model, and what is known of its bytes.
 
     ``stored`` is None where it is not known how the weights are stored; ``why`` then says why. ``origin`` says where
-    its bytes come from, ``notes`` what one must know of them.
+    its bytes come from, ``notes`` what one must know of them; ``folder`` is that of all safetensors, if they are here.
     """
 
     name: str
@@ -59,7 +59,7 @@ def _file(path: Path) -> Described:
     if "weight_map" in content:
         return _folder(path.parent, path.resolve().parent.name)
     name = path.stem if path.stem != "config" else path.resolve().parent.name
-    return _described(name, content, None, path.parent)
+    return _described(name, content, None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,10 +81,10 @@ def _folder(folder: Path, name: str) -> Described:
         if len(files) == 1:
             return describe(str(files[0]))
         raise MoebenchError(f"{folder} has no config.json; name a folder with one, or a GGUF file.")
-    return _described(name, read_json(folder / "config.json"), folder, folder)
+    return _described(name, read_json(folder / "config.json"), folder)
 
 
-def _described(name: str, config: dict[str, Any], weights: Path | None, folder: Path) -> Described:
+def _described(name: str, config: dict[str, Any], folder: Path | None) -> Described:
     model, own = read_model(config), flat(config)
     notes = []
     if own.get("num_nextn_predict_layers"):
@@ -94,10 +94,9 @@ def _described(name: str, config: dict[str, Any], weights: Path | None, folder: 
     try:
         stored = weights_in(model, stored_form({**config, **own}))
     except MoebenchError as error:
-        return Described(name, model, None, "config.json", tuple(notes), str(error), folder)
-    if weights is None:
-        return Described(name, model, stored, "config.json", tuple(notes), folder=folder)
-    return _with_files(Described(name, model, stored, "config.json", tuple(notes), folder=folder), weights)
+        return Described(name, model, None, "config.json", tuple(notes), str(error))
+    described = Described(name, model, stored, "config.json", tuple(notes))
+    return described if folder is None else _with_files(described, folder)
 
 
 def _with_files(own: Described, folder: Path) -> Described:
@@ -115,7 +114,7 @@ def _with_files(own: Described, folder: Path) -> Described:
     if total is None:
         return own
     note = _compared("what the index tells", total, own.stored.total, 0)
-    return Described(own.name, own.model, own.stored, "config.json, beside its index", (*own.notes, note), "", folder)
+    return Described(own.name, own.model, own.stored, "config.json, beside its index", (*own.notes, note))
 
 
 def _compared(what: str, found: int, expected: int, beyond: int) -> str:

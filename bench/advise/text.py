@@ -9,6 +9,7 @@ from .counts import PARTS, scratch_bytes
 from .hardware import TIERS, Rate
 from .placements import Placement
 from .sizes import bytes_text, count_text, time_text
+from .validate import Compared
 
 NAMES = {
     "experts": "routed experts",
@@ -36,6 +37,32 @@ def advice_text(advice: Advice, top: int, checked: str) -> str:
             checked,
         ]
     )
+
+
+def checked_text(errors: Sequence[float]) -> str:
+    """Return how far the model was off where it was measured on this host."""
+    if not errors:
+        return "how far this is off was not measured on this host yet: run `moebench advise --validate`"
+    low, high = min(errors), max(errors)
+    return f"on this host the model was off by {low:+.0%} to {high:+.0%} over {len(errors)} measured cases"
+
+
+def compared_text(compared: Sequence[Compared]) -> str:
+    """Return measured cases beside their predictions, and the largest error."""
+    rows = [["model", "backend", "measured", "predicted", "error", ""]]
+    for one in compared:
+        names = [one.name, one.measured.case.backend.name]
+        rows.append(
+            [
+                *names,
+                time_text(one.measured.seconds),
+                time_text(one.predicted),
+                f"{one.error:+.1%}",
+                " ".join(one.measured.flags),
+            ]
+        )
+    worst = max(abs(one.error) for one in compared)
+    return "\n".join([*table(rows, left=2, last_left=True), f"largest error {worst:.1%} (goal: at most 20 %)"])
 
 
 def _model(advice: Advice) -> Iterator[str]:

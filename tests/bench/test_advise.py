@@ -64,6 +64,7 @@ def test_lru_by_formula_is_lru_as_it_runs(share, skew):
     assert found == pytest.approx(cache.tally.hit_rate, abs=0.04)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 64), st.integers(1, 8), st.floats(0, 3), st.integers(1, 64), st.floats(0, 1))
 def test_rates_are_shares(experts, k, skew, batch, share):
     k = min(k, experts)
