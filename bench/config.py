@@ -7,13 +7,25 @@ mistyped one gets a suggestion in plain words.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..contracts import AXES, NAMED_AXES, Choice, Descriptor, MoebenchError, Registry, build_params, plain, unknown
+from ..contracts import (
+    AXES,
+    KINDS,
+    NAMED_AXES,
+    Choice,
+    Descriptor,
+    MoebenchError,
+    Registry,
+    build_params,
+    plain,
+    unknown,
+)
 from ..suites.base import PLAIN_AXES, SuiteConfig, points_of
 from .names import Names, checked
 
@@ -115,10 +127,25 @@ def _experiment_blocks(experiment: Mapping[str, Any]) -> list[list[str]]:
     return [[f"suite={block['suite']}", *block.get("overrides", [])] for block in experiment["blocks"]]
 
 
+Plugins = tuple[tuple[str, str, type | None], ...]
+"""Kind, name and parameters of every plug-in: all that a composed configuration has of a registry."""
+
+KEPT = 64
+"""So many composed configurations are kept."""
+
+_registered: Plugins = ()
+_composed: dict[tuple[Plugins, tuple[str, ...]], Mapping[str, Any]] = {}
+"""What was composed in this process: a tenth of a second each, and every plan begins with that of its suite alone."""
+
+
 def register_groups(registry: Registry) -> None:
     """Give Hydra the groups that are made from descriptors: suites, models, parameters and the engine's settings."""
     from hydra.core.config_store import ConfigStore
 
+    global _registered
+    plugins = _plugins(registry)
+    if plugins == _registered:
+        return
     store = ConfigStore.instance()
     for descriptor in registry.all("suite"):
         node = {"name": descriptor.name, **_defaults(descriptor)}
@@ -129,6 +156,11 @@ def register_groups(registry: Registry) -> None:
     params = {axis: {d.name: _defaults(d) for d in registry.all(axis)} for axis in NAMED_AXES if axis != "model"}
     store.store(group="params", name="defaults", node=params)
     store.store(group="engine", name="defaults", node=plain(EngineConfig()))
+    _registered = plugins
+
+
+def _plugins(registry: Registry) -> Plugins:
+    return tuple((d.kind, d.name, d.params) for kind in KINDS for d in registry.all(kind))
 
 
 class _composer:
@@ -159,12 +191,19 @@ class _composer:
         from omegaconf.errors import OmegaConfBaseException
 
         self._names.check(overrides)
-        try:
-            tree = compose("config", list(overrides))
-            result: dict[str, Any] = OmegaConf.to_container(tree, resolve=True)  # type: ignore[assignment]
-        except (HydraException, OmegaConfBaseException) as error:
-            raise MoebenchError(f"the settings cannot be read: {_first_line(error)}") from error
-        return checked(result)
+        key = _plugins(self.registry), tuple(overrides)
+        if key not in _composed:
+            try:
+                tree = compose("config", list(overrides))
+                result: dict[str, Any] = OmegaConf.to_container(tree, resolve=True)  # type: ignore[assignment]
+            except (HydraException, OmegaConfBaseException) as error:
+                raise MoebenchError(f"the settings cannot be read: {_first_line(error)}") from error
+            if any("${" in override for override in overrides):  # may name the environment, which may change
+                return checked(result)
+            if len(_composed) >= KEPT:
+                _composed.clear()
+            _composed[key] = result
+        return checked(copy.deepcopy(_composed[key]))
 
     def _members(self, group: str, overrides: Sequence[str]) -> list[str]:
         """Return the parameters of the suite or model that the overrides choose."""

@@ -141,9 +141,8 @@ def source_hash(plugins: list[str]) -> str:
 
 def _installed_plugin_files() -> set[Path]:
     """Return the Python files of the packages behind entry points; an editable one changes without a new version."""
-    modules = {
-        point.module.split(".")[0] for kind in KINDS for point in metadata.entry_points(group=f"moebench.{kind}")
-    }
+    found = metadata.entry_points()
+    modules = {point.module.split(".")[0] for kind in KINDS for point in found.select(group=f"moebench.{kind}")}
     files: set[Path] = set()
     for module in modules:
         spec = _try(functools.partial(importlib.util.find_spec, module))
