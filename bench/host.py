@@ -109,7 +109,8 @@ def _read(path: str) -> str | None:
 
 def packages() -> dict[str, str]:
     """Return the installed distributions with their versions."""
-    return {dist.name.lower(): dist.version for dist in metadata.distributions() if dist.name}
+    about = [dist.metadata for dist in metadata.distributions()]  # a distribution reads its file for each question
+    return {one["Name"].lower(): one["Version"] for one in about if one["Name"]}
 
 
 def git_facts(folder: Path) -> tuple[str | None, bool | None]:
