@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...contracts import MoebenchError, Registry, canonical_json
+from ...contracts import MoebenchError, Registry, Scheme, canonical_json
 from ...kernels.cpu.build import cache_root
 from ...moe.experts import ExpertStore
 from ...moe.quantization import parts_of
-from .file import write_slabs
+from .file import OffloadError, SlabFile, write_slabs
 
 
-def kept_file(layers: Mapping[int, ExpertStore], low: str = "none") -> Path:
-    """Return the file of these layers under ``$MOEBENCH_CACHE/offload``, written where it is not there yet.
+def kept_file(layers: Mapping[int, ExpertStore], low: str = "none") -> SlabFile:
+    """Return the file of these layers under ``$MOEBENCH_CACHE/offload``; if it is not there, or broken, it is written.
 
     ``low`` names the quantization of each expert's copy of few bits, if it has one.
     """
     path = cache_root() / "offload" / f"{digest(layers, low)}.safetensors"
-    if path.is_file():
-        return path
-    return write_slabs(path, sorted(layers.items()), None if low == "none" else low_form(low))
+    try:
+        return SlabFile.open(path)
+    except OffloadError:
+        form = None if low == "none" else low_form(low)
+        return SlabFile.open(write_slabs(path, sorted(layers.items()), form))
 
 
 def low_form(low: str) -> Callable[[ExpertStore], ExpertStore]:
@@ -44,19 +45,21 @@ def low_form(low: str) -> Callable[[ExpertStore], ExpertStore]:
 
 def digest(layers: Mapping[int, ExpertStore], low: str = "none") -> str:
     """Return the first 32 hex digits of the sha256 of all experts' bytes and of what says how to read them."""
-    seen = hashlib.sha256(low.encode())
+    how = None if low == "none" else Registry.load().get("quantization", low).choose()
+    seen = hashlib.sha256(canonical_json(how).encode())
     for index, store in sorted(layers.items()):
-        seen.update(canonical_json([index, store.kinds, store.activation, store.gated, store.schemes]).encode())
-        for part in _parts(store):
-            seen.update(f"{part.dtype} {tuple(part.shape)}".encode())
+        seen.update(canonical_json([index, store.kinds, store.activation, store.gated]).encode())
+        for told, part in _parts(store):
+            seen.update(canonical_json([told, str(part.dtype), tuple(part.shape)]).encode())
             seen.update(_bytes(part))
     return seen.hexdigest()[:32]
 
 
-def _parts(store: ExpertStore) -> Iterator[Tensor]:
+def _parts(store: ExpertStore) -> Iterator[tuple[Scheme | None, Tensor]]:
+    """Yield every stored tensor, with the scheme that says what it is."""
     for weights in (store.gate_up, store.down):
         if isinstance(weights, Tensor):
-            yield weights
+            yield None, weights
             continue
         for weight in weights:
             parts = parts_of(weight)
@@ -64,7 +67,7 @@ def _parts(store: ExpertStore) -> Iterator[Tensor]:
                 raise MoebenchError(
                     f"codes of {weight.scheme.codec} cannot be written to a file; use a quantization of moebench's own."
                 )
-            yield from (part for _, part in sorted(parts.items()))
+            yield from ((weight.scheme, part) for _, part in sorted(parts.items()))
 
 
 def _bytes(part: Tensor) -> Any:

@@ -62,7 +62,7 @@ def measured(experts: Sequence[HostExpert], described: Described, spec: LayerSpe
     """Return what it costs to fill a slot, and to compute an expert from a slot or in place, by its tokens.
 
     Numbers of tokens are doubled up to what a call will have, at most ``LIMIT``. Experts stored in different ways share
-    one curve.
+    one curve. Experts that were not packed are computed in place as they are from a slot.
     """
     hidden, products = Hidden(described, described.act_bits), Products()
     limit = min(LIMIT, LIMIT if spec.tokens is None else max(1, spec.tokens))
@@ -84,7 +84,8 @@ def measured(experts: Sequence[HostExpert], described: Described, spec: LayerSpe
 
     with torch.no_grad():
         load = _seconds([one.dense for one in some])
-        return ExpertCosts(load, curve(dense, nnf.linear), curve(packed, products))
+        fast = curve(dense, nnf.linear)
+        return ExpertCosts(load, fast, curve(packed, products) if packed else fast)
 
 
 def _seconds(calls: Sequence[Callable[[], object]]) -> float:

@@ -75,7 +75,7 @@ def stores_of(case: Case, registry: Registry, found: Prepared) -> dict[int, Expe
 def slab_file(case: Case, registry: Registry, found: Prepared, low: str) -> SlabFile:
     """Return the file with all experts of the case, and their ``low`` copies, written into the cache if need be."""
     if low not in found.files:
-        found.files[low] = SlabFile.open(kept_file(stores_of(case, registry, found), low))
+        found.files[low] = kept_file(stores_of(case, registry, found), low)
     return found.files[low]
 
 

@@ -112,11 +112,10 @@ class OffloadTrial(ResidentTrial):
         self.file = slab_file(case, registry, found, self.params.low)
         self.future = Future(found.recording.accesses)
         self.prediction = prediction_of(case, registry, found, self.file, self.params)
-        changed, self.expected = changes_result(self.params), found.recording.final
-        self.rounds = needs_costs(self.params.execution)
-        self.exact, self.hinted = not (changed or self.rounds), hints_read(self.params)
+        self.exact = not changes_result(self.params) and not needs_costs(self.params.execution)
+        self.expected, self.hinted = found.recording.final, hints_read(self.params)
         self.approximation: Approximation | None = None
-        if changed:
+        if changes_result(self.params):
             stores = stores_of(case, registry, found)
             self.approximation = approximate(found.stack, found.recording, found.specs, stores, self.params)
             self.expected = self.approximation.expected
@@ -157,7 +156,7 @@ class OffloadTrial(ResidentTrial):
             check = self._events()
             if not check.ok:
                 return check
-        if self.rounds:
+        if needs_costs(self.params.execution):  # products on codes round otherwise than those on what they stand for
             return close_to(output, self.expected[step], self.case.dtype)
         return same(output, self.expected[step])
 

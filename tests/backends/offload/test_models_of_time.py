@@ -92,6 +92,29 @@ def test_reads_ahead_come_late_or_in_time_as_worked_by_hand():
     assert predict(accesses, simulated, slow)[1].late == 0  # 2.6 hides what 0.5 of computing leaves
 
 
+def test_demand_goes_before_what_waits_to_be_read_ahead():
+    hints = (((1, 0), 1.0), ((1, 1), 0.5))
+    accesses = [Access(0, 0, (0,), (1,), (1.0,), hints), lone(0, 2, layer=1), lone(1, 1, layer=0), lone(1, 1, layer=1)]
+    simulated = simulate(accesses, make_policy("lru"), 8, Layout((0, 1), 4), make_prefetcher("gate"))
+    times = predict(accesses, simulated, COSTS)
+    assert times[0].seconds == 1 + 3 + 0.5  # then (1, 0) is read from 4 to 7, and (1, 1) waits
+    assert times[1].stall == 7 + 3 - 5.5  # (1, 2), asked for at 5.5, is read from 7 to 10
+    assert times[2].stall == 13 + 3 - 11.5  # (1, 1) is read from 10 to 13, before (0, 1) is asked for at 11.5
+    assert (times[3].stall, times[3].late) == (0, 0)
+    soon = [accesses[0], lone(0, 0, 1, layer=1)]  # both that are brought ahead: (1, 1) is read as soon as it can be
+    again = predict(soon, simulate(soon, make_policy("lru"), 8, Layout((0, 1), 4), make_prefetcher("gate")), COSTS)
+    assert (again[1].seconds, again[1].late) == (10 + 0.5 - 4.5, 2)
+
+
+def test_what_goes_while_it_is_read_gives_its_buffer_back_when_it_has_come():
+    nothing = Access(0, 0, (), (), (), (((0, 1), 1.0),))  # asks for nobody, and has (0, 1) read from 0.25 to 3.25
+    accesses = [nothing, replace(nothing, step=1, hints=()), lone(2, 2, 3, 4)]
+    simulated = simulate(accesses, make_policy("lru"), 2, Layout((0,), 5), make_prefetcher("gate"))
+    assert [event.evicted for event in simulated.events[2]] == [None, (0, 1), (0, 2)]
+    last = predict(accesses, simulated, replace(COSTS, other=0.25, staging=1, readers=4))[2]
+    assert last.seconds == 3.25 + 3 + 0.5 - 0.5  # from 0.5: 2 and 3 are read at once, 4 once (0, 1) has come
+
+
 def test_a_read_waits_for_a_buffer():
     accesses = [lone(0, 0, 1, 2)]
     nothing = simulate(accesses, make_policy("lru"), 0, Layout((0,), 3))  # every expert passes through staging

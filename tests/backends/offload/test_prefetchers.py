@@ -61,29 +61,36 @@ def test_the_nearest_matrix_tells_who_comes():
     assert found[-1] == [(4, 0), (6, 0)]
 
 
+def test_the_farther_a_layer_the_less_its_tokens_weigh():
+    prefetcher = Nearest(layers=2, period=1)
+    stored = [Access(0, 3, (0,), (1,), (1.0,)), Access(0, 4, (0,), (3,), (1.0,)), Access(0, 6, (1,), (4,), (1.0,))]
+    for now, one in enumerate(stored):
+        prefetcher.propose(Moment(now, one, LAYOUT))
+    found = prefetcher.propose(Moment(3, access(1, 3, 0), LAYOUT))
+    assert found == [(4, 0), (6, 1)]  # 3 tokens x 3/4 before 4 tokens x 2/4
+
+
 def test_rows_up_to_this_layer_do_not_tell():
     """As in the authors' code: only rows after the current layer are compared, which earlier tokens have filled."""
     matrices = ActivationMatrices(period=1)
     first = [access(0, 3, 0), access(0, 4, 1), access(0, 6, 1)]
-    second = [access(1, 3, 0), access(1, 4, 2), access(1, 6, 2)]
+    second = [access(1, 3, 3), access(1, 4, 2), access(1, 6, 2)]
     for now, one in enumerate([*first, *second, access(2, 3, 0)]):
         matrices.see(Moment(now, one, LAYOUT))
     matrices.running_LE[1:] = [[0, 0, 1, 0], [0, 0, 1, 0]]  # rows of an earlier token of the sequence
     nearest_LE = matrices.nearest(Moment(6, access(2, 3, 0), LAYOUT))
-    assert np.array_equal(nearest_LE, [[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]])
-    matrices.running_LE[1:] = 0
-    matrices.running_LE[0] = [0, 0, 0, 9]  # as unlike as can be, in a row that does not tell: a tie, the last stored
-    assert np.array_equal(matrices.nearest(Moment(6, access(2, 3, 3), LAYOUT))[1], [0, 0, 1, 0])
+    assert np.array_equal(nearest_LE, [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 0]])
+    matrices.running_LE[1:] = 0  # now the only row is like that of the first, but it does not tell: a tie
+    assert np.array_equal(matrices.nearest(Moment(6, access(2, 3, 0), LAYOUT))[1], [0, 0, 1, 0])
 
 
 def test_the_matrix_that_is_seldom_the_nearest_makes_room():
     matrices = ActivationMatrices(period=1, kept=2)
-    for step, expert in enumerate((0, 1, 1, 2, 3)):
+    for step, expert in enumerate((0, 1, 0, 2)):  # the first is the nearest to the third, the second to nobody
         moment = Moment(step, access(step, 3, expert), Layout((3,), 4))
         matrices.see(moment)
         matrices.nearest(moment)
-    stored = {int(one_LE.argmax()) for one_LE in matrices._stored}
-    assert stored == {1, 2}
+    assert [int(one_LE.argmax()) for one_LE in matrices._stored] == [0, 0]
 
 
 def test_directions_are_unit_vectors_or_zero():
