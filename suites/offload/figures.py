@@ -86,7 +86,7 @@ def order_figures(recording: Recording, layers: Layers, policy: str, capacity: i
 
     Nothing for one token a step, or where they do so already.
     """
-    if layers.by_token or max(sum(access.tokens) for access in recording.accesses[recording.prompt_accesses :]) < 2:
+    if layers.by_token or max(one.num_tokens for one in recording.routings[-1].values()) < 2:
         return []
     recorder = Recorder()
     for call in recording.routings:

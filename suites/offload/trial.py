@@ -36,6 +36,7 @@ class ResidentTrial:
 
     state: Literal["stream"] = "stream"
     exact = False
+    hinted = False
 
     def __init__(self, case: Case, registry: Registry) -> None:
         self.case, self.registry = case, registry
@@ -55,7 +56,10 @@ class ResidentTrial:
     def begin_turn(self) -> None:
         """Begin anew, and take the prompts."""
         self.stack.layers.serve_by(self.session, None if self.exact else self.recording.routings)
+        if not self.hinted:
+            self.stack.layers.hint = None  # nobody reads hints, and they cost a router's time
         self.stack.begin()
+        self.step_ns = []
         self._before = joules()
 
     def run(self, step: int) -> Tensor:
@@ -98,7 +102,8 @@ class ResidentTrial:
 class OffloadTrial(ResidentTrial):
     """The model with its experts in the slow tier, of which the cache holds a share; the others are not in memory.
 
-    ``expected`` are the outputs of each step: those of the recording, unless the execution changes the result.
+    ``expected`` are the outputs of each step: those of the recording, unless the execution changes the result. Where it
+    does, or computes an expert in another order (where it lies), Routings are those of the recording.
     """
 
     def __init__(self, case: Case, registry: Registry) -> None:
@@ -112,7 +117,7 @@ class OffloadTrial(ResidentTrial):
         )
         self.prediction = prediction_of(case, registry, found, self.file, self.params)
         self.exact = not changes_result(self.params) and not needs_costs(self.params.execution)
-        self.expected = found.recording.final
+        self.expected, self.hinted = found.recording.final, hints_read(self.params)
         self.approximation: Approximation | None = None
         if changes_result(self.params):
             stores = stores_of(case, registry, found)
@@ -134,17 +139,22 @@ class OffloadTrial(ResidentTrial):
         self.session.close()
         self.session = self._open()
         super().begin_turn()
-        if not hints_read(self.params):
-            self.stack.layers.hint = None  # nobody reads hints, and they cost a router's time
 
     def _keep_turn(self) -> None:
-        """Note what the turn that has ended cost, if it was a whole one."""
+        """Note what the turn that has ended cost, once, if it was a whole one."""
         prompt, store = self.recording.prompt_accesses, self.session.store
-        if len(store.log) == len(self.recording.accesses):
-            self.turns.append(Turn(store.ledger[prompt:], self.step_ns[-self.steps :]))
+        if len(self.step_ns) == self.steps and len(store.log) == len(self.recording.accesses):
+            self.turns.append(Turn(store.ledger[prompt:], self.step_ns))
+            self.step_ns = []
+
+    @property
+    def sampled(self) -> list[Turn]:
+        """The turns but the first, which is taken for its check alone; that one where there is no other."""
+        return self.turns[1:] or self.turns
 
     def verify(self, step: int, output: Tensor) -> Check:
-        """Compare with the run with all experts at hand, bit for bit, and the cache's events with the simulator's."""
+        """Compare with the run with all experts at hand, bit for bit unless experts are computed in another order, and
+        the cache's events with the simulator's."""
         self._measure_energy(step)
         if step == self.steps - 1:
             check = self._events()
@@ -173,10 +183,10 @@ class OffloadTrial(ResidentTrial):
     def _switches(self) -> list[Metric]:
         """Return the time of steps at which other experts become popular, and of the others, where the traffic says."""
         period = getattr(self.registry.params("traffic", self.case.traffic), "period", None)
-        if period is None or not self.turns:
+        if period is None or not self.sampled:
             return []
         times: dict[bool, list[int]] = {True: [], False: []}
-        for turn in self.turns:
+        for turn in self.sampled:
             for step, ns in enumerate(turn.step_ns):
                 times[(step + 1) % period == 0].append(ns)
         names = {True: "switch_step_time", False: "steady_step_time"}
@@ -191,8 +201,8 @@ class OffloadTrial(ResidentTrial):
             *gate_figures(self.recording),
             *order_figures(self.recording, self.stack.layers, self.params.policy, self.prediction.simulated.capacity),
             *self._batched(),
-            *turn_figures(self.turns),
+            *turn_figures(self.sampled),
             *self._switches(),
-            *figures(self.prediction, self.turns),
+            *figures(self.prediction, self.sampled),
             *(() if self.approximation is None else self.approximation.metrics),
         ]
