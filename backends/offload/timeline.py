@@ -76,9 +76,13 @@ def per_step(accesses: Iterable[Spent]) -> list[Spent]:
 
 @dataclass(frozen=True)
 class _Deferred:
-    """An expert that is there at a time and then takes some seconds; ``passing`` gives its buffer back."""
+    """An expert to be computed later: ``there`` is when it has come, None where no buffer was free for its read.
 
-    there: float
+    ``passing`` gives its buffer back.
+    """
+
+    there: float | None
+    read: float
     seconds: float
     passing: bool
 
@@ -156,17 +160,18 @@ def _serve(
     uses = [event for event in events if event.kind != "prefetch"]
     for key in sorted(gone - {event.key for event in uses}):
         tiers.leave(key, asked)
-    for event in uses:
+    for event in sorted(uses, key=lambda event: event.how == "deferred" and not last):
+        passing = event.kind == "miss" and (event.how == "low" or not event.kept)
+        freed, seconds = passing or event.key in gone, tiers.costs.compute(event, tokens[event.key])
+        if event.how == "deferred" and not last:
+            read = tiers.costs.read(event)
+            tiers.deferred.append(_Deferred(tiers.load(read, asked) if tiers.buffers else None, read, seconds, freed))
+            continue
         if event.kind == "miss":
             there = asked if event.how == "in_place" else tiers.load(tiers.costs.read(event), asked)
         else:
             there = tiers.there(event.key, asked)
             late += there > clock
-        passing = event.kind == "miss" and (event.how == "low" or not event.kept)
-        freed, seconds = passing or event.key in gone, tiers.costs.compute(event, tokens[event.key])
-        if event.how == "deferred" and not last:
-            tiers.deferred.append(_Deferred(there, seconds, freed))
-            continue
         stall += max(0.0, there - clock)
         clock = max(clock, there) + seconds
         if event.how != "in_place" and freed:
@@ -179,8 +184,9 @@ def _settle(tiers: _Tiers, clock: float) -> tuple[float, float]:
     """Compute what the layer before deferred; return when that ends and how long was waited."""
     stall = 0.0
     for one in tiers.deferred:
-        stall += max(0.0, one.there - clock)
-        clock = max(clock, one.there) + one.seconds
+        there = tiers.load(one.read, clock) if one.there is None else one.there
+        stall += max(0.0, there - clock)
+        clock = max(clock, there) + one.seconds
         if one.passing:
             tiers.free(clock)
     tiers.deferred.clear()

@@ -42,6 +42,25 @@ def total(times):
 
 @given(
     case=MADE.traces(),
+    spec=st.sampled_from(["lru", "static"]),
+    share=st.sampled_from((0, 0.3, 0.6)),
+    count=st.integers(0, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_deferring_waits_no_longer_than_what_is_read(case, spec, share, count):
+    accesses, layout = case
+    run = simulate(accesses, make_policy(spec), int(share * layout.size), layout, execution=Deferral(count))
+    for staging in (1, 3):
+        costs = replace(COSTS, staging=staging)
+        times = predict(accesses, run, costs)
+        assert total(times) <= serial(accesses, run, costs) + 1e-9
+        if count == 0:
+            plain = simulate(accesses, make_policy(spec), int(share * layout.size), layout)
+            assert times == predict(accesses, plain, costs)
+
+
+@given(
+    case=MADE.traces(),
     spec=st.sampled_from(["lru", "lfu", "static", "belady"]),
     ahead=PREFETCH,
     share=st.sampled_from((0, 0.3, 0.6, 1)),
