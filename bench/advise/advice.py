@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...contracts import MoebenchError
+from .asked import Asked
 from .counts import PARTS, Model, scratch_bytes
 from .forms import FORMS, Weights, weights_in
 from .forms import form as form_named
 from .hardware import Hardware
-from .placements import Asked, NoRoom, Placement, placements
+from .placements import NoRoom, Placement, placements
 from .predict import Load
 from .source import Described
 from .validate import Compared

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...contracts import MoebenchError, unknown
-from .attention import Attention, Bias, Norms, gated_delta, grouped, latent, mamba
+from .attention import Bias, Norms, gated_delta, grouped, latent, mamba
 from .counts import Layer, Model
+from .layers import bias_of, experts_of, layer_of, window_of, with_dense, with_experts
 
 Config = Mapping[str, Any]
 LayerReader = Callable[[Config, int], Layer]
@@ -78,64 +79,11 @@ def _model(config: Config, reader: Reader) -> Model:
     return Model(config["model_type"], hidden, vocabulary, layers, hidden * vocabulary, head, norms, longest)
 
 
-def first(config: Config, *names: str) -> int:
-    """Return the first of these fields that the configuration has; KeyError names the first where it has none."""
-    for name in names:
-        if config.get(name) is not None:
-            return int(config[name])
-    raise KeyError(names[0])
-
-
-def experts_of(config: Config) -> int:
-    """Return the number of routed experts of a layer."""
-    return first(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
-def layer_of(attention: Attention, window: int | None = None) -> Layer:
-    """Return a layer that has its attention alone."""
-    return Layer(attention.weights, kv_values=attention.kv_values, window=window, state=attention.state)
-
-
-def with_dense(layer: Layer, config: Config, width: int, bias: int = 0) -> Layer:
-    """Return the layer with a gated dense FFN."""
-    return replace(layer, dense=3 * config["hidden_size"] * width + bias, width=width)
-
-
-def with_experts(
-    layer: Layer, config: Config, width: int, shared: int = 0, router_bias: bool = False, expert_bias: int = 0
-) -> Layer:
-    """Return the layer with a router and gated experts of ``width``, and shared ones of ``shared`` together."""
-    hidden, experts = config["hidden_size"], experts_of(config)
-    k = first(config, "num_experts_per_tok", "moe_k")
-    if not 0 < k <= experts:
-        raise ValueError(f"{k} of {experts} experts")
-    return replace(
-        layer,
-        shared=3 * hidden * shared,
-        expert=3 * hidden * width + expert_bias,
-        experts=experts,
-        k=k,
-        rest=layer.rest + experts * (hidden + router_bias),
-        width=k * width + shared,
-    )
-
-
-def _bias(config: Config, which: Bias) -> Bias:
-    return which if config.get("attention_bias") else ""
-
-
-def window_of(config: Config, index: int, kind: str = "sliding_attention") -> int | None:
-    """Return how many tokens a layer looks back on, None for all."""
-    size = config.get("attention_chunk_size" if kind == "chunked_attention" else "sliding_window")
-    kinds = config.get("layer_types")
-    return size if size and (kinds is None or kinds[index] == kind) else None
-
-
 def _plain(norms: Norms = "", router_bias: bool = False) -> LayerReader:
     """Every layer has experts of intermediate_size; shared ones where the configuration has them."""
 
     def read(config: Config, index: int) -> Layer:
-        attention = grouped(config, _bias(config, "qkvo"), norms)
+        attention = grouped(config, bias_of(config, "qkvo"), norms)
         layer = layer_of(attention, window_of(config, index))
         shared = config.get("shared_intermediate_size") or 0
         return with_experts(layer, config, config["intermediate_size"], shared, router_bias)
@@ -146,7 +94,7 @@ def _plain(norms: Norms = "", router_bias: bool = False) -> LayerReader:
 def _qwen(config: Config, index: int) -> Layer:
     """Qwen2-MoE and Qwen3-MoE: some layers may be dense; the former has a shared expert with a gate."""
     old = config["model_type"] == "qwen2_moe"
-    bias: Bias = _bias(config, "qkvo")
+    bias: Bias = bias_of(config, "qkvo")
     if old:
         bias = "qkv" if config.get("qkv_bias", True) else ""
     window = window_of(config, index) if config.get("use_sliding_window") else None
@@ -165,7 +113,7 @@ def _qwen_ffn(config: Config, index: int, layer: Layer) -> Layer:
 def _qwen_next(config: Config, index: int) -> Layer:
     kinds, step = config.get("layer_types"), config.get("full_attention_interval", 4)
     full = kinds[index] == "full_attention" if kinds else (index + 1) % step == 0
-    attention = grouped(config, _bias(config, "qkvo"), "head", gated=True) if full else gated_delta(config)
+    attention = grouped(config, bias_of(config, "qkvo"), "head", gated=True) if full else gated_delta(config)
     return _qwen_ffn(config, index, layer_of(attention))
 
 
@@ -187,11 +135,11 @@ def _deepseek(router_bias: bool) -> LayerReader:
 
 def _glm(config: Config, index: int) -> Layer:
     norms: Norms = "head" if config.get("use_qk_norm") else ""
-    return _deepseek_ffn(layer_of(grouped(config, _bias(config, "qkv"), norms)), config, index, True)
+    return _deepseek_ffn(layer_of(grouped(config, bias_of(config, "qkv"), norms)), config, index, True)
 
 
 def _dots(config: Config, index: int) -> Layer:
-    layer = layer_of(grouped(config, _bias(config, "qkvo"), "head"), window_of(config, index))
+    layer = layer_of(grouped(config, bias_of(config, "qkvo"), "head"), window_of(config, index))
     return _deepseek_ffn(layer, config, index, True)
 
 
@@ -213,7 +161,7 @@ def _llama4(config: Config, index: int) -> Layer:
         "chunked_attention" if (place + 1) % no_rope else "full_attention" for place in range(layers)
     ]
     window = window_of({**config, "layer_types": kinds}, index, "chunked_attention")
-    layer = layer_of(grouped(config, _bias(config, "qkvo")), window)
+    layer = layer_of(grouped(config, bias_of(config, "qkvo")), window)
     if index not in chosen:
         return with_dense(layer, config, config["intermediate_size_mlp"])
     return with_experts(layer, config, config["intermediate_size"], config["intermediate_size"])

@@ -17,11 +17,12 @@ from moebench.backends.offload.access import Access, Layout
 from moebench.backends.offload.cache import Cache
 from moebench.backends.offload.policies.recency import LRU
 from moebench.bench.advise.advice import advise
+from moebench.bench.advise.asked import Asked
 from moebench.bench.advise.caching import lru_hit_rate, static_hit_rate, touch_probabilities
 from moebench.bench.advise.counts import Layer, Model, scratch_bytes
 from moebench.bench.advise.forms import FORMS, weights_in
 from moebench.bench.advise.hardware import DEFAULTS, Hardware, Rate, given_rates
-from moebench.bench.advise.placements import LARGEST_BATCH, Asked, NoRoom, Placement, placements
+from moebench.bench.advise.placements import LARGEST_BATCH, NoRoom, Placement, placements
 from moebench.bench.advise.predict import Load, Split, predict, touched_experts
 from moebench.bench.advise.readers import read_model
 from moebench.bench.advise.source import Described
