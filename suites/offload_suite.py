@@ -29,7 +29,7 @@ class OffloadCases:
             own = replace(config, layers=layers, axes={**config.axes, "model": [choice], "residency": ["warm"]})
             kind = Kind("timed", per_layer=False, workload=_workload(params), foresees=True)
             for planned in expand(own, registry, kind):
-                refusal = planned.refusal or _refusal(planned.case, registry)
+                refusal = _refusal(planned.case, registry) or planned.refusal
                 measured = replace(planned, refusal=refusal, method_bytes=planned.method_bytes * len(layers))
                 yield measured
                 if params.predicted and planned.case.backend.name == OFFLOAD and refusal is None:

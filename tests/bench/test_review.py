@@ -28,8 +28,8 @@ from moebench.contracts import Check, MoebenchError, Registry, Status
 class Rounds:
     """A trial that writes down what the engine asks of it."""
 
-    def __init__(self, steps):
-        self.steps, self.asked = steps, []
+    def __init__(self, steps, state="none"):
+        self.steps, self.state, self.asked = steps, state, []
 
     def begin_turn(self):
         self.asked.append("begin")
@@ -56,6 +56,14 @@ def test_no_input_is_used_twice_without_being_exchanged(steps, calls, first, res
     check = held.verify()
     assert check.ok
     assert check.flips == len(rounds[-1].split())  # every output of the last round, and no output that was exchanged
+
+
+def test_a_stream_is_called_for_its_samples_alone(case):
+    """A call before them would leave its marks in what they find."""
+    trial = Rounds(4, "stream")
+    reply = _Held(trial, case(residency="warm")).turn(0, 4)
+    assert trial.asked == ["begin", 0, 1, 2, 3]
+    assert len(reply["ns"]) == 4
 
 
 @given(st.integers(1, 10**6), st.integers(1, 2000))

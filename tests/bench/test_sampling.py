@@ -178,3 +178,20 @@ def test_what_is_not_steady_in_time_is_marked(members):
     sit(Drifting(ns=100_000), members[:1], seconds=0.001)
     assert members[0].alive
     assert not members[0].steady
+
+
+def test_a_stream_takes_whole_rounds_and_no_other_call(members):
+    """Its turns are all steps in order: what is in a cache at a step depends on all steps before."""
+
+    class Stream(Worker):
+        def request(self, op, timeout, **arguments):
+            return super().request(op, timeout, **arguments) | ({"steps": 7, "stream": True} if op == "prepare" else {})
+
+    worker = Stream(ns=1_000_000)
+    sit(worker, members, min_calls=20, seconds=0.02, precision=0.5)
+    for member in members:
+        turns = [more for op, trial, more in worker.log if (op, trial) == ("turn", member.case.case_key)]
+        assert [(turn["first_step"] % 7, turn["calls"]) for turn in turns] == [(0, 7)] * len(turns)
+        assert len(turns) == 1 + len(set(member.turns))  # the one that is checked first is not sampled, nor repeated
+        assert len(member.wall_ns) % 7 == 0
+        assert len(member.wall_ns) >= 20

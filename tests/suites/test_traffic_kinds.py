@@ -19,8 +19,8 @@ from moebench.contracts import MoebenchError, canonical_json
 from moebench.suites.model_plugins import PRESETS
 from moebench.suites.trace import COLUMNS, TraceError, load_trace, save_trace, sha256_of_file
 from moebench.suites.traffic import DrawnTraffic
-from moebench.suites.traffic_kinds import RankBalancedTraffic, ReplayTraffic, StickyTraffic
-from moebench.suites.traffic_params import DESCRIPTORS, RankBalanced, Replay, Rotating, Sticky
+from moebench.suites.traffic_kinds import DomainsTraffic, RankBalancedTraffic, ReplayTraffic, StickyTraffic
+from moebench.suites.traffic_params import DESCRIPTORS, Domains, RankBalanced, Replay, Rotating, Sticky
 
 DRAWN = {descriptor.name: descriptor for descriptor in DESCRIPTORS if descriptor.name != "replay"}
 sizes = st.tuples(st.integers(0, 40), st.integers(1, 24), st.integers(1, 24)).filter(lambda s: s[2] <= s[1])
@@ -162,6 +162,50 @@ def test_the_hotspot_moves_on_and_comes_round():
 def test_a_rotation_keeps_all_shares(experts, hot, period, step):
     rotating = Rotating(share=0.6, experts=hot, period=period)
     assert sorted(rotating.popularity(experts, step)) == sorted(rotating.popularity(experts, 0))
+
+
+# --- domains that change ---------------------------------------------------------------------------------------------
+
+
+def popular(traffic, experts, step, layer, few):
+    shares = traffic.requested(experts, 2, step, layer)
+    return frozenset(sorted(range(experts), key=lambda expert: -shares[expert])[:few])
+
+
+@relaxed
+@given(
+    experts=st.integers(4, 24),
+    few=st.integers(1, 2),
+    period=st.integers(1, 5),
+    step=st.integers(0, 40),
+    layer=st.none() | st.integers(0, 30),
+    share=st.sampled_from([0.7, 0.9]),
+)
+def test_the_same_experts_are_popular_for_a_period(experts, few, period, step, layer, share):
+    traffic = DomainsTraffic(Domains(share=share, experts=few, period=period))
+    shares = traffic.requested(experts, 2, step, layer)
+    assert sum(shares) == pytest.approx(1.0)
+    assert len(shares) == experts
+    first = step // period * period
+    assert traffic.requested(experts, 2, first, layer) == traffic.requested(experts, 2, first + period - 1, layer)
+    assert popular(traffic, experts, step, layer, few) != popular(traffic, experts, first + period, layer, few)
+
+
+def test_layers_have_popular_experts_of_their_own_whatever_the_seed():
+    traffic = DomainsTraffic(Domains(share=0.9, experts=2, period=4))
+    found = [popular(traffic, 32, 0, layer, 2) for layer in range(12)]
+    assert len(set(found)) > 9
+    drawn = [traffic.routing(400, 32, 2, 0, seed, layer=3).counts_E for seed in (0, 1)]
+    assert [frozenset(counts_E.topk(2).indices.tolist()) for counts_E in drawn] == [found[3]] * 2
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_domains_draw_what_they_say(step):
+    traffic = DomainsTraffic(Domains(share=0.8, experts=3, period=5))
+    counts_E = traffic.routing(4000, 12, 2, step, 7, layer=2).counts_E
+    wanted = torch.tensor(traffic.requested(12, 2, step, 2))
+    assert (counts_E / counts_E.sum() - wanted).abs().max() < 0.02
 
 
 # --- balanced per rank -----------------------------------------------------------------------------------------------
