@@ -25,7 +25,8 @@ class Disk:
 
     def __init__(self, case: Case) -> None:
         self.size = int(case.backend.params["size"])
-        path = make_once(cache_dir() / "probes" / f"{self.size}.bin", self._write)
+        self.expected = _checksum(self._blocks())
+        path = make_once(cache_dir() / "probes" / f"{self.size}-{self.expected:08x}.bin", self._write)
         if not hasattr(os, "O_DIRECT"):
             raise MoebenchError("reads past the page cache need Linux's O_DIRECT; leave suite.disk_bytes at 0.")
         try:
@@ -36,7 +37,6 @@ class Disk:
             ) from error
         self.buffer = mmap.mmap(-1, self.size)
         self.view = memoryview(self.buffer)
-        self.expected = _checksum(self._blocks())
 
     def _blocks(self) -> Iterator[bytes]:
         """Yield what the file holds: noise that no disk compresses, with the number of its block at the beginning."""

@@ -121,6 +121,7 @@ def compared_facts(compared: Sequence[Compared]) -> list[dict[str, Any]]:
             "run_id": one.measured.run_id,
             "case_key": one.measured.case.case_key,
             "measured_s": one.measured.seconds,
+            "measured_p10_s": one.measured.undisturbed,
             "predicted_s": one.predicted,
             "error": one.error,
             "flags": list(one.measured.flags),

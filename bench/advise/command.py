@@ -12,7 +12,7 @@ from ...contracts import MoebenchError, Registry
 from .. import host
 from ..store import store_path
 from .advice import Advice, advise, compared_facts, facts
-from .hardware import DEFAULTS, Hardware, device_rates, given_rates, probed_rates
+from .hardware import ASSUMED, DEFAULTS, Hardware, device_rates, given_rates, probed_rates
 from .measure import measured
 from .predict import Load
 from .sizes import parse_bytes, parse_count
@@ -64,9 +64,12 @@ def _validate(options: argparse.Namespace) -> int:
     """Measure, and say how far the model is off on this host."""
     registry, store = Registry.load(), store_path(options.store)
     host_key = host.host_facts()["host_key"]
-    if not {"ram", "disk", "cpu"} <= set(probed_rates(store, host_key, "float32", 1)):
+    if not {"ram", "disk", "cpu"} <= probed_rates(store, host_key, "float32", 1).keys():
         probe(registry, store, options.json)
     machine = _one_thread(store)
+    assumed = [name for name in ("ram", "disk", "cpu") if machine.rates[name].source == ASSUMED]
+    if assumed:
+        raise MoebenchError(f"suite roofline gave no rate of {', '.join(assumed)}; see its run in `moebench report`.")
     machine = replace(machine, program=calibrate(registry, machine, store, options.json))
     compared = validate(registry, machine, store, options.json)
     if options.json:

@@ -38,11 +38,15 @@ VALIDATION: Mapping[str, Sequence[str]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A case that ran: its median time in seconds, its metrics, and the doubts about it."""
+    """A case that ran: the median of its times and their tenth percentile in seconds, its metrics, and doubts about it.
+
+    The tenth percentile knows little of what else ran on the machine: programs are fitted to it.
+    """
 
     case: Case
     run_id: str
     seconds: float
+    undisturbed: float
     metrics: Mapping[str, float]
     flags: Sequence[str] = ()
 
@@ -77,19 +81,21 @@ def _measured(cases: Sequence[Case], run_id: str, store: Path) -> Iterator[Measu
         _, ended = select(connection, "SELECT case_key, status, reason, flags FROM cases WHERE run_id = ?", [run_id])
         _, times = select(
             connection,
-            "SELECT case_key, median(median_ns) FROM timings_raw WHERE run_id = ? AND clock = 'wall' GROUP BY ALL",
+            "SELECT case_key, quantile_cont(ns, 0.5), quantile_cont(ns, 0.1) FROM (SELECT case_key, unnest(ns) AS ns "
+            "FROM timings_raw WHERE run_id = ? AND clock = 'wall') GROUP BY case_key",
             [run_id],
         )
         _, found = select(connection, "SELECT case_key, name, value FROM metrics_raw WHERE run_id = ?", [run_id])
-    states, medians = {key: told for key, *told in ended}, dict(times)
+    states, taken = {key: told for key, *told in ended}, {key: (half, tenth) for key, half, tenth in times}
     for case in cases:
         if case.protocol != "timed":
             continue
         status, reason, flags = states.get(case.case_key, ("missing", "it did not run", ()))
-        if status != "ok" or not medians.get(case.case_key):
+        if status != "ok" or case.case_key not in taken:
             raise MoebenchError(f"{case.model} on {case.backend} ended {status} ({reason}); see `moebench report`.")
         metrics = {name: value for key, name, value in found if key == case.case_key and value is not None}
-        yield Measured(case, run_id, medians[case.case_key] / 1e9, metrics, tuple(flags or ()))
+        half, tenth = taken[case.case_key]
+        yield Measured(case, run_id, half / 1e9, tenth / 1e9, metrics, tuple(flags or ()))
 
 
 PROBES = ("suite=roofline", "axes.threads=1", "suite.disk_bytes=268435456", "engine.processes=1")
@@ -129,7 +135,7 @@ def _taken(one: Measured, registry: Registry) -> Run:
     weights, load = case_weights(one.case, model), case_load(one.case)
     used, brought = touched_experts(model, load), one.metrics.get("misses_per_step", 0.0)
     return Run(
-        one.seconds,
+        one.undisturbed,
         len(model.moe_layers),
         sum(bool(layer.attention) for layer in model.layers),
         used,

@@ -138,7 +138,7 @@ def pretend(monkeypatch, store, truth, off):
             made.append((case, seconds, {"misses_per_step": misses}))
             rows.append(stored["case"](case.backend.name, seconds * 1e6, case_key=case.case_key, suite="offload"))
         run_id = stored["write_run"](store, next(days), *rows, host=host.host_facts()["host_key"])
-        return [Measured(case, run_id, seconds, metrics) for case, seconds, metrics in made]
+        return [Measured(case, run_id, seconds, seconds, metrics) for case, seconds, metrics in made]
 
     monkeypatch.setattr(validate, "run_suite", run)
     monkeypatch.setattr(validate, "VALIDATION", {"small": validate.VALIDATION["small"]})
@@ -184,8 +184,8 @@ def said(capsys, store, *arguments):
 def test_a_placement_is_run_beside_its_prediction(tmp_path, monkeypatch, capsys):
     """A tiny model under a budget that its experts do not fit into: from disk, in real processes."""
     tiny("Mixtral", num_hidden_layers=3, intermediate_size=512).save_pretrained(tmp_path / "model")
-    quick = (*COMMON, "engine.seconds=0.1", "engine.min_calls=1")
-    monkeypatch.setattr(measure, "COMMON", quick)
+    quick = ("suite=offload", "axes.threads=1", "suite.steps=4", "engine.processes=1", "engine.seconds=0.05")
+    monkeypatch.setattr(measure, "COMMON", (*quick, "engine.min_calls=1"))
     store = tmp_path / "store"
     arguments = (
         tmp_path / "model",
@@ -229,4 +229,4 @@ def test_what_cannot_be_measured_is_told(arguments, told, tmp_path, capsys):
 
 
 def test_an_error_is_relative_to_what_was_measured():
-    assert Compared("x", Measured(None, "r", 2.0, {}), 3.0).error == 0.5
+    assert Compared("x", Measured(None, "r", 2.0, 1.0, {}), 3.0).error == 0.5
