@@ -354,8 +354,9 @@ class Registry:
         return registry
 
     def _add_entry_points(self) -> None:
+        found = metadata.entry_points()  # one look through all that is installed, not one for each kind
         for kind in KINDS:
-            for point in metadata.entry_points(group=f"moebench.{kind}"):
+            for point in found.select(group=f"moebench.{kind}"):
                 try:
                     loaded = point.load()
                     self.add(*(loaded if isinstance(loaded, (list, tuple)) else [loaded]))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ..contracts import Backend, Executor, LayerSpec, MoebenchError, Refusal, Registry, Scheme, Session
+from .gate_hints import hinting
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,7 +45,8 @@ def register(registry: Registry | None = None) -> list[str]:
 def attach(model: nn.Module, backend: str | Backend, backward: bool = False) -> Iterator[Session]:
     """Run the MoE layers of ``model`` on ``backend`` within the ``with`` block, which receives the session.
 
-    Layers are known by their decoder index. ``backward`` asks for gradients of the experts' weights.
+    Layers are known by their decoder index. ``backward`` asks for gradients of the experts' weights. A session that
+    reads hints is told what the gate of the next layer says of each layer's input.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -52,22 +54,22 @@ def attach(model: nn.Module, backend: str | Backend, backward: bool = False) -> 
     modules = moe_modules(model)
     session = _load(_create(name) if isinstance(backend, str) else backend, modules, backward)
     ALL_EXPERTS_FUNCTIONS.register(name, _function(name, None))
-    executors = {module: _ATTACHED.get(module) for module in modules.values()}
+    before = {module: _ATTACHED.get(module) for module in modules.values()}
     configs = {id(module.config): module.config for module in modules.values()}
     former = {key: config._experts_implementation for key, config in configs.items()}
     try:
-        for index, module in modules.items():
-            _ATTACHED[module] = session.layer(index)
+        for index, executor in hinting(model, modules, session).items():
+            _ATTACHED[modules[index]] = executor
         for config in configs.values():
             config._experts_implementation_internal = name
         yield session
     finally:
         for key, config in configs.items():
             config._experts_implementation_internal = former[key]
-        for module, executor in executors.items():
+        for module, one in before.items():
             _ATTACHED.pop(module, None)
-            if executor is not None:
-                _ATTACHED[module] = executor
+            if one is not None:
+                _ATTACHED[module] = one
         session.close()
 
 

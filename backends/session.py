@@ -223,7 +223,9 @@ class DenseWeights:
 
 
 class Session:
-    """Layers loaded into one of our backends."""
+    """Layers loaded into one of our backends. ``reads_hints`` says whether ``hint`` has any effect."""
+
+    reads_hints = False
 
     def __init__(self, executors: Mapping[int, Executor], path: ExecutedPath) -> None:
         self._executors = dict(executors)

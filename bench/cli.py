@@ -41,6 +41,16 @@ Exit status: 0 not regressed, 1 regressed, 3 inconclusive, 4 too noisy to tell, 
 """
 
 
+ADVISE_HELP = """\
+MODEL is a folder, a config.json, a *.safetensors.index.json, a *.gguf, or owner/name on the hub; no weight is read.
+Sizes: 24G and 24GiB are powers of 1024, 24GB is one of 1000; 32k tokens are 32768. Everything is predicted by a model
+of memory tiers and says so. Examples:
+  moebench advise ./Mixtral-8x7B-v0.1 --vram 24G --ram 64G --context 32k
+  moebench advise config.json --device rtx-5090 --vram 32G --ram 128G --rate link=50G --form int4
+  moebench advise model.gguf --ram 16G --goal throughput --json
+"""
+
+
 PARETO_HELP = """\
 Axes x: tpot latency throughput bytes resident bits disk energy. Axes y: ppl kl bpb agreement error accuracy:TASK. A
 condition is SQL over the columns of view latest, and x, y, their bounds x_lo, x_hi, y_lo, y_hi. Examples:
@@ -103,6 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_trend(commands)
     _add_pareto(commands)
+    _add_advise(commands)
     report = _add(commands, "report", "commands:report", "write the interactive HTML report")
     report.add_argument("--output", "-o", help="file to write (default: report.html in the store)")
     report.add_argument("--run", help="run id (default: the latest)")
@@ -216,6 +227,26 @@ def _add_pareto(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     pareto.add_argument(
         "--price-per-hour", type=float, metavar="PRICE", help="what an hour of the machine costs, for costs of tokens"
     )
+
+
+def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    advise = _add(commands, "advise", "advise.command:command", "say what of a model fits where", ADVISE_HELP)
+    advise.add_argument("model", metavar="MODEL", nargs="?", help="a folder, a file, or a name on the hub")
+    advise.add_argument("--vram", metavar="SIZE", help="memory of the GPU, such as 24G (default: this machine's)")
+    advise.add_argument("--ram", metavar="SIZE", help="memory of the host, such as 64G (default: this machine's)")
+    advise.add_argument("--context", metavar="TOKENS", default="4096", help="tokens of a sequence, such as 32k")
+    advise.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (default: 1)")
+    advise.add_argument("--goal", choices=("tpot", "throughput"), default="tpot", help="what to rank by")
+    advise.add_argument("--form", action="append", default=[], metavar="NAME", help="plan this form of the weights")
+    advise.add_argument("--device", metavar="NAME", help="take rates from the data sheet of a GPU, such as rtx-5090")
+    advise.add_argument(
+        "--rate", action="append", default=[], metavar="NAME=RATE", help="vram link ram disk (byte/s), gpu cpu (flop/s)"
+    )
+    advise.add_argument("--skew", type=float, default=0.0, help="Zipf exponent of the experts' popularity (default: 0)")
+    advise.add_argument("--measure", type=int, default=0, metavar="N", help="run the first N that this host can run")
+    advise.add_argument("--validate", action="store_true", help="measure how far the predictions are off on this host")
+    advise.add_argument("--top", type=int, default=10, metavar="N", help="lines to show (default: 10)")
+    advise.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -7,13 +7,25 @@ mistyped one gets a suggestion in plain words.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..contracts import AXES, NAMED_AXES, Choice, Descriptor, MoebenchError, Registry, build_params, plain, unknown
+from ..contracts import (
+    AXES,
+    KINDS,
+    NAMED_AXES,
+    Choice,
+    Descriptor,
+    MoebenchError,
+    Registry,
+    build_params,
+    plain,
+    unknown,
+)
 from ..suites.base import PLAIN_AXES, SuiteConfig, points_of
 from .names import Names, checked
 
@@ -116,10 +128,30 @@ def _experiment_blocks(experiment: Mapping[str, Any]) -> list[list[str]]:
     return [[f"suite={block['suite']}", *block.get("overrides", [])] for block in experiment["blocks"]]
 
 
+Plugins = tuple[tuple[str, str, type | None], ...]
+"""Kind, name and parameters of every plug-in: all that a composed configuration has of a registry."""
+
+KEPT = 64
+"""So many composed configurations are kept."""
+
+_registered: Plugins = ()
+_composed: dict[tuple[Plugins, tuple[str, ...]], Mapping[str, Any]] = {}
+"""What was composed in this process: it takes long, and every plan begins with that of its suite alone."""
+
+
 def register_groups(registry: Registry) -> None:
     """Give Hydra the groups that are made from descriptors: suites, models, parameters and the engine's settings."""
+    _register_members(registry)
+    _register_params(registry, None)
+
+
+def _register_members(registry: Registry) -> None:
     from hydra.core.config_store import ConfigStore
 
+    global _registered
+    plugins = _plugins(registry)
+    if plugins == _registered:
+        return
     store = ConfigStore.instance()
     for descriptor in registry.all("suite"):
         node = {"name": descriptor.name, **_defaults(descriptor)}
@@ -127,9 +159,35 @@ def register_groups(registry: Registry) -> None:
     for descriptor in registry.all("model"):
         node = {"name": descriptor.name, **_defaults(descriptor), "layers": None}
         store.store(group="model", name=descriptor.name, node=node)
-    params = {axis: {d.name: _defaults(d) for d in registry.all(axis)} for axis in NAMED_AXES if axis != "model"}
-    store.store(group="params", name="defaults", node=params)
     store.store(group="engine", name="defaults", node=plain(EngineConfig()))
+    _registered = plugins
+
+
+def _register_params(registry: Registry, named: Collection[tuple[str, str]] | None) -> None:
+    """Give Hydra the parameters of the plug-ins in ``named``, as (axis, name), or of all where it is None."""
+    from hydra.core.config_store import ConfigStore
+
+    node = {
+        axis: {name: values for name, values in members.items() if named is None or (axis, name) in named}
+        for axis, members in _all_params(registry).items()
+    }
+    ConfigStore.instance().store(group="params", name="defaults", node=node)
+
+
+def _all_params(registry: Registry) -> dict[str, dict[str, dict[str, Any]]]:
+    return {axis: {d.name: _defaults(d) for d in registry.all(axis)} for axis in NAMED_AXES if axis != "model"}
+
+
+def _named_params(overrides: Sequence[str]) -> set[tuple[str, str]] | None:
+    """Return (axis, name) of all plug-ins whose parameters are set; None where an interpolation may read any."""
+    if any("${" in override for override in overrides):
+        return None
+    paths = [override.lstrip("+").split(".") for override in overrides]
+    return {(path[1], path[2]) for path in paths if path[0] == "params" and len(path) > 2}
+
+
+def _plugins(registry: Registry) -> Plugins:
+    return tuple((d.kind, d.name, d.params) for kind in KINDS for d in registry.all(kind))
 
 
 class _composer:
@@ -144,7 +202,7 @@ class _composer:
         from hydra.core.global_hydra import GlobalHydra
 
         GlobalHydra.instance().clear()
-        register_groups(self.registry)
+        _register_members(self.registry)
         self._context = initialize_config_module("moebench.suites.conf", version_base="1.3")
         self._context.__enter__()
         return self.compose
@@ -154,18 +212,32 @@ class _composer:
 
     def compose(self, overrides: Sequence[str]) -> dict[str, Any]:
         """Return the composed configuration as plain values."""
+        self._names.check(overrides)
+        named, key = _named_params(overrides), (_plugins(self.registry), tuple(overrides))
+        if named is None:  # an interpolation may name the environment, which may change
+            return checked(self._fresh(overrides, named))
+        if key not in _composed:
+            composed = self._fresh(overrides, named)
+            if len(_composed) >= KEPT:
+                _composed.clear()
+            _composed[key] = composed
+        return checked(copy.deepcopy(_composed[key]))
+
+    def _fresh(self, overrides: Sequence[str], named: Collection[tuple[str, str]] | None) -> dict[str, Any]:
+        """Let Hydra compose with the parameters in ``named`` alone, for it copies each many times; add the others."""
         from hydra import compose
         from hydra.errors import HydraException
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
-        self._names.check(overrides)
+        _register_params(self.registry, named)
         try:
             tree = compose("config", list(overrides))
             result: dict[str, Any] = OmegaConf.to_container(tree, resolve=True)  # type: ignore[assignment]
         except (HydraException, OmegaConfBaseException) as error:
             raise MoebenchError(f"the settings cannot be read: {_first_line(error)}") from error
-        return checked(result)
+        params = {axis: {**others, **result["params"][axis]} for axis, others in _all_params(self.registry).items()}
+        return {**result, "params": params}
 
     def _members(self, group: str, overrides: Sequence[str]) -> list[str]:
         """Return the parameters of the suite or model that the overrides choose."""

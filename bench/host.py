@@ -109,7 +109,8 @@ def _read(path: str) -> str | None:
 
 def packages() -> dict[str, str]:
     """Return the installed distributions with their versions."""
-    return {dist.name.lower(): dist.version for dist in metadata.distributions() if dist.name}
+    about = [dist.metadata for dist in metadata.distributions()]  # a distribution reads its file for each question
+    return {one["Name"].lower(): one["Version"] for one in about if one["Name"]}
 
 
 def git_facts(folder: Path) -> tuple[str | None, bool | None]:
@@ -141,9 +142,8 @@ def source_hash(plugins: list[str]) -> str:
 
 def _installed_plugin_files() -> set[Path]:
     """Return the Python files of the packages behind entry points; an editable one changes without a new version."""
-    modules = {
-        point.module.split(".")[0] for kind in KINDS for point in metadata.entry_points(group=f"moebench.{kind}")
-    }
+    found = metadata.entry_points()
+    modules = {point.module.split(".")[0] for kind in KINDS for point in found.select(group=f"moebench.{kind}")}
     files: set[Path] = set()
     for module in modules:
         spec = _try(functools.partial(importlib.util.find_spec, module))

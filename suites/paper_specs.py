@@ -7,6 +7,7 @@ claim; ``rule`` says what must hold between a and b (see ``results.claims``).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,11 +63,12 @@ class Paper:
         return [f"suite={self.run.suite}", *model, *self.run.overrides, f"seed={seed}"]
 
 
-def load_papers() -> list[Paper]:
-    """Return every claim that comes with moebench, by file name."""
+@functools.cache
+def load_papers() -> tuple[Paper, ...]:
+    """Return every claim that comes with moebench, by file name; the files are read once in a process."""
     folder = files("moebench.suites.papers")
     entries = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda e: e.name)
-    return [read_paper(entry.read_text(encoding="utf-8"), entry.name) for entry in entries]
+    return tuple(read_paper(entry.read_text(encoding="utf-8"), entry.name) for entry in entries)
 
 
 def choose_papers(papers: Sequence[Paper], keys: Iterable[str]) -> list[Paper]:

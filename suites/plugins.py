@@ -186,14 +186,20 @@ class Roofline:
     """Probes of this host: square products of ``size``, and reads of buffers that the cache levels hold.
 
     ``levels`` maps a level to the bytes to read; DRAM is read over ``dram_factor`` times the last-level cache. L1 is
-    left out: a call's own overhead is longer than reading it.
+    left out: a call's own overhead is longer than reading it. With ``disk_bytes`` above 0, a whole number of blocks of
+    8 MiB, a file of that size is read from the cache's folder.
     """
 
     size: int = 1024
     levels: Mapping[str, int] = field(default_factory=lambda: {"L2": 2**20, "L3": 2**25})
     dram_factor: float = 2.0
+    disk_bytes: int = 0
 
     AXES: ClassVar[Mapping[str, Any]] = {**LayerSuite.AXES, "dtype": ["float32", "bfloat16"]}
+
+    def __post_init__(self) -> None:
+        if self.disk_bytes < 0 or self.disk_bytes % 2**23:
+            raise ValueError(f"disk_bytes={self.disk_bytes} must be a multiple of 8388608, such as 268435456, or 0.")
 
 
 SUITES = [

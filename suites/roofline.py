@@ -1,12 +1,13 @@
 """Suite ``roofline``: what this host can do at best, as probes stored per host. Imports torch only in workers.
 
 ``gemm`` multiplies square matrices (peak flop/s of a dtype); ``read`` takes the dot product of a buffer with itself
-(byte/s of the cache level that holds it, or of DRAM). Rates are those of the fastest call.
+(byte/s of the cache level that holds it, or of DRAM); ``disk`` reads a file past the page cache, where asked to. Rates
+are those of the fastest call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,18 +34,24 @@ class Roofline:
                 yield self._planned(config, threads, dtype, {"probe": "gemm", "size": params.size})
             for level, size in levels.items():
                 yield self._planned(config, threads, "float32", {"probe": "read", "level": level, "size": size})
+        if params.disk_bytes:
+            probe = {"probe": "disk", "level": "disk", "size": params.disk_bytes}
+            yield self._planned(config, config.axes["threads"][0], "float32", probe)
 
     @staticmethod
     def _planned(config: SuiteConfig, threads: int, dtype: str, probe: dict[str, Any]) -> Planned:
         case = plain_case(config, backend=Choice("probe", probe), dtype=dtype, threads=threads)
-        size = probe["size"] if probe["probe"] == "read" else 0
+        size = 0 if probe["probe"] == "gemm" else probe["size"]
         if 2 * size > config.memory_bytes:
             return Planned(case, f"a buffer of {size / 2**30:.1f} GiB does not fit; lower suite.dram_factor.")
         return Planned(case, threads_refusal(threads))
 
     def prepare(self, case: Case, registry: Registry) -> Trial:
         """Return the probe."""
-        return Gemm(case) if case.backend.params["probe"] == "gemm" else Read(case)
+        from .disk import Disk
+
+        kinds: dict[str, Callable[[Case], Trial]] = {"gemm": Gemm, "read": Read, "disk": Disk}
+        return kinds[case.backend.params["probe"]](case)
 
 
 class Gemm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -65,9 +66,11 @@ def selftest(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generate():
+    """The module ``docs/generate.py``, which makes each page once: what a page says does not change while tests run."""
     spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.PAGES.update({name: functools.cache(page) for name, page in module.PAGES.items()})
     return module
 
 

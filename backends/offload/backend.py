@@ -2,7 +2,10 @@
 
 On tier ``disk`` they are in a file, written once for each set of weights under ``$MOEBENCH_CACHE/offload`` and read
 with O_DIRECT, so that the page cache does not hold what the budget forbids. On tier ``host`` they stay in RAM as they
-are stored, and a slot holds one dequantized. Imports no torch at module level.
+are stored, and a slot holds one dequantized.
+
+Whoever gives a backend its layers has them in memory, and so does a model that is attached: what the slots save is
+seen where a session is opened on the file alone (``open_offload``). Imports no torch at module level.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from ..packing import unpackable
 from .access import Future, Layout
 from .execution import LowBits
 from .names import needs_costs
-from .opening import NO_COSTS, Opening, make_cache, open_host, open_offload
+from .opening import NO_COSTS, Opening, make_cache, open_disk, open_host, open_offload
 from .session import OffloadSession
 
 if TYPE_CHECKING:
@@ -41,10 +44,10 @@ class Offload:
         return Offload(self.params, Future(()))
 
     def availability(self) -> Availability:
-        """It runs on the CPU, wherever files can be read as the parameters say."""
+        """It runs wherever torch does and files can be read as the parameters say; tier host on the CPU alone."""
         if self.params.tier == "disk" and self.params.io == "direct" and not hasattr(os, "O_DIRECT"):
             return Availability(False, "offload reads with O_DIRECT, which this system has not; use io=page_cache")
-        return Availability(True)
+        return Availability(True) if self.params.tier == "host" else rules.wherever_torch_runs()
 
     def supports(self, spec: LayerSpec) -> Execution | Refusal:
         """Take every layer of FFN experts, dense or quantized, forward only; packed products where they are needed."""
@@ -78,15 +81,19 @@ class Offload:
         return unpackable(spec) if needs_costs(params.execution) else ""
 
     def load(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> OffloadSession:
-        """Load layers: on tier disk ``layers`` are not kept once they are in a file, on tier host their weights are."""
+        """Load layers: on tier disk ``layers`` are not kept once they are in a file, on tier host their weights are.
+
+        Slots of tier disk are on the device of the weights.
+        """
         for index, store in layers.items():
             if store.kinds != specs[index].kinds:
                 raise MoebenchError("the store and its specification name different experts; fold both or neither.")
         if self.params.tier == "host":
             return self._on_host(layers, specs)
-        from .keeping import kept_file
+        from .keeping import device_of, kept_file
 
-        return open_offload(kept_file(layers, self.params.low), specs, self.params, described=layers)
+        file = kept_file(layers, self.params.low)
+        return open_disk(file, Opening(file.layout, layers, specs, self.params, device=device_of(layers)))
 
     def _on_host(self, layers: Mapping[int, ExpertStore], specs: Mapping[int, LayerSpec]) -> OffloadSession:
         counts = {store.num_experts for store in layers.values()}

@@ -25,8 +25,10 @@ def inclusion(accesses: Iterable[Access], layout: Layout) -> NDArray[np.float64]
     return share_LE
 
 
-def lru_hit_rate(p_LE: NDArray[np.float64], capacity: int) -> float:
+def lru_hit_rate(p_LE: NDArray[np.float64], capacity: float, alike: int = 1) -> float:
     """Return the hit rate of an LRU of ``capacity`` slots over all layers, in the long run.
+
+    Of each row of p_LE there are ``alike`` layers.
 
     Assumed (independent reference model): steps are independent, and at each step every layer asks once for a fixed
     number k of distinct experts, expert e with probability p_e. One that was last used m steps ago is there if fewer
@@ -42,7 +44,7 @@ def lru_hit_rate(p_LE: NDArray[np.float64], capacity: int) -> float:
     total = float(p_LE.sum())
     if total == 0 or capacity <= 0:
         return 0.0
-    if capacity >= int((p_LE > 0).sum()):
+    if capacity >= alike * int((p_LE > 0).sum()):
         return 1.0
     neither_LEE = _neither(p_LE)
     absent_LE, absent_both_LEE = np.ones_like(p_LE), np.ones_like(neither_LEE)
@@ -51,8 +53,10 @@ def lru_hit_rate(p_LE: NDArray[np.float64], capacity: int) -> float:
         steps += 1
         again = float((p_LE * p_LE * absent_LE).sum()) / total  # used now, m steps after the last time
         absent_LE, absent_both_LEE = absent_LE * (1 - p_LE), absent_both_LEE * neither_LEE
-        distinct = float((1 - absent_LE).sum())
-        variance = 0.0 if steps == 1 else _variance(absent_LE, absent_both_LEE)  # one step uses k of each layer
+        distinct = alike * float((1 - absent_LE).sum())
+        variance = 0.0  # one step uses k of each layer
+        if steps > 1:
+            variance = alike * _variance(absent_LE, absent_both_LEE)
         there = _normal(capacity + 0.5, distinct, variance)
         if there < REST:
             break

@@ -81,7 +81,7 @@ class HostStore:
         """
         carry = access.layer != self.cache.layout.layers[-1]
         if self._carried or not self._whole:
-            raise MoebenchError("an earlier access of this session was broken off; open a new session.")
+            raise MoebenchError("this session was closed, or an access of it broken off; open a new one.")
         self._whole = False
         cost = Cost()
         events = self.cache.access(access)
@@ -150,6 +150,7 @@ class HostStore:
 
     def close(self) -> None:
         """End the threads and let go of all weights."""
+        self._whole = False
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._slots.clear()
         self.experts.clear()

@@ -43,6 +43,11 @@ def low_form(low: str) -> Callable[[ExpertStore], ExpertStore]:
     return form
 
 
+def device_of(layers: Mapping[int, ExpertStore]) -> str:
+    """Return the device of the weights."""
+    return str(next(part.device for store in layers.values() for _, part in _parts(store)))
+
+
 def digest(layers: Mapping[int, ExpertStore], low: str = "none") -> str:
     """Return the first 32 hex digits of the sha256 of all experts' bytes and of what says how to read them."""
     how = None if low == "none" else Registry.load().get("quantization", low).choose()

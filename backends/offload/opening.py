@@ -21,12 +21,14 @@ from .costs import Curve, ExpertCosts
 from .execution import LowBits
 from .executor import Facts, OffloadExecutor
 from .names import make_execution, make_policy, make_prefetcher, needs_costs
+from .prefetch.known import Gate
 from .session import OffloadSession
 
 if TYPE_CHECKING:
     from ...moe.experts import Weight
     from .file import SlabFile
     from .host import HostExpert
+    from .memory import Link
 
 NO_COSTS = ExpertCosts(0.0, Curve.line(0, 0), Curve.line(0, 0))
 """Stands for costs where only names are checked."""
@@ -38,7 +40,8 @@ class Opening:
 
     ``described`` says what is known of each layer without weights. ``future`` are the accesses to come, for policies
     and prefetchers that look at them; ``on_access`` sees each access before it is served; ``costs`` are those by which
-    executions decide, measured where they are needed and not given.
+    executions decide, measured where they are needed and not given. ``popularity`` is how many tokens each expert had
+    in a run beforehand, for policy ``static``. ``device`` is where slots of tier disk are.
     """
 
     layout: Layout
@@ -48,6 +51,8 @@ class Opening:
     future: Future | None = None
     on_access: Callable[[Access], None] | None = None
     costs: ExpertCosts | None = None
+    device: str | Link = "cpu"
+    popularity: Mapping[Key, float] | None = None
 
     def session(self, store: Store, cache: Cache, kernels: tuple[str, ...] = ()) -> OffloadSession:
         """Return a session on ``store``; ``kernels`` run beside those of the executors."""
@@ -63,7 +68,7 @@ class Opening:
             (*OffloadExecutor.kernels, *kernels),
             told(self.params, cache),
         )
-        return OffloadSession(executors, path, asking)
+        return OffloadSession(executors, path, asking, reads_hints=isinstance(cache.prefetcher, Gate))
 
 
 def open_offload(
@@ -93,7 +98,7 @@ def open_offload(
         from .slabs import read_all
 
         return open_host(read_all(file), opening)
-    return _open_disk(file, opening)
+    return open_disk(file, opening)
 
 
 def described_by(file: SlabFile, specs: Mapping[int, LayerSpec]) -> dict[int, Described]:
@@ -104,14 +109,23 @@ def described_by(file: SlabFile, specs: Mapping[int, LayerSpec]) -> dict[int, De
     }
 
 
-def _open_disk(file: SlabFile, opening: Opening) -> OffloadSession:
+def open_disk(file: SlabFile, opening: Opening) -> OffloadSession:
+    """Return a session on experts that are read from ``file`` when they are asked for."""
     from .store import SlotStore
 
     params = opening.params
-    cache = make_cache(params, opening.layout, opening.future)
+    cache = make_cache(params, opening.layout, opening.future, popularity=opening.popularity)
     if isinstance(cache.execution, LowBits) and "low" not in file.forms:
         raise MoebenchError(f"{file.path} has no copies of few bits; write it with them (low=int4), or use fetch.")
-    store = SlotStore(file, cache, io=params.io, readers=params.readers, staging=params.staging, carry=True)
+    store = SlotStore(
+        file,
+        cache,
+        io=params.io,
+        readers=params.readers,
+        staging=params.staging,
+        device=opening.device,
+        carry=True,
+    )
     return opening.session(store, cache)
 
 
@@ -131,7 +145,7 @@ def session_on_host(experts: Mapping[Key, HostExpert], opening: Opening) -> Offl
     """Return a session on experts as RAM holds them; an execution that decides by costs finds them in ``opening``."""
     from .host import HostStore
 
-    cache = make_cache(opening.params, opening.layout, opening.future, opening.costs)
+    cache = make_cache(opening.params, opening.layout, opening.future, opening.costs, opening.popularity)
     kernels = dict.fromkeys(matrix.kernel for one in experts.values() for matrix in one.packed or ())
     return opening.session(HostStore(experts, cache, opening.params.readers), cache, tuple(kernels))
 
@@ -146,7 +160,11 @@ def check_layers(layout: Layout, specs: Mapping[int, LayerSpec]) -> None:
 
 
 def make_cache(
-    params: plugins.Offload, layout: Layout, future: Future | None = None, costs: ExpertCosts | None = None
+    params: plugins.Offload,
+    layout: Layout,
+    future: Future | None = None,
+    costs: ExpertCosts | None = None,
+    popularity: Mapping[Key, float] | None = None,
 ) -> Cache:
     """Return the cache that ``params`` describe; its slots are a share of all experts, rounded down, at least one.
 
@@ -161,7 +179,7 @@ def make_cache(
     if isinstance(execution, LowBits) and params.tier == "host":
         raise MoebenchError(f"execution={params.execution} reads copies of few bits from a file; use tier=disk.")
     slots = max(1, math.floor(params.capacity * layout.size + 1e-9))
-    policy, prefetcher = make_policy(params.policy), make_prefetcher(params.prefetch)
+    policy, prefetcher = make_policy(params.policy, popularity), make_prefetcher(params.prefetch)
     for name, one in ((params.policy, policy), (params.prefetch, prefetcher)):
         if one is not None and one.needs_future and future is None:
             raise MoebenchError(f"{name} looks at accesses to come; use suite=offload, which replays a trace.")
@@ -173,7 +191,11 @@ def make_cache(
 
 def told(params: plugins.Offload, cache: Cache) -> str:
     """Return how a session runs, in words."""
-    where = f"the others read from a file (io={params.io})" if params.tier == "disk" else "the others packed in RAM"
+    where = (
+        f"the others read from a file (io={params.io})"
+        if params.tier == "disk"
+        else "the others in RAM as they are stored"
+    )
     how: dict[str, Any] = {name: getattr(params, name) for name in ("policy", "prefetch", "execution", "readers")}
     names = ", ".join(f"{name}={value}" for name, value in how.items())
     return f"{cache.capacity} of {cache.layout.size} experts in slots, {where}; {names}"

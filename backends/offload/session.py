@@ -22,9 +22,11 @@ COSTS = ("stall_ns", "bytes_read", "late", "read_ns")
 class OffloadSession(Session):
     """Layers that ask one store for their experts."""
 
-    def __init__(self, executors: Mapping[int, OffloadExecutor], path: ExecutedPath, asking: Asking) -> None:
+    def __init__(
+        self, executors: Mapping[int, OffloadExecutor], path: ExecutedPath, asking: Asking, reads_hints: bool = False
+    ) -> None:
         super().__init__(executors, path)
-        self.asking, self.store = asking, asking.store
+        self.asking, self.store, self.reads_hints = asking, asking.store, reads_hints
 
     def hint(self, layer: int, experts: Any, priority: float) -> None:
         """Note that ``experts`` (ids) of ``layer`` are expected to be asked for; the next access carries it."""
@@ -32,7 +34,7 @@ class OffloadSession(Session):
 
     def events(self) -> Sequence[Mapping[str, Any]]:
         """Return what the cache did and what it cost, one entry an access."""
-        told = zip(self.asking.places, self.store.log, self.store.ledger, strict=True)
+        told = zip(self.asking.places, self.store.log, self.store.ledger, strict=False)  # what failed may have no log
         return [
             {"event": "access", "step": step, "layer": layer, **counted(events)}
             | {name: getattr(entry, name) for name in COSTS}

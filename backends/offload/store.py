@@ -30,7 +30,10 @@ class Served(NamedTuple):
 
 @dataclass(eq=False)
 class _Copy:
-    """An expert's bytes, or the read that brings them. It holds its slot while it is ``resident`` or ``wanted``."""
+    """An expert's bytes, or the read that brings them. It holds its slot while it is ``resident`` or ``wanted``.
+
+    ``weights`` are the views on its slot, made when it is first used.
+    """
 
     key: Key
     form: str
@@ -38,6 +41,7 @@ class _Copy:
     resident: bool
     wanted: bool
     ticket: Ticket | None = None
+    weights: tuple[Weight, Weight] | None = None
 
 
 class SlotStore:
@@ -220,7 +224,9 @@ class SlotStore:
             entry.late += event.kind != "miss"
         assert copy.ticket is not None, "what arrived was read"
         buffer = self.memory.ready(copy.ticket.slot)
-        return Served(event.key, *self.file.weights(copy.key, copy.form, buffer), event)
+        if copy.weights is None:
+            copy.weights = self.file.weights(copy.key, copy.form, buffer)
+        return Served(event.key, *copy.weights, event)
 
     def _arrived(self, copy: _Copy) -> None:
         """Wait until a copy is read. It finds a slot: what is before it in the queue has one, or waits here too."""

@@ -3,8 +3,8 @@
 One thread computes, ``readers`` threads read, as in the store. At each access the compute thread hands out the demand
 reads, then those ahead of demand, computes the experts that are there, then the missing ones in their order, each as
 soon as it has come. Readers take demand before prefetch, each in the order of asking; a read needs a free buffer: slots
-that nobody holds, and ``staging`` ones besides. Who is still to be computed holds its buffer until then. Imports no
-torch.
+that nobody holds, and ``staging`` ones besides. Who is still to be computed holds its buffer until then. What a layer
+defers is computed when the next one begins. Imports no torch.
 """
 
 from __future__ import annotations
@@ -74,6 +74,19 @@ def per_step(accesses: Iterable[Spent]) -> list[Spent]:
     return steps
 
 
+@dataclass(frozen=True)
+class _Deferred:
+    """An expert to be computed later: ``there`` is when it has come, None where no buffer was free for its read.
+
+    ``passing`` gives its buffer back.
+    """
+
+    there: float | None
+    read: float
+    seconds: float
+    passing: bool
+
+
 @dataclass
 class _Tiers:
     """Readers and buffers, each as the time from which it is free, and who is under way."""
@@ -83,6 +96,7 @@ class _Tiers:
     buffers: list[float]
     arrival: dict[Key, float] = field(default_factory=dict)  # read ahead, begun and not used yet
     waiting: dict[Key, float] = field(default_factory=dict)  # to be read ahead, with when that was asked for
+    deferred: list[_Deferred] = field(default_factory=list)  # to be computed when the next layer begins
 
     def load(self, seconds: float, asked: float) -> float:
         """Read at the first reader and into the first buffer that are free; return when it is there."""
@@ -123,37 +137,60 @@ def predict(accesses: Sequence[Access], simulated: Simulated, costs: TierCosts) 
     """
     empty = simulated.capacity - len(simulated.initial) + costs.staging
     tiers = _Tiers(costs, [0.0] * costs.readers, [0.0] * empty)
-    clock, times = 0.0, []
+    clock, times, last = 0.0, [], max((access.layer for access in accesses), default=0)
     for access, events in zip(accesses, simulated.events, strict=True):
-        ended, stall, late = _serve(access, events, tiers, clock)
+        ended, stall, late = _serve(access, events, tiers, clock, access.layer == last)
         times.append(Spent(access.step, ended - clock, stall, late))
         clock = ended
     return times
 
 
-def _serve(access: Access, events: Sequence[Event], tiers: _Tiers, began: float) -> tuple[float, float, int]:
-    """Return when an access ends, how long was waited, and how many reads ahead came late."""
-    asked = clock = began + tiers.costs.other
+def _serve(
+    access: Access, events: Sequence[Event], tiers: _Tiers, began: float, last: bool
+) -> tuple[float, float, int]:
+    """Return when an access ends, how long was waited, and how many reads ahead came late.
+
+    Nothing is deferred by the ``last`` layer of a step.
+    """
+    clock, stall = _settle(tiers, began + tiers.costs.other)
+    asked, late = clock, 0
     tiers.run_ahead(asked)
     tokens = dict(zip(access.keys, access.tokens, strict=True))
     gone = {event.evicted for event in events if event.evicted is not None}
     uses = [event for event in events if event.kind != "prefetch"]
     for key in sorted(gone - {event.key for event in uses}):
         tiers.leave(key, asked)
-    stall, late = 0.0, 0
-    for event in uses:
+    for event in sorted(uses, key=lambda event: event.how == "deferred" and not last):
+        passing = event.kind == "miss" and (event.how == "low" or not event.kept)
+        freed, seconds = passing or event.key in gone, tiers.costs.compute(event, tokens[event.key])
+        if event.how == "deferred" and not last:
+            read = tiers.costs.read(event)
+            tiers.deferred.append(_Deferred(tiers.load(read, asked) if tiers.buffers else None, read, seconds, freed))
+            continue
         if event.kind == "miss":
             there = asked if event.how == "in_place" else tiers.load(tiers.costs.read(event), asked)
         else:
             there = tiers.there(event.key, asked)
             late += there > clock
         stall += max(0.0, there - clock)
-        clock = max(clock, there) + tiers.costs.compute(event, tokens[event.key])
-        passing = event.kind == "miss" and (event.how == "low" or not event.kept)
-        if event.how != "in_place" and (passing or event.key in gone):
+        clock = max(clock, there) + seconds
+        if event.how != "in_place" and freed:
             tiers.free(clock)
     tiers.waiting.update({event.key: asked for event in events if event.kind == "prefetch"})
     return clock, stall, late
+
+
+def _settle(tiers: _Tiers, clock: float) -> tuple[float, float]:
+    """Compute what the layer before deferred; return when that ends and how long was waited."""
+    stall = 0.0
+    for one in tiers.deferred:
+        there = tiers.load(one.read, clock) if one.there is None else one.there
+        stall += max(0.0, there - clock)
+        clock = max(clock, there) + one.seconds
+        if one.passing:
+            tiers.free(clock)
+    tiers.deferred.clear()
+    return clock, stall
 
 
 def two_tier(accesses: Sequence[Access], simulated: Simulated, costs: TierCosts) -> list[Spent]:

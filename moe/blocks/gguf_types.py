@@ -39,7 +39,7 @@ def decodable() -> dict[str, tuple[int, int]]:
 
 
 @cache
-def _types() -> dict[int, Type]:
+def types() -> dict[int, Type]:
     """Return every type that ``gguf`` knows, by number."""
     return {int(kind): (kind.name, block, size) for kind, (block, size) in library().GGML_QUANT_SIZES.items()}
 
@@ -49,7 +49,7 @@ def type_of(file: GgufFile, place: Place) -> Type:
 
     Raises MoebenchError where it does not, or where the innermost dimension is not made of whole blocks.
     """
-    name, block, size = _types().get(place.type, (f"type {place.type}", 1, 1))
+    name, block, size = types().get(place.type, (f"type {place.type}", 1, 1))
     if name not in decodable():
         raise MoebenchError(
             f"{place.name!r} is stored as {name}, which the installed gguf does not decode; convert {file.path} to "
@@ -72,9 +72,9 @@ def open_file(path: Path) -> GgufFile:
     Raises MoebenchError where they do not, besides what ``read_header`` raises. Types that ``gguf`` does not know are
     refused when a tensor of theirs is read.
     """
-    file, types = read_header(path), _types()
+    file, known = read_header(path), types()
     for place in file.tensors.values():
-        _, block, size = types.get(place.type, ("", 1, 0))
+        _, block, size = known.get(place.type, ("", 1, 0))
         if place.start + place.size // block * size > file.size:
             raise MoebenchError(f"{path} is truncated: {place.name!r} lies beyond its end; fetch it again.")
     return file

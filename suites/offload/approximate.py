@@ -49,7 +49,7 @@ def approximate(
     low = {} if params.low == "none" else {index: low_form(params.low)(store) for index, store in stores.items()}
 
     def run(replayed: bool) -> list[Tensor]:
-        cache = make_cache(params, recording.layout, Future(recording.accesses))
+        cache = make_cache(params, recording.layout, Future(recording.accesses), popularity=recording.popularity)
         stack.layers.serve_by(
             session_in_memory(InMemory(stores, low, cache), specs), recording.routings if replayed else None
         )

@@ -26,9 +26,12 @@ class Hosted:
     opening: Opening
     costs: ExpertCosts
 
-    def session(self, params: Offload, future: Future | None) -> OffloadSession:
+    def session(
+        self, params: Offload, future: Future | None, popularity: Mapping[Key, float] | None = None
+    ) -> OffloadSession:
         """Return a new session under ``params``."""
-        return session_on_host(self.experts, replace(self.opening, params=params, future=future, costs=self.costs))
+        known = replace(self.opening, params=params, future=future, costs=self.costs, popularity=popularity)
+        return session_on_host(self.experts, known)
 
     def all_at_hand(self, params: Offload) -> OffloadSession:
         """Return a session with a slot for every expert, all filled from the start."""

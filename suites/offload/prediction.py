@@ -39,7 +39,7 @@ class Prediction:
 
 def simulated(recording: Recording, params: Offload, costs: ExpertCosts | None = None) -> Simulated:
     """Return what a cache under ``params`` does with the recorded accesses."""
-    cache = make_cache(params, recording.layout, Future(recording.accesses), costs)
+    cache = make_cache(params, recording.layout, Future(recording.accesses), costs, recording.popularity)
     initial = frozenset(cache.resident)
     events = tuple(tuple(cache.access(access)) for access in recording.accesses)
     return Simulated(cache.tally, events, cache.capacity, initial)

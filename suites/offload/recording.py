@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ...backends.offload.access import Access, Key, Layout
+from ...backends.offload.policies.placement import popularity
 from ...contracts import Case, Registry
 from ...moe.experts import ExpertStore
 from ...moe.routing import Routing
@@ -33,6 +34,11 @@ class Recording:
     final: tuple[Tensor, ...]
     logits: tuple[Tensor | None, ...]
     prompt_accesses: int
+
+    @property
+    def popularity(self) -> dict[Key, float]:
+        """How many tokens of the prompt each expert has: what a static placement may know."""
+        return popularity(self.accesses[: self.prompt_accesses])
 
     @property
     def steps(self) -> int:

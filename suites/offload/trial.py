@@ -11,8 +11,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ...backends.offload.access import Future
-from ...backends.offload.backend import open_offload
 from ...backends.offload.names import needs_costs
+from ...backends.offload.opening import Opening, described_by, open_disk
 from ...backends.offload.session import OffloadSession
 from ...backends.plugins import Offload
 from ...contracts import Case, Check, Cost, Facts, Metric, Registry
@@ -110,7 +110,11 @@ class OffloadTrial(ResidentTrial):
         self.params: Offload = registry.params("backend", case.backend)
         found = prepared(case, registry)
         self.file = slab_file(case, registry, found, self.params.low)
-        self.future = Future(found.recording.accesses)
+        self.future, self.popularity = Future(found.recording.accesses), found.recording.popularity
+        described = described_by(self.file, found.specs)
+        self.opening = Opening(
+            found.recording.layout, described, found.specs, self.params, self.future, popularity=self.popularity
+        )
         self.prediction = prediction_of(case, registry, found, self.file, self.params)
         self.exact = not changes_result(self.params) and not needs_costs(self.params.execution)
         self.expected, self.hinted = found.recording.final, hints_read(self.params)
@@ -126,8 +130,8 @@ class OffloadTrial(ResidentTrial):
     def _open(self) -> OffloadSession:
         with roaming():
             if self.params.tier == "host":
-                return hosted(self.found, self.file, self.params).session(self.params, self.future)
-            return open_offload(self.file, self.found.specs, self.params, self.future)
+                return hosted(self.found, self.file, self.params).session(self.params, self.future, self.popularity)
+            return open_disk(self.file, self.opening)
 
     def begin_turn(self) -> None:
         """Begin with a cache as the policy has it at the start, and take the prompts."""

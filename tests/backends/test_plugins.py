@@ -167,6 +167,10 @@ REFUSED = [
     ("cuda_fused", layer("bfloat16", sparsity=SparsitySpec(("input",))), "leaves out no channels"),
     ("cuda_fused", layer("bfloat16", kinds=("ffn", "copy")), "no 'copy' experts; fold them"),
     ("reference", layer(scheme=W8A8, kinds=("sequence",) * 4, heads=4), "rounds no tokens of attentions"),
+    ("offload", layer(kinds=("ffn", "copy")), "no 'copy' experts; fold them"),
+    ("offload", layer(kinds=("gather",) * 4), "no 'gather' experts; use the reference backend"),
+    ("offload", layer(backward=True), "no backward"),
+    ("offload", layer(boundary="logits"), "use boundary=topk"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import string
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from moebench.bench import config
 from moebench.bench.config import EngineConfig
 from moebench.bench.plan import make_plan, plan_lines
-from moebench.contracts import AXES, MoebenchError, Registry
+from moebench.contracts import AXES, Descriptor, MoebenchError, Registry
 
 MEMORY, CACHE = 8e9, 32e6
 REGISTRY = Registry.load()
@@ -62,6 +63,22 @@ def test_a_list_for_a_scalar_parameter_is_one_more_axis_for_its_owner_only():
         ("moepp", 0.25),
         ("moepp", 0.75),
     ]
+
+
+def test_what_was_composed_before_leaves_no_trace(monkeypatch):
+    from_environment = "store=${oc.env:MOEBENCH_TEST_STORE}"
+    for folder in ("one", "two"):
+        monkeypatch.setenv("MOEBENCH_TEST_STORE", folder)
+        assert load(from_environment).store == folder
+    first = load("suite=selftest")
+    first.shown["params"]["routing"].clear()
+    assert load("suite=selftest").shown["params"]["routing"]
+    more = Registry.load()
+    more.add(Descriptor("routing", "another", "One more.", "nowhere:x", params=EngineConfig))
+    assert "another" not in load("suite=selftest").shown["params"]["routing"]
+    shown = config.load(["suite=selftest"], more, MEMORY, CACHE).shown["params"]["routing"]
+    assert shown["another"] == dataclasses.asdict(EngineConfig())
+    assert "another" not in load("suite=selftest").shown["params"]["routing"]
 
 
 def test_nothing_means_none():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -192,7 +193,8 @@ def test_entry_points_are_read_and_a_broken_one_is_named(monkeypatch):
         Point("taken", plugin("eager")),
         Point("nothing", 3),
     ]
-    monkeypatch.setattr(metadata, "entry_points", lambda group: points if group == "moebench.backend" else [])
+    installed = SimpleNamespace(select=lambda group: points if group == "moebench.backend" else [])
+    monkeypatch.setattr(metadata, "entry_points", lambda: installed)
     registry = Registry.load()
     assert {"one", "two", "three", "eager"} <= set(registry.names("backend"))
     assert len(registry.problems) == 3

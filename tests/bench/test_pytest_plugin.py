@@ -499,34 +499,44 @@ made.close()
     trial(project, code)
 
 
-@pytest.mark.parametrize(
-    ("nodeid", "words"),
-    [
-        ("absent.py::test_it", "unknown benchmark 'absent.py::test_it': there is no absent.py"),
-        ("test_them.py::test_absent", "unknown benchmark 'test_them.py::test_absent': its file has no such test"),
-        ("test_them.py::test_read", "names 2 tests; name one"),
-        ("test_them.py::test_wrong", "does not pass on this side: AssertionError: assert 3 == 4"),
-        ("test_them.py::test_setup", "has a setup for each round"),
-        ("test_them.py::test_unused", "did not call its benchmark fixture"),
-        ("test_them.py::test_skipped", "did not call its benchmark fixture"),
-        ("broken.py::test_it", "does not pass on this side: "),
-    ],
-)
-def test_what_is_no_trial_is_told_in_one_sentence(project, nodeid, words):
+NO_TRIALS = {
+    "absent.py::test_it": "unknown benchmark 'absent.py::test_it': there is no absent.py",
+    "test_them.py::test_absent": "unknown benchmark 'test_them.py::test_absent': its file has no such test",
+    "test_them.py::test_read": "names 2 tests; name one",
+    "test_them.py::test_wrong": "does not pass on this side: AssertionError: assert 3 == 4",
+    "test_them.py::test_setup": "has a setup for each round",
+    "test_them.py::test_unused": "did not call its benchmark fixture",
+    "test_them.py::test_skipped": "did not call its benchmark fixture",
+    "broken.py::test_it": "does not pass on this side: ",
+}
+"""What names no benchmark that could be a trial, and words of the sentence that says so."""
+
+
+@pytest.fixture(scope="module")
+def no_trials(project):
+    """Node id -> the line that one process tells of it, having looked for folders left over after each."""
     (project / "broken.py").write_text("import nothing_of_this_name\ndef test_it(benchmark): pass\n")
     code = f"""
 import glob, tempfile
-try:
-    make_trial({nodeid!r})
-except Exception as error:
-    print("told:", type(error).__name__, error)
-assert not glob.glob(tempfile.gettempdir() + "/moebench-trial-*")
+for nodeid in {list(NO_TRIALS)!r}:
+    try:
+        make_trial(nodeid)
+    except Exception as error:
+        print("told:", nodeid, type(error).__name__, error)
+    assert not glob.glob(tempfile.gettempdir() + "/moebench-trial-*"), nodeid
 """
     temporary = project / "temporary"
-    temporary.mkdir(exist_ok=True)
-    (told,) = [line for line in trial(project, code, TMPDIR=str(temporary)).splitlines() if line.startswith("told:")]
-    assert told.startswith("told: MoebenchError ")
-    assert words in told
+    temporary.mkdir()
+    told = [line.split(" ", 2) for line in trial(project, code, TMPDIR=str(temporary)).splitlines()]
+    lines = [words[1:] for words in told if words[0] == "told:"]
+    assert len(lines) == len(NO_TRIALS)
+    return dict(lines)
+
+
+@pytest.mark.parametrize(("nodeid", "words"), NO_TRIALS.items())
+def test_what_is_no_trial_is_told_in_one_sentence(no_trials, nodeid, words):
+    assert no_trials[nodeid].startswith("MoebenchError ")
+    assert words in no_trials[nodeid]
 
 
 def test_the_settings_of_a_project_start_no_gate_and_no_timing_in_a_trial(tmp_path):

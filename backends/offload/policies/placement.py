@@ -9,11 +9,11 @@ from .base import Access, Key, Layout, Moment, Ranked
 
 
 def popularity(accesses: Iterable[Access]) -> dict[Key, float]:
-    """Return how often each expert was asked for: the profile of ``Static``, of a run beforehand."""
+    """Return how many tokens each expert had: the profile of ``Static``, of a run beforehand."""
     counts: dict[Key, float] = {}
     for access in accesses:
-        for key in access.keys:
-            counts[key] = counts.get(key, 0) + 1
+        for key, tokens in zip(access.keys, access.tokens, strict=True):
+            counts[key] = counts.get(key, 0) + tokens
     return counts
 
 

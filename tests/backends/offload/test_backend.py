@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moebench.backends import plugins
-from moebench.backends.bridge import attach
+from moebench.backends.bridge import attach, moe_modules
+from moebench.backends.gate_hints import Hinting, gates, hinting
 from moebench.backends.offload import keeping
 from moebench.backends.offload.access import Future
 from moebench.backends.offload.backend import open_offload
@@ -218,6 +219,44 @@ def test_an_attached_model_has_the_logits_of_eager(family):
     assert torch.equal(*logits)
     assert [(event["step"], event["layer"]) for event in events] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert sum(event["miss"] for event in events) > 0
+
+
+@pytest.mark.parametrize("family", ["Olmoe", "Mixtral", "Qwen3Moe", "DeepseekV3", "GraniteMoe"])
+def test_an_attached_model_hints_at_what_the_next_gate_chooses(family):
+    model = load_file(Path(__file__).parents[2] / "tiny_models.py").build(family)
+    ids_BS, read = torch.arange(4)[None], []
+    with torch.no_grad():
+        expected = model(ids_BS, use_cache=False).logits
+        with attach(model, backend("offload", prefetch="gate", capacity=0.75)) as session:
+            session.asking.on_access = read.append
+            first, second = moe_modules(model)
+            experts = moe_modules(model)[first]
+            experts.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+            outputs = [model(ids_BS, use_cache=False).logits for _ in range(3)]
+            tally = session.store.cache.tally
+    for logits in outputs:
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    x_TH, access, later = read[:3]
+    gate_EH = gates(model, moe_modules(model))[second]
+    probs_TE = (x_TH.double() @ gate_EH.double().T).softmax(-1)
+    chosen_TE = torch.zeros_like(probs_TE).scatter(1, probs_TE.topk(model.config.num_experts_per_tok).indices, 1.0)
+    priority_E = (probs_TE * chosen_TE).sum(0)
+    assert {key for key, _ in access.hints} == {(second, expert) for expert in priority_E.nonzero().flatten().tolist()}
+    assert all(priority == pytest.approx(priority_E[key[1]].item(), rel=1e-4) for key, priority in access.hints)
+    assert later.layer == second
+    assert not later.hints
+    assert tally.prefetched > 0
+
+
+def test_a_session_that_reads_no_hints_is_given_none():
+    model = load_file(Path(__file__).parents[2] / "tiny_models.py").build("Olmoe")
+    with attach(model, "offload") as session, torch.no_grad():
+        session.asking.on_access = lambda access: hints.extend(access.hints)
+        hints = []
+        model(torch.arange(4)[None], use_cache=False)
+        assert not hints
+        session.reads_hints = True
+        assert all(isinstance(one, Hinting) for one in list(hinting(model, moe_modules(model), session).values())[:-1])
 
 
 def test_an_attached_model_is_not_trained_by_mistake():

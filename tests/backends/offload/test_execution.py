@@ -1,7 +1,10 @@
 """What becomes of missing experts: computed in place, fetched in few bits, deferred; each by its exact formula."""
 
+import random
 import threading
 from functools import partial
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moebench.backends import plugins
+from moebench.backends.offload.access import Access
 from moebench.backends.offload.backend import open_offload
+from moebench.backends.offload.cache import Cache
 from moebench.backends.offload.costs import Curve, ExpertCosts
+from moebench.backends.offload.execution import Deferral
 from moebench.backends.offload.file import SlabFile, write_slabs
 from moebench.backends.offload.keeping import low_form
 from moebench.backends.offload.measuring import host_experts, measured
+from moebench.backends.offload.policies.recency import LRU
+from moebench.backends.offload.store import SlotStore
 from moebench.backends.packed import PackedExecutor
-from moebench.contracts import LayerSpec, MoebenchError, Refusal, Registry, Scheme
+from moebench.contracts import LayerSpec, MoebenchError, Refusal, Registry, Scheme, load_file
 from moebench.moe.codecs.rtn import round_to_nearest
 from moebench.moe.experts import ExpertStore, expert_forward
 
@@ -198,6 +206,21 @@ def test_the_tier_in_ram_takes_every_store(dtype, name):
         session.close()
 
 
+def test_a_closed_or_broken_session_in_ram_serves_no_more():
+    stores, inputs = {3: experts(3)}, (torch.randn(1, HIDDEN), torch.tensor([[1, 2]]), torch.ones(1, 2))
+    closed, broken = (backend("offload", tier="host").load(stores, specs_of(stores)) for _ in range(2))
+    executor = closed.layer(3)
+    closed.close()
+    broken.store.experts.pop((3, 2))
+    with pytest.raises(KeyError):
+        broken.layer(3)(*inputs)
+    for one in (executor, broken.layer(3)):
+        with pytest.raises(MoebenchError, match="closed, or an access of it broken off; open a new one"):
+            one(*inputs)
+    assert len(broken.events()) == 1
+    broken.close()
+
+
 def test_in_ram_too_what_is_prefetched_was_asked_for_rightly():
     stores = {layer: experts(layer, torch.bfloat16, INT8) for layer in LAYERS}
     specs = specs_of(stores, "bfloat16")
@@ -359,6 +382,35 @@ def test_a_layer_returns_before_what_it_deferred_has_been_read(model, monkeypatc
     assert torch.equal(y_TH, expected_TH)
     assert first_TH.any()
     session.close()
+
+
+@pytest.mark.parametrize("eager", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)], ids=str)
+def test_a_device_has_its_time_with_what_is_deferred(model, eager):
+    """Work given to the fake device reads its slot late: it must still be the expert that was asked for."""
+    file, stores = model
+    link = load_file(Path(__file__).parent / "fake_link.py").Link(*eager, seed=3)
+    layout, rng = file.layout, random.Random(0)
+    store = SlotStore(file, Cache(LRU(), 4, layout, None, None, Deferral(2)), staging=1, device=link, carry=True)
+    asked, done = [], []
+
+    def look(served):
+        gate_up, down = (
+            weights[served.key[1]] for weights in (stores[served.key[0]].gate_up, stores[served.key[0]].down)
+        )
+        done.append((served.key, torch.equal(served.gate_up, gate_up) and torch.equal(served.down, down)))
+
+    for step, layer in product(range(12), LAYERS):
+        chosen = tuple(sorted(rng.sample(range(EXPERTS), 3)))
+        asked += [(layer, expert) for expert in chosen]
+        for served in store.deferred():
+            link.launch(partial(look, served))
+        for served in store.serve(Access(step, layer, chosen, (1, 1, 1), (0.5, 0.3, 0.2))):
+            link.launch(partial(look, served))
+    link.synchronize()
+    store.close()
+    assert not link.wrong
+    assert sorted(done) == sorted((key, True) for key in asked)
+    assert any(event.how == "deferred" for events in store.log for event in events)
 
 
 class AtOnce:

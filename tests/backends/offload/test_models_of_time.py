@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moebench.backends.offload.access import Access, Layout
 from moebench.backends.offload.che import inclusion, lru_hit_rate
 from moebench.backends.offload.costs import Curve
-from moebench.backends.offload.execution import LowBits
+from moebench.backends.offload.execution import Deferral, LowBits
 from moebench.backends.offload.lens import Load, Streaming, execution_per_memory, stage_one, stage_two
 from moebench.backends.offload.names import make_policy, make_prefetcher
 from moebench.backends.offload.simulate import simulate
@@ -38,6 +38,25 @@ def serial(accesses, simulated, costs):
 
 def total(times):
     return sum(one.seconds for one in times)
+
+
+@given(
+    case=MADE.traces(),
+    spec=st.sampled_from(["lru", "static"]),
+    share=st.sampled_from((0, 0.3, 0.6)),
+    count=st.integers(0, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_deferring_waits_no_longer_than_what_is_read(case, spec, share, count):
+    accesses, layout = case
+    run = simulate(accesses, make_policy(spec), int(share * layout.size), layout, execution=Deferral(count))
+    for staging in (1, 3):
+        costs = replace(COSTS, staging=staging)
+        times = predict(accesses, run, costs)
+        assert total(times) <= serial(accesses, run, costs) + 1e-9
+        if count == 0:
+            plain = simulate(accesses, make_policy(spec), int(share * layout.size), layout)
+            assert times == predict(accesses, plain, costs)
 
 
 @given(
@@ -124,6 +143,19 @@ def test_a_read_waits_for_a_buffer():
     assert predict(accesses, nothing, replace(slow, staging=1))[0].seconds == 1 + 3 * (3 + 10)
 
 
+def test_what_is_deferred_is_waited_for_at_the_next_layer_as_worked_by_hand():
+    accesses = [lone(0, 0, 1), lone(0, 0, layer=1)]
+    layout = Layout((0, 1), 2)
+    at_once = predict(accesses, simulate(accesses, make_policy("static"), 0, layout), COSTS)
+    assert [one.seconds for one in at_once] == [1 + 6 + 0.5, 1 + 3 + 0.5]
+    later = simulate(accesses, make_policy("static"), 0, layout, execution=Deferral(1))
+    assert [event.how for event in later.events[0]] == ["fetch", "deferred"]
+    first, second = predict(accesses, later, COSTS)
+    assert (first.seconds, first.stall) == (1 + 3 + 0.5, 3)  # the second read goes on
+    assert second.stall == pytest.approx(2.5 - 1 + 3)  # 1 of its 2.5 hides behind the rest of layer 1
+    assert second.seconds == pytest.approx(1 + 1.5 + 0.5 + 3 + 0.5)
+
+
 def test_copies_of_few_bits_cost_their_bytes_and_unknown_costs_are_refused():
     accesses = [Access(0, 0, (0, 1), (1, 1), (0.9, 0.1))]
     simulated = simulate(accesses, make_policy("lru"), 2, Layout((0,), 2), execution=LowBits(0.5))
@@ -196,6 +228,9 @@ def test_a_replay_processes_every_token_and_is_never_faster_than_the_bound(load,
     assert sum(replayed.tokens) == requests * (load.prompt + load.generated)
     assert replayed.throughput <= stage_one(machine, load).throughput * (1 + 1e-9)
     assert all(seconds >= machine.delta for seconds in replayed.seconds)
+    read = requests * load.generated * (load.prompt + (load.generated - 1) / 2) * machine.kv_per_token
+    assert sum(replayed.seconds) >= read / bandwidth - 1e-6
+    assert sum(replayed.seconds) >= sum(replayed.tokens) * machine.flops_per_token / machine.flops - 1e-6
 
 
 def test_more_requests_bring_a_replay_nearer_to_the_bound():

@@ -27,7 +27,7 @@ def test_every_name_makes_something_new_each_time():
     assert all(make_execution(name, COSTS) is not None for name in set(EXECUTIONS) - {"fetch"})
     assert make_prefetcher("none") is None
     assert make_execution("fetch") is None
-    assert {name for name in EXECUTIONS if needs_costs(name)} == {"fiddler", "duplex"}
+    assert {name for name in EXECUTIONS if needs_costs(name)} == {"in_place", "fiddler", "duplex"}
 
 
 def test_arguments_arrive():

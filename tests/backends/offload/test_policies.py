@@ -61,13 +61,13 @@ def test_a_longer_window_never_has_fewer_hits_and_the_longest_is_belady(case):
     assert found[-1] == hits(simulate(accesses, Belady(), capacity, layout))
 
 
-@given(case=cases())
+@given(case=cases(), filled=st.booleans())
 @settings(max_examples=120, deadline=None)
-def test_no_order_of_eviction_whatsoever_has_more_hits_than_belady(case):
+def test_no_order_of_eviction_whatsoever_has_more_hits_than_belady(case, filled):
     """All subsets that can be kept are tried, on the shortest traces."""
     accesses, layout, capacity = case
-    accesses = accesses[:6]
-    reached = {frozenset(): 0}  # who is kept -> most hits so far
+    accesses, initial = accesses[:6], layout.keys()[:capacity] if filled else []
+    reached = {frozenset(initial): 0}  # who is kept -> most hits so far
     for access in accesses:
         following = {}
         for kept, count in reached.items():
@@ -76,7 +76,7 @@ def test_no_order_of_eviction_whatsoever_has_more_hits_than_belady(case):
             for rest in subsets(there, capacity):
                 following[rest] = max(following.get(rest, 0), count)
         reached = following
-    assert max(reached.values()) == hits(simulate(accesses, Belady(), capacity, layout))
+    assert max(reached.values()) == hits(simulate(accesses, Belady(initial), capacity, layout))
 
 
 def subsets(keys, size):

@@ -15,7 +15,7 @@ from moebench.backends.offload import names
 from moebench.backends.offload.access import Future
 from moebench.backends.offload.cache import Cache
 from moebench.backends.offload.file import OffloadError
-from moebench.backends.offload.policies.lookahead import Belady
+from moebench.backends.offload.policies.lookahead import Belady, Windowed
 from moebench.backends.offload.policies.recency import LRU
 from moebench.backends.offload.simulate import simulate
 from moebench.backends.offload.source import Source
@@ -25,7 +25,7 @@ from moebench.contracts import load_file
 lab = load_file(Path(__file__).parent / "slab_lab.py")
 
 TRACES = {"uniform": lab.uniform(12, 1), "zipf": lab.zipf(12, 2), "sticky": lab.sticky(12, 3)}
-POLICIES = {"lru": LRU, "belady": Belady, "window": lambda: Belady(window=6)}
+POLICIES = {"lru": LRU, "belady": Belady, "window": lambda: Windowed(6)}
 SIZE = len(lab.LAYERS) * lab.EXPERTS
 SLAB = 12288
 
