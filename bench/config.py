@@ -93,7 +93,8 @@ def load(overrides: Sequence[str], registry: Registry, memory_bytes: float, cach
         blocks = _experiment_blocks(experiment) if experiment else [_suite_defaults(chosen, overrides, registry)]
         given = [o for o in overrides if not o.startswith("experiment=")]
         trees = [compose([*shared, *own, *given]) for own in blocks]
-        outer = {**compose([*shared, *given]), "experiment": experiment} if experiment else trees[0]
+        # what blocks share may be of their suite: parameters are those of the first one's
+        outer = {**compose([blocks[0][0], *shared, *given]), "experiment": experiment} if experiment else trees[0]
     engine = build_params(EngineConfig, outer["engine"], "engine")
     configs = tuple(_suite_config(tree, registry, memory_bytes * engine.memory, cache_bytes) for tree in trees)
     return RunConfig(configs, engine, experiment["name"] if experiment else None, outer.get("store"), outer)
