@@ -45,7 +45,7 @@ class OffloadSuite:
         "tokens": [1],
         "residency": ["warm"],
     }
-    ENGINE: ClassVar[Mapping[str, Any]] = {"seconds": 6.0, "min_calls": 128}
+    ENGINE: ClassVar[Mapping[str, Any]] = {"seconds": 6.0, "min_calls": 128, "turn_timeout": 900.0}
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MOST_STEPS or self.prompt < 1:
