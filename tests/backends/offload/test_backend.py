@@ -383,6 +383,32 @@ def test_the_same_weights_are_written_once(tmp_path):
     assert [one.stat().st_mtime_ns for one in folder.iterdir()] == [written]
 
 
+def test_a_process_that_had_to_wait_finds_what_the_other_one_wrote():
+    """Both looked and found nothing; the file that the first one reads must not be taken from it by the second."""
+    stores = {layer: experts(layer) for layer in (0, 1)}
+    looked, go_on = os.pipe(), os.pipe()
+    in_turn = keeping.in_turn
+
+    def later(folder):
+        os.write(looked[1], b".")
+        os.read(go_on[0], 1)
+        return in_turn(folder)
+
+    child = os.fork()
+    if child == 0:
+        keeping.in_turn = later
+        try:
+            keeping.kept_file(stores)
+        finally:
+            os._exit(0)
+    os.read(looked[0], 1)
+    session = backend("offload", capacity=0.1).load(stores, specs_of(stores))
+    os.write(go_on[1], b".")
+    os.waitpid(child, 0)
+    assert same_as_eager(session, stores, calls(stores, 3, 0))
+    session.close()
+
+
 def test_a_file_that_is_not_whole_is_written_anew():
     stores = {0: experts(0)}
     path = keeping.kept_file(stores).path
