@@ -18,7 +18,7 @@ from .writer import in_turn
 
 
 def kept_file(layers: Mapping[int, ExpertStore], low: str = "none") -> SlabFile:
-    """Return the file of these layers under ``$MOEBENCH_CACHE/offload``; it is written if it is not there, or not whole.
+    """Return the file of these layers under ``$MOEBENCH_CACHE/offload``, written if it is not there or not whole.
 
     ``low`` names the quantization of each expert's copy of few bits, if it has one. Of processes that need the same
     file at once, the first one writes it and the others find it: a file that is written again is lost to those who

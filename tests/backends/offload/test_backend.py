@@ -312,7 +312,7 @@ def test_accesses_have_steps_tokens_weights_and_the_hints_given_before(model):
     session = open_offload(file, specs_of(stores), plugins.Offload(), on_access=seen.append)
     x_TH, indices_TK = torch.randn(3, HIDDEN), torch.tensor([[4, 1], [1, EXPERTS], [1, 4]])
     weights_TK = torch.tensor([[0.5, 0.25], [0.125, 0.0], [1.0, -2.0]])
-    session.hint(3, torch.tensor([5, 0]), 0.5)
+    session.hint(3, torch.tensor([5, EXPERTS, 0, -1]), 0.5)  # a gate may choose what is no expert
     session.hint(7, [1], 0.5)
     for layer, tokens in ((0, 3), (3, 0), (4, 3), (0, 3), (3, 0), (0, 3)):  # a call without tokens asks for nothing
         session.layer(layer)(x_TH[:tokens], indices_TK[:tokens], weights_TK[:tokens])
