@@ -68,7 +68,7 @@ def test_store_and_simulator_agree_on_every_event(model, trace, policy, capacity
     agree(model, accesses, POLICIES[policy], capacity, lab.NextLayer)
 
 
-NAMED = {"cpu_moe": "cpu_moe:2", "pattern": "pattern:layers.[12]", "static": "static"}
+NAMED = {"cpu_moe": "cpu_moe:2", "pattern": "pattern:blk.[12]", "static": "static"}
 
 
 @pytest.mark.parametrize("prefetcher", names.PREFETCHERS)
