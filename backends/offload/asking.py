@@ -98,9 +98,10 @@ class Asking:
         """(step, layer) of every access."""
 
     def hint(self, layer: int, experts: Iterable[int], priority: float) -> None:
-        """Note that experts of ``layer`` are expected; those of layers that are not here are none of ours."""
+        """Note that experts of ``layer`` are expected; layers and experts that are not here are none of ours."""
         if layer in self._place:
-            self._hints += [((layer, int(expert)), float(priority)) for expert in experts]
+            ids = [int(expert) for expert in experts]
+            self._hints += [((layer, one), float(priority)) for one in ids if 0 <= one < self.layout.experts]
 
     def begin(self, layer: int, y_TH: Tensor) -> None:
         """Note that ``layer`` is called, and add to its output what the layer before it deferred."""

@@ -80,8 +80,7 @@ class HostStore:
         A store whose last access was not taken to its end serves no other.
         """
         carry = access.layer != self.cache.layout.layers[-1]
-        if self._carried or not self._whole:
-            raise MoebenchError("this session was closed, or an access of it broken off; open a new one.")
+        self._check(bool(self._carried))
         self._whole = False
         cost = Cost()
         events = self.cache.access(access)
@@ -101,6 +100,7 @@ class HostStore:
 
     def deferred(self) -> Iterator[HostServed]:
         """Yield the experts that the access before deferred; what waiting costs is that access's."""
+        self._check()
         while self._carried:
             event, coming = self._carried[0]
             begun = time.perf_counter_ns()
@@ -108,6 +108,10 @@ class HostStore:
             self.ledger[-1].stall_ns += time.perf_counter_ns() - begun
             yield HostServed(event.key, *pair, event)
             self._carried.popleft()
+
+    def _check(self, owing: bool = False) -> None:
+        if owing or not self._whole:
+            raise MoebenchError("this session was closed, or an access of it broken off; open a new one.")
 
     def _put_off(self, event: Event, cost: Cost) -> None:
         """Dequantize an expert in another thread, for ``deferred``."""
@@ -153,4 +157,5 @@ class HostStore:
         self._whole = False
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._slots.clear()
+        self._carried.clear()
         self.experts.clear()

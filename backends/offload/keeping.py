@@ -14,19 +14,27 @@ from ...kernels.cpu.build import cache_root
 from ...moe.experts import ExpertStore
 from ...moe.quantization import parts_of
 from .file import OffloadError, SlabFile, write_slabs
+from .writer import in_turn
 
 
 def kept_file(layers: Mapping[int, ExpertStore], low: str = "none") -> SlabFile:
-    """Return the file of these layers under ``$MOEBENCH_CACHE/offload``; if it is not there, or broken, it is written.
+    """Return the file of these layers under ``$MOEBENCH_CACHE/offload``, written if it is not there or not whole.
 
-    ``low`` names the quantization of each expert's copy of few bits, if it has one.
+    ``low`` names the quantization of each expert's copy of few bits, if it has one. Of processes that need the same
+    file at once, the first one writes it and the others find it: a file that is written again is lost to those who
+    read it. Slabs are checked when they are read, not here.
     """
     path = cache_root() / "offload" / f"{digest(layers, low)}.safetensors"
     try:
         return SlabFile.open(path)
     except OffloadError:
-        form = None if low == "none" else low_form(low)
-        return SlabFile.open(write_slabs(path, sorted(layers.items()), form))
+        pass
+    with in_turn(cache_root()):  # not the file's own folder, for which the writer waits
+        try:
+            return SlabFile.open(path)
+        except OffloadError:
+            form = None if low == "none" else low_form(low)
+            return SlabFile.open(write_slabs(path, sorted(layers.items()), form))
 
 
 def low_form(low: str) -> Callable[[ExpertStore], ExpertStore]:

@@ -32,7 +32,7 @@ class Memory(Protocol):
         """Note that all work begun so far may read the slot, and that no later work does before it is filled anew."""
 
     def close(self) -> None:
-        """Let nothing be under way any more; readers have ended."""
+        """Let nothing be under way any more, and let go of all slots: what was handed out of them stays as it is."""
 
 
 class HostMemory:
@@ -62,7 +62,8 @@ class HostMemory:
         """Do nothing: work on the host is done when its call returns."""
 
     def close(self) -> None:
-        """Do nothing: the memory goes with its last view."""
+        """Let go of the memory, which goes with its last view."""
+        self._view, self._all, self.nbytes = memoryview(b""), torch.empty(0, dtype=torch.uint8), 0
 
 
 class Link(Protocol):
@@ -131,9 +132,12 @@ class DeviceMemory:
         self._used[slot] = self.link.mark()
 
     def close(self) -> None:
-        """Wait for the copies, which the memory must outlive."""
+        """Wait for the copies, which the memory must outlive, and let go of it."""
         for mark in self._arrived:
             self.link.finish(mark)
+        self._all, self.nbytes = torch.empty(0, dtype=torch.uint8), 0
+        while not self._landings.empty():
+            self._landings.get()
 
     def _slot(self, slot: int) -> Tensor:
         begin = slot * self.slot_bytes

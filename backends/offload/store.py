@@ -164,8 +164,9 @@ class SlotStore:
         return self.memory.nbytes
 
     def close(self) -> None:
-        """End the reader threads. What was yielded stays readable; nothing more is served."""
+        """End the reader threads and let go of the slots. What was yielded stays readable; nothing more is served."""
         self._end()
+        self._held.clear()
 
     def __enter__(self) -> SlotStore:
         return self
@@ -215,6 +216,7 @@ class SlotStore:
         return [pair for pair in order if pair[0].how != "deferred"]
 
     def _served(self, event: Event, copy: _Copy | None, entry: Entry) -> Served:
+        self._readers.check()
         if copy is None:
             return Served(event.key, None, None, event)
         if copy.ticket is None or copy.ticket.state != "done":

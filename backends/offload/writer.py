@@ -179,11 +179,7 @@ def _shift(descriptor: int, begin: int, nbytes: int, by: int) -> None:
 def _aside(path: Path) -> Iterator[BinaryIO]:
     """Give a file to write beside ``path``, which takes its place once it is whole and synced."""
     aside = path.with_name(f".aside-{path.name}")
-    with _told_plainly(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # the kernel frees it when the process dies
+    with in_turn(path.parent) as folder:
         try:
             with _told_plainly(path):
                 file = aside.open("w+b")
@@ -197,8 +193,19 @@ def _aside(path: Path) -> Iterator[BinaryIO]:
                 os.fsync(folder)
         finally:
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[int]:
+    """Hold ``folder``, which is made if need be, against all others who hold it; gives its descriptor."""
+    with _told_plainly(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)  # the kernel frees it when the process dies
+        yield held
     finally:
-        os.close(folder)
+        os.close(held)
 
 
 @contextmanager

@@ -312,7 +312,7 @@ def test_accesses_have_steps_tokens_weights_and_the_hints_given_before(model):
     session = open_offload(file, specs_of(stores), plugins.Offload(), on_access=seen.append)
     x_TH, indices_TK = torch.randn(3, HIDDEN), torch.tensor([[4, 1], [1, EXPERTS], [1, 4]])
     weights_TK = torch.tensor([[0.5, 0.25], [0.125, 0.0], [1.0, -2.0]])
-    session.hint(3, torch.tensor([5, 0]), 0.5)
+    session.hint(3, torch.tensor([5, EXPERTS, 0, -1]), 0.5)  # a gate may choose what is no expert
     session.hint(7, [1], 0.5)
     for layer, tokens in ((0, 3), (3, 0), (4, 3), (0, 3), (3, 0), (0, 3)):  # a call without tokens asks for nothing
         session.layer(layer)(x_TH[:tokens], indices_TK[:tokens], weights_TK[:tokens])
@@ -381,6 +381,32 @@ def test_the_same_weights_are_written_once(tmp_path):
     written = file.stat().st_mtime_ns
     backend("offload", policy="lfru").load({2: experts(2), 0: experts(0)}, specs_of(stores)).close()
     assert [one.stat().st_mtime_ns for one in folder.iterdir()] == [written]
+
+
+def test_a_process_that_had_to_wait_finds_what_the_other_one_wrote():
+    """Both looked and found nothing; the file that the first one reads must not be taken from it by the second."""
+    stores = {layer: experts(layer) for layer in (0, 1)}
+    looked, go_on = os.pipe(), os.pipe()
+    in_turn = keeping.in_turn
+
+    def later(folder):
+        os.write(looked[1], b".")
+        os.read(go_on[0], 1)
+        return in_turn(folder)
+
+    child = os.fork()
+    if child == 0:
+        keeping.in_turn = later
+        try:
+            keeping.kept_file(stores)
+        finally:
+            os._exit(0)
+    os.read(looked[0], 1)
+    session = backend("offload", capacity=0.1).load(stores, specs_of(stores))
+    os.write(go_on[1], b".")
+    os.waitpid(child, 0)
+    assert same_as_eager(session, stores, calls(stores, 3, 0))
+    session.close()
 
 
 def test_a_file_that_is_not_whole_is_written_anew():

@@ -53,9 +53,10 @@ def mishaps(model, link, capacity=5, readers=2, staging=1):
             for served in store.serve(access):
                 link.launch(work(served))
         link.synchronize()
+        assert store.resident_bytes() == (capacity + staging) * 12288
+    assert store.resident_bytes() == 0
     assert len(seen) == sum(len(access.experts) for access in ACCESSES)
     assert link.pinned_bytes == (readers + 1) * 12288
-    assert store.resident_bytes() == (capacity + staging) * 12288
     return link.wrong
 
 

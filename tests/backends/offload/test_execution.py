@@ -221,6 +221,18 @@ def test_a_closed_or_broken_session_in_ram_serves_no_more():
     broken.close()
 
 
+def test_a_session_in_ram_that_is_closed_while_it_owes_experts_says_so():
+    stores, inputs = {layer: experts(layer) for layer in (0, 1)}, (torch.randn(1, HIDDEN), torch.tensor([[1, 2]]))
+    session = backend("offload", tier="host", execution="defer:1").load(stores, specs_of(stores))
+    after = session.layer(1)
+    session.layer(0)(*inputs, torch.ones(1, 2))
+    session.close()
+    assert session.resident_bytes() == 0
+    for _ in range(2):
+        with pytest.raises(MoebenchError, match="closed, or an access of it broken off; open a new one"):
+            after(*inputs, torch.ones(1, 2))
+
+
 def test_in_ram_too_what_is_prefetched_was_asked_for_rightly():
     stores = {layer: experts(layer, torch.bfloat16, INT8) for layer in LAYERS}
     specs = specs_of(stores, "bfloat16")

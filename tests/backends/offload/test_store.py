@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_store_and_simulator_agree_on_every_event(model, trace, policy, capacity
     agree(model, accesses, POLICIES[policy], capacity, lab.NextLayer)
 
 
-NAMED = {"cpu_moe": "cpu_moe:2", "pattern": "pattern:layers.[12]", "static": "static"}
+NAMED = {"cpu_moe": "cpu_moe:2", "pattern": "pattern:blk.[12]", "static": "static"}
 
 
 @pytest.mark.parametrize("prefetcher", names.PREFETCHERS)
@@ -107,9 +108,9 @@ def test_weights_are_those_that_were_written(model, io, readers, staging):
     accesses = TRACES["sticky"]
     with open_store(model, LRU(), 9, accesses, lab.NextLayer(), lab.ByTurns(), **settings) as store:
         seen = serve_all(model, store, accesses)
+        assert store.resident_bytes() == (9 + staging) * SLAB
     assert {event.how for event in seen if event.kind == "miss"} == {"fetch", "in_place", "low", "deferred"}
     assert {event.kind for event in seen} == {"hit", "covered", "miss"}
-    assert store.resident_bytes() == (9 + staging) * SLAB
     assert lab.reader_threads() == []
 
 
@@ -312,6 +313,23 @@ def test_accesses_take_turns_and_end_with_the_store(model):
             next(store.serve(lab.access(0, [3])))
     with pytest.raises(OffloadError, match="closed"):
         next(store.serve(lab.access(0, [1])))
+
+
+def test_a_closed_store_lets_go_of_its_slots_but_not_of_what_it_yielded(model):
+    stores = [open_store(model, LRU(), 4) for _ in range(2)]
+    serving, cut_short = (store.serve(lab.access(0, [1, 2])) for store in stores)
+    served, slots = next(serving), weakref.ref(stores[0].memory._view.obj)
+    next(cut_short)
+    for store in stores:
+        store.close()
+        assert store.resident_bytes() == 0
+    with pytest.raises(OffloadError, match="closed"):
+        next(cut_short)
+    model.check(served)
+    serving.close()
+    assert slots() is not None  # a view of it is out
+    del served
+    assert slots() is None
 
 
 def test_a_form_that_the_file_lacks_ends_the_store(tmp_path):
