@@ -3,7 +3,8 @@
 ``python docs/generate.py`` writes them; with ``--check`` it only says which are out of date, and exits 1 if any is.
 With ``--claims STORE`` it writes ``papers.md`` with the latest verdict of every claim in that store, with
 ``--accuracy STORE`` ``accuracy.md`` from the latest run of experiment ``rounding``, with ``--static STORE``
-``gpu-static.json`` and ``gpu-static.md`` from the latest run of suite ``static``.
+``gpu-static.json`` and ``gpu-static.md`` from the latest run of suite ``static``, with ``--offload STORE``
+``offload.json`` and ``offload.md`` from the latest run of experiment ``offloading`` with each seed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from moebench.bench.accuracy_doc import accuracy_page, results_in, results_of
+from moebench.bench.offload_doc import offload_page
+from moebench.bench.offload_results import offload_results
 from moebench.bench.papers_doc import claims_in, claims_of, papers_page
 from moebench.bench.quantization_doc import quantization_page
 from moebench.bench.routing_doc import costs_in, costs_of, routing_page
@@ -258,9 +261,16 @@ def compiled_page() -> str:
     return NOTICE + static_page(json.loads((FOLDER / "gpu-static.json").read_text()))
 
 
+def tiers_page() -> str:
+    """Return the page of offloading, from the figures that lie beside it once there are any."""
+    figures = FOLDER / "offload.json"
+    return NOTICE + offload_page(json.loads(figures.read_text()) if figures.exists() else None)
+
+
 PAGES = {
     "accuracy.md": tasks_page,
     "gpu-static.md": compiled_page,
+    "offload.md": tiers_page,
     "papers.md": papers,
     "plugins.md": plugins_page,
     "quantization.md": codecs_page,
@@ -294,7 +304,13 @@ def main() -> int:
         "--accuracy", type=Path, metavar="STORE", help="write accuracy.md with the results in this store"
     )
     parser.add_argument("--static", type=Path, metavar="STORE", help="write gpu-static with the figures in this store")
+    parser.add_argument("--offload", type=Path, metavar="STORE", help="write offload with the figures in this store")
     options = parser.parse_args()
+    if options.offload:
+        (FOLDER / "offload.json").write_text(json.dumps(offload_results(options.offload), indent=1) + "\n")
+        (FOLDER / "offload.md").write_text(tiers_page())
+        print("docs/offload.json", "docs/offload.md", sep="\n")
+        return 0
     if options.static:
         (FOLDER / "gpu-static.json").write_text(json.dumps(static_results(options.static), indent=1) + "\n")
         (FOLDER / "gpu-static.md").write_text(compiled_page())

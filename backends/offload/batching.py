@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
 from itertools import pairwise
 from typing import TypeVar
@@ -76,39 +75,3 @@ def first_come(
 def distinct(tokens: Sequence[Collection[Expert]], batch: Sequence[int]) -> int:
     """Return how many distinct experts a batch needs."""
     return len(set().union(*(tokens[token] for token in batch)))
-
-
-def by_expert(tokens: Sequence[Sequence[Expert]]) -> dict[Expert, list[int]]:
-    """Return the tokens of each expert, in the order in which experts are first needed (M3ViT, NeurIPS 2022).
-
-    M3ViT computes one expert after another, each for all of its tokens, so that it is loaded once.
-    """
-    order: dict[Expert, list[int]] = {}
-    for token, experts in enumerate(tokens):
-        for expert in experts:
-            order.setdefault(expert, []).append(token)
-    return order
-
-
-def loads_by_expert(tokens: Sequence[Sequence[Expert]]) -> int:
-    """Return how many experts are loaded if one after another is computed: as many as there are, whoever's tokens.
-
-    So tokens of several tasks, in any order, load no more than their experts together: switching tasks is free.
-    """
-    return len(by_expert(tokens))
-
-
-def loads_by_token(tokens: Sequence[Sequence[Expert]], slots: int = 1) -> int:
-    """Return how many experts are loaded if one token after another is computed, with an LRU of ``slots`` experts."""
-    if slots < 1:
-        raise ValueError(f"slots={slots} must be at least 1.")
-    held: OrderedDict[Expert, None] = OrderedDict()
-    loads = 0
-    for experts in tokens:
-        for expert in experts:
-            loads += expert not in held
-            held[expert] = None
-            held.move_to_end(expert)
-            if len(held) > slots:
-                held.popitem(last=False)
-    return loads

@@ -188,11 +188,18 @@ def _aside(path: Path) -> Iterator[BinaryIO]:
                 with _told_plainly(path):
                     file.flush()
                     os.fsync(file.fileno())
+                    _forget(file.fileno())
             with _told_plainly(path):
                 os.rename(aside, path)
                 os.fsync(folder)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def _forget(descriptor: int) -> None:
+    """Ask the kernel to drop the pages that writing has left: a tier that is to be slow must not lie in RAM."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

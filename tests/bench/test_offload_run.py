@@ -1,10 +1,15 @@
-"""A run of suite ``offload`` from the command line to the rows: measured and predicted, and what a damaged file gives."""
+"""A run of suite ``offload`` from the command line to the rows: measured, predicted, and of a damaged file."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+
+from moebench.bench import offload_results
+from moebench.bench.offload_doc import offload_page
+from moebench.bench.offload_results import Figures
+from moebench.contracts import MoebenchError
 
 STEPS = 5
 SETTINGS = (
@@ -55,6 +60,22 @@ def test_measured_means_are_those_of_the_samples(run, query):
         assert 0.5 * engine_mean < own <= engine_mean
 
 
+def test_the_page_is_made_of_the_rows_of_the_experiment_alone(run, monkeypatch):
+    with pytest.raises(MoebenchError, match="no run of experiment offloading"):
+        offload_results.offload_results(run[0])
+    monkeypatch.setattr(offload_results, "CONFIG", "SELECT 'offloading' AS experiment, $run_id AS run_id")
+    results = json.loads(json.dumps(offload_results.offload_results(run[0])))
+    figures = Figures(results["rows"])
+    (lru,), (model,) = figures.of({}, 0.25), figures.of({}, 0.25, predicted=True)
+    (eager,) = figures.of(None, 1.0)
+    assert (lru["status"], eager["backend"], results["runs"]["0"]["steps"]) == ("ok", "eager", STEPS)
+    assert "step_time" in lru["metrics"]
+    assert (model["p50_ns"], "step_time" in model["metrics"]) == (None, False)
+    page = offload_page(results)
+    assert "| least recently used" in page
+    assert "- Seed 0: run " in page
+
+
 def test_a_damaged_file_gives_a_status_and_no_number(run, engine, query, tmp_path):
     _, cache = run
     (path,) = (cache / "offload").glob("*.safetensors")
@@ -62,7 +83,9 @@ def test_a_damaged_file_gives_a_status_and_no_number(run, engine, query, tmp_pat
     for place in range(8 + int.from_bytes(spoilt[:8], "little"), len(spoilt), 512):  # behind the header
         spoilt[place] ^= 1
     path.write_bytes(spoilt)
-    done = engine(tmp_path, "run", *SETTINGS, "axes.backend=offload", "suite.predicted=false", MOEBENCH_CACHE=str(cache))
+    done = engine(
+        tmp_path, "run", *SETTINGS, "axes.backend=offload", "suite.predicted=false", MOEBENCH_CACHE=str(cache)
+    )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     for status, reason in query(tmp_path, "SELECT status, reason FROM cases"):

@@ -41,13 +41,15 @@ def child(cache):
     environment = {**os.environ, "MOEBENCH_CACHE": str(cache), "PYTHONSAFEPATH": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", CHILD]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         yield process
         process.kill()
 
 
 def after(child, case):
-    """Let the child run a trial, which stays open; return what it said, and its resident bytes as the kernel has them."""
+    """Let the child run a trial, which stays open; return what it said, and the resident bytes that the kernel has."""
     child.stdin.write(json.dumps(case.to_json()) + "\n")
     child.stdin.flush()
     said = json.loads(child.stdout.readline())

@@ -1,4 +1,4 @@
-"""What a suite ``offload`` trial may do otherwise: defer, fetch few bits, compute in place, batch, and read or write text."""
+"""What a suite ``offload`` trial may do otherwise: defer, fetch few bits, compute in place, batch, generate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trials of suite ``offload``: whoever decides what stays, the bits of eager; and every figure by hand or by bound."""
+"""The trials of suite ``offload``: whoever decides what stays, the bits of eager; figures by hand or by bound."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ def test_every_policy_and_prefetcher_gives_the_bits_of_eager_and_the_events_of_t
             (check,), recording = run.checks, run.trial.recording
             assert (check.ok, check.error, check.bound) == (True, 0.0, 0.0), (prefetch, check.reason)
             alone = simulate(
-                recording.accesses, make_policy(name), LAYERS * EXPERTS // 4, recording.layout, make_prefetcher(prefetch)
+                recording.accesses,
+                make_policy(name, recording.popularity),
+                LAYERS * EXPERTS // 4,
+                recording.layout,
+                make_prefetcher(prefetch),
             )
             assert run.events == [list(events) for events in alone.events]
 

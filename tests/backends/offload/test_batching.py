@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import random
-from itertools import permutations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebench.backends.offload.batching import (
-    by_expert,
     distinct,
     expert_aware,
     fifo_rounds,
     first_come,
-    loads_by_expert,
-    loads_by_token,
 )
 
 TOKENS = st.lists(st.sets(st.integers(0, 7), min_size=1, max_size=3), min_size=1, max_size=25)
@@ -65,41 +60,3 @@ def test_batches_of_a_mixed_queue_need_fewer_experts_the_longer_tokens_may_wait(
     assert needed(first_come(tokens, 8)) == found[0]
     assert found == sorted(found, reverse=True)
     assert found[-1] < 0.6 * found[0]
-
-
-@given(
-    tokens=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True), max_size=6),
-    slots=st.integers(1, 6),
-)
-@settings(max_examples=100, deadline=None)
-def test_experts_one_by_one_are_loaded_once_each_in_whatever_order_tokens_come(tokens, slots):
-    order = by_expert(tokens)
-    once = loads_by_expert(tokens)
-    assert once == len({expert for experts in tokens for expert in experts})
-    assert loads_by_token(tokens, slots) >= once
-    assert loads_by_token(tokens, 6) == once
-    assert sorted((token, expert) for expert, mine in order.items() for token in mine) == sorted(
-        (token, expert) for token, experts in enumerate(tokens) for expert in experts
-    )
-    shuffled = list(permutations(tokens))[-1]
-    assert loads_by_expert(shuffled) == once  # whichever task's token comes first, switching is free
-
-
-def test_tokens_one_by_one_load_again_when_tasks_alternate():
-    first, second = [0, 1], [2, 3]
-    assert loads_by_token([first, first, second, second], slots=2) == 4
-    assert loads_by_token([first, second, first, second], slots=2) == 8
-    assert loads_by_expert([first, second, first, second]) == 4
-    assert loads_by_token([first] * 3, slots=1) == 6
-
-
-def test_what_is_wrong_is_refused():
-    for wrong, words in (
-        (lambda: fifo_rounds([0], 0), "size=0 must be at least 1"),
-        (lambda: fifo_rounds([1, 0], 1), "must not fall"),
-        (lambda: expert_aware([{0}], 1, -1), "patience=-1 must be at least 0"),
-        (lambda: expert_aware([{0}], 1, 1, [0, 1]), "must be as many"),
-        (lambda: loads_by_token([], 0), "slots=0 must be at least 1"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            wrong()
