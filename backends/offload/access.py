@@ -112,3 +112,10 @@ class Moment:
     access: Access
     layout: Layout
     future: Future | None = field(default=None, compare=False)
+
+    @property
+    def foreseen(self) -> Future:
+        """The accesses to come; ValueError for one who did not say ``needs_future`` and looks at them."""
+        if self.future is None:
+            raise ValueError("the accesses to come are not known here; set needs_future.")
+        return self.future

@@ -167,5 +167,6 @@ class Asking:
         if any(owed.out_NH is None for owed in self._owed.values()):
             for served in self.store.deferred():
                 owed = self._owed[served.key]
-                assert owed.output is not None, "what was left out has its output made later"
+                if owed.output is None:
+                    raise MoebenchError("an expert was handed out twice in one access; open a new session.")
                 yield owed.token_N, owed.output(served)

@@ -86,7 +86,7 @@ class SlotStore:
         self._pending: deque[_Copy] = deque()
         self._draining: deque[Ticket] = deque()
         self._held: dict[Key, _Copy] = {}
-        self._carried: deque[tuple[Event, _Copy | None]] = deque()
+        self._carried: deque[tuple[Event, _Copy]] = deque()
         self._serving = False
         self._readers = Readers(file, self.memory.landing, io, readers, deadline_s)
         self._end = weakref.finalize(self, _close, self._readers, self.memory)
@@ -150,7 +150,6 @@ class SlotStore:
         try:
             while self._carried:
                 event, copy = self._carried[0]
-                assert copy is not None, "what is deferred is brought"
                 yield self._served(event, copy, self.ledger[-1])
                 self._carried.popleft()
                 self._settle(copy)
@@ -208,9 +207,9 @@ class SlotStore:
         They keep the slots that they get. Since they are taken before the next access, each finds one: only those
         deferred before it may hold a slot besides what is in the cache, and these are let go one by one.
         """
-        self._carried.extend(pair for pair in order if pair[0].how == "deferred")
-        for _, copy in self._carried:
-            assert copy is not None, "what is deferred is brought"
+        deferred = [(event, copy) for event, copy in order if copy is not None and event.how == "deferred"]
+        self._carried.extend(deferred)
+        for _, copy in deferred:
             self._pending.remove(copy)
             self._pending.append(copy)
         return [pair for pair in order if pair[0].how != "deferred"]
@@ -219,24 +218,28 @@ class SlotStore:
         self._readers.check()
         if copy is None:
             return Served(event.key, None, None, event)
-        if copy.ticket is None or copy.ticket.state != "done":
+        ticket = copy.ticket
+        if ticket is None or ticket.state != "done":
             began = time.perf_counter_ns()
-            self._arrived(copy)
+            ticket = self._arrived(copy)
             entry.stall_ns += time.perf_counter_ns() - began
             entry.late += event.kind != "miss"
-        assert copy.ticket is not None, "what arrived was read"
-        buffer = self.memory.ready(copy.ticket.slot)
+        buffer = self.memory.ready(ticket.slot)
         if copy.weights is None:
             copy.weights = self.file.weights(copy.key, copy.form, buffer)
         return Served(event.key, *copy.weights, event)
 
-    def _arrived(self, copy: _Copy) -> None:
-        """Wait until a copy is read. It finds a slot: what is before it in the queue has one, or waits here too."""
+    def _arrived(self, copy: _Copy) -> Ticket:
+        """Wait until a copy is read, and return its ticket.
+
+        It finds a slot: what is before it in the queue has one, or waits here too.
+        """
         while copy.ticket is None:
             self._readers.wait(self._draining[0])
             self._pump()
         self._readers.hurry(copy.ticket)
         self._readers.wait(copy.ticket)
+        return copy.ticket
 
     def _settle(self, copy: _Copy) -> None:
         """Note that a copy was used in this access."""

@@ -117,7 +117,7 @@ class Layers:
         routing = self._routing(bare, x_TH, None if first else self._before)
         self._before = routing
         if self.hint is not None and index in self.following:
-            self._tell_next(self.following[index], x_TH, routing)
+            self._tell_next(self.hint, self.following[index], x_TH, routing)
         read_TH = bare.layer.reads(x_TH)
         y_TH = self._experts(bare, read_TH, routing)
         if bare.layer.shared is not None:
@@ -147,14 +147,13 @@ class Layers:
         self.flips += _differing(own, recorded)
         return recorded
 
-    def _tell_next(self, index: int, x_TH: Tensor, routing: Routing) -> None:
+    def _tell_next(self, hint: Hint, index: int, x_TH: Tensor, routing: Routing) -> None:
         """Hint at the experts that the gate of layer ``index`` chooses for what the layer before it reads."""
-        assert self.hint is not None
         guess = self.bare[index].route(x_TH, routing)
         weight_E = torch.zeros(guess.num_experts, dtype=torch.float64)
         weight_E.index_add_(0, guess.expert_N, guess.weight_N.double())
         for expert in sorted(set(guess.expert_N.tolist()), key=lambda e: (-float(weight_E[e]), e)):
-            self.hint(index, [expert], float(weight_E[expert]))
+            hint(index, [expert], float(weight_E[expert]))
 
 
 def _differing(found: Routing, wanted: Routing) -> int:

@@ -11,8 +11,7 @@ from .recency import LRU
 
 def next_use(key: Key, moment: Moment) -> float:
     """Return when ``key`` is asked for after this access; infinity where it never is."""
-    assert moment.future is not None, "a policy that needs the future is given it"
-    use = moment.future.next_use(key, moment.now)
+    use = moment.foreseen.next_use(key, moment.now)
     return math.inf if use is None else use
 
 

@@ -46,8 +46,7 @@ class Pregate:
 
     def propose(self, moment: Moment) -> Sequence[Key]:
         """Return the keys of the accesses that follow within this step."""
-        assert moment.future is not None, "who needs the future is given it"
-        following = moment.future.after(moment.now, self.layers)
+        following = moment.foreseen.after(moment.now, self.layers)
         return keys_of(access for access in following if access.step == moment.access.step)
 
 
@@ -63,5 +62,4 @@ class Oracle:
 
     def propose(self, moment: Moment) -> Sequence[Key]:
         """Return the keys of the accesses that follow."""
-        assert moment.future is not None, "who needs the future is given it"
-        return keys_of(moment.future.after(moment.now, self.accesses))
+        return keys_of(moment.foreseen.after(moment.now, self.accesses))
