@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from ..contracts import MoebenchError
 from ..version import __version__
+from .printable import printable
 
 RUN_HELP = """\
 Settings are NAME=VALUE pairs, composed by Hydra. Examples:
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             print("moebench: this is a mistake of ours; please report it with the lines above.", file=sys.stderr)
             return 2  # and not Python's 1, which says "regressed" or "a case failed"
-        print(f"moebench: {error}", file=sys.stderr)
+        print(f"moebench: {printable(str(error))}", file=sys.stderr)
         return 2
 
 

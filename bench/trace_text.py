@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..backends.offload.access import Access
+from ..backends.offload.access import Access, slots_of
 from ..suites.trace import Trace, sha256_of_file
 from ..suites.traces.figures import guesses, hit_rates, popularity, reuse
 from ..suites.traces.files import TraceFile, read_trace
+from .printable import printable_line
 
 LABEL = 32
 """Characters before what is said."""
@@ -24,7 +25,7 @@ def inspection(path: str, capacities: Sequence[float]) -> str:
     file = read_trace(path, sha256)
     accesses = file.accesses()
     lines = [*_content(file, accesses), *_figures(file, accesses), *_hits(file, accesses, capacities)]
-    told = [f"{label:{LABEL}s}{text}" for label, text in [("trace", path), *lines, ("sha256", sha256)]]
+    told = [f"{label:{LABEL}s}{printable_line(text)}" for label, text in [("trace", path), *lines, ("sha256", sha256)]]
     return "\n".join([*told, "replay:", f"  {replay_line(file.trace, path, sha256)}"])
 
 
@@ -65,23 +66,28 @@ def _figures(file: TraceFile, accesses: Sequence[Access]) -> Iterator[tuple[str,
 
 def _hits(file: TraceFile, accesses: Sequence[Access], capacities: Sequence[float]) -> Iterator[tuple[str, str]]:
     for capacity in capacities:
-        found = hit_rates(accesses, file.layout, int(capacity * file.layout.size))
+        found = hit_rates(accesses, file.layout, slots_of(capacity, file.layout.size))
         label = f"hits at {capacity:.4g} ({found.slots} experts)"
         yield label, f"LRU {found.lru:.1%}, Belady {found.belady:.1%}"
 
 
 def _made(facts: dict[str, Any]) -> str:
     """Return what the file's facts say of how it was made."""
-    if facts.get("made") != "recorded":
-        given = " ".join(f"{name}={value}" for name, value in facts.get("parameters", {}).items())
+    model = facts.get("model")
+    if facts.get("made") != "recorded" or not isinstance(model, dict):
+        parameters = facts.get("parameters")
+        given = (
+            " ".join(f"{name}={value}" for name, value in parameters.items()) if isinstance(parameters, dict) else ""
+        )
         return f"{facts.get('made', 'unknown')} {given}".rstrip()
     named = [f"{facts[axis]['name']}" for axis in ("structure", "routing", "quantization") if _changes(facts, axis)]
     how = "generating" if facts.get("mode") == "greedy" else "reading a text"
-    return f"recorded from {facts['model']['name']}, {how}" + (f" ({', '.join(named)})" if named else "")
+    return f"recorded from {model.get('name', 'unknown')}, {how}" + (f" ({', '.join(named)})" if named else "")
 
 
 def _changes(facts: dict[str, Any], axis: str) -> bool:
-    return facts.get(axis, {}).get("name", "none") not in ("none", "topk")
+    choice = facts.get(axis)
+    return isinstance(choice, dict) and choice.get("name", "none") not in ("none", "topk")
 
 
 def _span(sizes: set[int]) -> str:

@@ -6,6 +6,7 @@ together: that count is the clock of every policy.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,11 @@ class Layout:
     def keys(self) -> list[Key]:
         """Return every key, layer by layer."""
         return [(layer, expert) for layer in self.layers for expert in range(self.experts)]
+
+
+def slots_of(share: float, experts: int) -> int:
+    """Return how many slots a share of all experts is, rounded down: 29 for 0.29 of 100, whatever floats say."""
+    return math.floor(share * experts + 1e-9)
 
 
 class Future:

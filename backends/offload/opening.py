@@ -5,7 +5,6 @@ Imports no torch at module level.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...contracts import ExecutedPath, LayerSpec, MoebenchError
 from .. import plugins, rules
 from ..session import Described
-from .access import Access, Future, Key, Layout
+from .access import Access, Future, Key, Layout, slots_of
 from .asking import Asking, Store
 from .cache import Cache
 from .costs import Curve, ExpertCosts
@@ -178,7 +177,7 @@ def make_cache(
     execution = make_execution(params.execution, costs)
     if isinstance(execution, LowBits) and params.tier == "host":
         raise MoebenchError(f"execution={params.execution} reads copies of few bits from a file; use tier=disk.")
-    slots = max(1, math.floor(params.capacity * layout.size + 1e-9))
+    slots = max(1, slots_of(params.capacity, layout.size))
     policy, prefetcher = make_policy(params.policy, popularity), make_prefetcher(params.prefetch)
     for name, one in ((params.policy, policy), (params.prefetch, prefetcher)):
         if one is not None and one.needs_future and future is None:

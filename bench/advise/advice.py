@@ -54,7 +54,7 @@ def forms_of(described: Described, names: Sequence[str]) -> list[Weights]:
     """Return the model's bytes in every form to plan."""
     model, stored = described.model, described.stored
     if names:
-        return [weights_in(model, form_named(name)) for name in names]
+        return [weights_in(model, form_named(name)) for name in dict.fromkeys(names)]
     if stored is None:
         raise MoebenchError(described.why)
     smaller = [weights_in(model, FORMS[name]) for name in SMALLER]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ...backends.offload.access import slots_of
 from ...contracts import Case, MoebenchError, Registry
 from ...moe.blocks.gguf_file import read_header
 from ...moe.shapes import ModelShape
@@ -76,8 +77,9 @@ def case_split(case: Case, model: Model) -> Split:
         return Split("ram", "ram", ours=True)
     first, load = model.moe_layers[0], case_load(case)
     touched = touch_probabilities(first.experts, first.k, load.skew, load.batch)
-    slots = float(case.backend.params["capacity"]) * sum(layer.experts for layer in model.layers)
-    return Split("ram", "ram", lru_hit_rate(touched, len(model.moe_layers), round(slots)), "disk", ours=True)
+    experts = sum(layer.experts for layer in model.layers)
+    slots = max(1, slots_of(float(case.backend.params["capacity"]), experts))
+    return Split("ram", "ram", lru_hit_rate(touched, len(model.moe_layers), slots), "disk", ours=True)
 
 
 def case_prediction(case: Case, registry: Registry, hardware: Hardware) -> Prediction:

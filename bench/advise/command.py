@@ -25,7 +25,11 @@ MOST_TOKENS = 2**30
 
 def command(options: argparse.Namespace) -> int:
     """Say what of the model fits where, the best first; or how far such predictions are off here."""
+    if options.top < 1:
+        raise MoebenchError("--top takes how many lines to show, from 1.")
     if options.validate:
+        if options.model is not None or options.measure:
+            raise MoebenchError("--validate runs models of its own; leave out MODEL and --measure.")
         return _validate(options)
     if options.model is None:
         raise MoebenchError("name a MODEL: a folder, a config.json, an index, a *.gguf, or owner/name of the hub.")
@@ -93,7 +97,10 @@ def hardware(options: argparse.Namespace, described: Described) -> tuple[Hardwar
     store = store_path(options.store)
     program, errors = stored(store, known["host_key"])
     machine = Hardware(vram, ram, DEFAULTS, program).with_rates(probed_rates(store, known["host_key"], dtype))
-    return machine.with_rates(device_rates(options.device)).with_rates(given_rates(options.rate)), errors
+    sheet = device_rates(options.device)
+    if sheet and options.vram is None and not vram:
+        raise MoebenchError(f"this machine has no GPU; say with --vram how much of '{options.device}' to use.")
+    return machine.with_rates(sheet).with_rates(given_rates(options.rate)), errors
 
 
 def _batch(options: argparse.Namespace) -> int:

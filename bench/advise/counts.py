@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 PARTS = ("experts", "shared", "attention", "dense", "embedding", "rest")
 """What weights belong to: routed experts; shared experts with their gate; attention and what stands in its place, with
@@ -84,6 +84,26 @@ class Model:
     def kv_bytes(self, context: int) -> int:
         """Bytes of keys, values and states of one sequence of ``context`` tokens."""
         return sum(layer.kept_bytes(context) for layer in self.layers)
+
+
+MOST_LAYERS, MOST_EXPERTS, MOST_WEIGHTS = 4096, 2048, 2**53
+"""More of a model, of a layer and of a layer's parts are taken for a mistake."""
+
+
+def check_sense(model: Model) -> Model:
+    """Return the model, or raise ValueError where it cannot be one: parts that are no whole numbers, or below 0."""
+    for layer in model.layers:
+        counts = [value for value in astuple(layer) if value is not None]
+        if not all(type(value) is int and 0 <= value < MOST_WEIGHTS for value in counts) or layer.window == 0:
+            raise ValueError("a layer has sizes that are no whole numbers from 0")
+        if layer.experts and not 0 < layer.k <= layer.experts <= MOST_EXPERTS:
+            raise ValueError(f"a token uses {layer.k} of {layer.experts} experts")
+        if layer.experts and not layer.expert:
+            raise ValueError("experts have no weights")
+    around = (model.hidden, model.vocabulary, model.embedding, model.head, model.rest, model.longest or 1)
+    if not all(type(value) is int and 0 <= value < MOST_WEIGHTS for value in around):
+        raise ValueError("embedding, head or context are no whole numbers from 0")
+    return model
 
 
 PREFILL_TOKENS = 512

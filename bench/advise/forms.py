@@ -37,7 +37,7 @@ FORMS: Mapping[str, Form] = {
 """Every form that can be planned, by its name."""
 
 QUANT_METHODS = {"fp8": "fp8", "mxfp4": "mxfp4"}
-BY_BITS = {8: "int8", 4: "int4"}
+BY_BITS = {"8": "int8", "4": "int4"}
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,15 @@ def stored_form(config: Mapping[str, Any]) -> Form:
     Raises MoebenchError where it names a quantization of which nothing is known here.
     """
     given = config.get("quantization_config") or {}
+    if not isinstance(given, Mapping):
+        raise MoebenchError("quantization_config of the configuration says nothing sensible; choose with --form.")
     if not given:
         name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         return form(name)
     method = str(given.get("quant_method"))
     name = QUANT_METHODS.get(method, "")
     if method in ("gptq", "awq"):
-        name = BY_BITS.get(given.get("bits", 0), "")
+        name = BY_BITS.get(str(given.get("bits")), "")
     if not name:
         raise MoebenchError(
             f"the weights are quantized by '{method}', of whose bytes nothing is known here; choose with --form."

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...contracts import MoebenchError
 from ...moe.blocks.gguf_file import GgufFile, Place, read_header
 from ...moe.blocks.gguf_types import types
-from .counts import PARTS, Layer, Model
+from .counts import MOST_LAYERS, PARTS, Layer, Model, check_sense
 from .forms import Weights
 from .source import Described
 
@@ -40,18 +40,25 @@ def describe_gguf(path: Path) -> Described:
 
 def gguf_model(file: GgufFile) -> Model:
     """Return the counts of a model, with experts or without."""
-    kind = str(file.metadata.get("general.architecture"))
-    layers = tuple(_layer(file, index) for index in range(_number(file, "block_count") - _further(file)))
+    kind, depth = str(file.metadata.get("general.architecture")), _number(file, "block_count") - _further(file)
+    if not 0 < depth <= MOST_LAYERS:
+        raise MoebenchError(f"{file.path} says that it has {depth} layers; convert the model again.")
+    layers = tuple(_layer(file, index) for index in range(depth))
     embedding = file.place("token_embd.weight")
     head = file.tensors["output.weight"].size if "output.weight" in file.tensors else 0
     around = [place for place in file.tensors.values() if not BLOCK.fullmatch(place.name)]
     rest = sum(place.size for place in around) - embedding.size - head
-    return Model(kind, embedding.dims[0], embedding.dims[-1], layers, embedding.size, head, rest, None)
+    model = Model(kind, embedding.dims[0], embedding.dims[-1], layers, embedding.size, head, rest, None)
+    try:
+        return check_sense(model)
+    except ValueError as error:
+        raise MoebenchError(f"{file.path} makes no sense ({error}); convert the model again.") from None
 
 
 def _further(file: GgufFile) -> int:
     """Return how many layers only predict further tokens."""
-    return int(file.metadata.get(f"{file.metadata.get('general.architecture')}.nextn_predict_layers") or 0)
+    name = "nextn_predict_layers"
+    return _number(file, name) if file.metadata.get(f"{file.metadata.get('general.architecture')}.{name}") else 0
 
 
 def part_of(name: str) -> str:

@@ -35,7 +35,10 @@ def _compared(
     chosen: list[tuple[Placement, list[str]]], registry: Registry, hardware: Hardware, store: Path, quiet: bool
 ) -> Iterator[Compared]:
     for one, settings in chosen:
-        (found,) = run_suite(settings, registry, store, quiet)
+        run = run_suite(settings, registry, store, quiet)
+        if len(run) != 1:
+            raise MoebenchError(f"'{one.form}, {one.name}' cannot be run here; choose others with --form.")
+        (found,) = run
         yield compare(f"{one.form}, {one.name}", found, registry, hardware, store)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...contracts import MoebenchError, unknown
 from .attention import Bias, Norms, gated_delta, grouped, latent, mamba
-from .counts import Layer, Model
+from .counts import MOST_LAYERS, Layer, Model, check_sense
 from .layers import bias_of, experts_of, layer_of, window_of, with_dense, with_experts
 
 Config = Mapping[str, Any]
@@ -24,15 +24,16 @@ def read_model(config: Config) -> Model:
 
     Raises MoebenchError where its architecture is not known, or a field is missing or makes no sense.
     """
-    config = flat(config)
     kind = str(config.get("model_type"))
-    if kind not in READERS:
-        raise MoebenchError(unknown("MoE architecture (model_type)", kind, READERS))
     try:
-        return _model(config, READERS[kind])
+        config = flat(config)
+        kind = str(config.get("model_type"))
+        if kind not in READERS:
+            raise MoebenchError(unknown("MoE architecture (model_type)", kind, READERS))
+        return check_sense(_model(config, READERS[kind]))
     except KeyError as error:
         raise MoebenchError(f"the configuration of this {kind} model lacks {error}; fetch config.json again.") from None
-    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError, IndexError) as error:
         raise MoebenchError(
             f"the configuration of this {kind} model makes no sense ({error}); fetch it again."
         ) from None
@@ -69,6 +70,8 @@ def _model(config: Config, reader: Reader) -> Model:
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     tied = config.get("tie_word_embeddings", reader.tied)
     norms = reader.norm * hidden
+    if not 0 < config["num_hidden_layers"] <= MOST_LAYERS:
+        raise ValueError(f"it has {config['num_hidden_layers']} layers")
     layers = tuple(reader.layer(config, index) for index in range(config["num_hidden_layers"]))
     layers = tuple(replace(layer, rest=layer.rest + 2 * norms) for layer in layers)
     if min(hidden, vocabulary, len(layers)) < 1 or not any(layer.experts for layer in layers):

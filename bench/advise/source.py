@@ -37,7 +37,7 @@ class Described:
 
 def describe(name: str) -> Described:
     """Return what can be known of the model; MoebenchError with a sentence where it cannot be found or read."""
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.suffix == ".gguf":
         from .gguf_source import describe_gguf
 
@@ -54,6 +54,15 @@ def describe(name: str) -> Described:
     )
 
 
+def _path(name: str) -> Path:
+    try:
+        path = Path(name).expanduser()
+        path.exists()  # a name that is too long for a file raises here
+    except (OSError, RuntimeError, ValueError):
+        raise MoebenchError(f"'{name}' cannot be a file; name a folder, a file, or owner/name of the hub.") from None
+    return path
+
+
 def _file(path: Path) -> Described:
     content = read_json(path)
     if "weight_map" in content:
@@ -68,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoebenchError(f"{path} cannot be read ({error.strerror}); fetch it again.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MoebenchError(f"{path} is no valid JSON ({error}); fetch it again.") from None
     if not isinstance(content, dict):
         raise MoebenchError(f"{path} holds no object; name a config.json or an index of safetensors.")
@@ -103,7 +112,10 @@ def _with_files(own: Described, folder: Path) -> Described:
     """Take exact bytes from the headers of the files where all are there, else compare with the index's total."""
     assert own.stored is not None
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-    named = {folder / file for file in (index.get("weight_map") or {}).values()}
+    tensors = index.get("weight_map") or {}
+    if not isinstance(tensors, dict) or not all(isinstance(file, str) for file in tensors.values()):
+        raise MoebenchError(f"{folder / INDEX} names no files; fetch it again.")
+    named = {folder / file for file in tensors.values()}
     files = sorted(named or folder.glob("*.safetensors"))
     if files and all(file.is_file() for file in files):
         parts, beyond = parts_of(header_sizes(files), len(own.model.layers))
@@ -118,7 +130,7 @@ def _with_files(own: Described, folder: Path) -> Described:
 
 
 def _compared(what: str, found: int, expected: int, beyond: int) -> str:
-    left_out = f", {bytes_text(beyond)} of further layers left out" if beyond else ""
+    left_out = f", {bytes_text(beyond)} beside the language model left out" if beyond else ""
     if found == expected:
         return f"{what} agrees with the configuration's arithmetic to the byte{left_out}"
     share = (found - expected) / expected
@@ -137,7 +149,7 @@ def _fetched(name: str) -> Path:
 
     try:
         config = hf_hub_download(name, "config.json")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):  # a ValueError: no such name can be
         raise MoebenchError(
             f"the configuration of '{name}' could not be had from the hub; check name and network, or give its "
             f"config.json."

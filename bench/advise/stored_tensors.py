@@ -26,6 +26,8 @@ PATTERNS: tuple[tuple[str, str], ...] = (
 )
 """Which part a tensor belongs to: the first pattern that is found in its name; ``rest`` where none is."""
 QK_NORMS = re.compile(r"(attn|attention|mamba)\.[\w.]*norm")
+BESIDE = re.compile(r"(^|\.)(mtp[._]|vision_|visual\.|audio_|multi_modal_projector\.)")
+"""What lies beside the language model: layers for further tokens by their own name, and what sees or hears."""
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -37,11 +39,11 @@ def part_of(name: str) -> str:
 
 
 def parts_of(sizes: Mapping[str, int], layers: int) -> tuple[dict[str, int], int]:
-    """Return bytes by part, and those of layers beyond the last one, which only predict further tokens."""
+    """Return bytes by part, and those that no text needs: layers that only predict further tokens, and other senses."""
     parts, beyond = dict.fromkeys(PARTS, 0), 0
     for name, size in sizes.items():
         found = LAYER.search(name)
-        if found and int(found[1]) >= layers:
+        if BESIDE.search(name) or (found and int(found[1]) >= layers):
             beyond += size
         else:
             parts[part_of(name)] += size
@@ -55,7 +57,7 @@ def header_sizes(files: Iterable[Path]) -> dict[str, int]:
         for name, entry in _header(file).items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                sizes[name] = int(end) - int(begin)
+                sizes[name] = end - begin
     return sizes
 
 
@@ -66,16 +68,27 @@ def _header(file: Path) -> dict[str, Any]:
             if length > LONGEST_HEADER:
                 raise ValueError("its header is too long")
             found = json.loads(stream.read(length))
-        if not all("data_offsets" in entry for name, entry in found.items() if name != "__metadata__"):
+        if not all(_has_place(entry) for name, entry in found.items() if name != "__metadata__"):
             raise ValueError("a tensor has no place")
         return dict(found)
     except OSError as error:
         raise MoebenchError(f"{file} cannot be read ({error.strerror}); fetch it again.") from None
-    except (ValueError, struct.error, AttributeError, TypeError) as error:
+    except (ValueError, struct.error, AttributeError, RecursionError) as error:
         raise MoebenchError(f"{file} is no safetensors file ({error}); fetch it again.") from None
+
+
+def _has_place(entry: Any) -> bool:
+    place = entry.get("data_offsets")
+    return (
+        isinstance(place, list)
+        and len(place) == 2
+        and all(type(one) is int for one in place)
+        and 0 <= place[0] <= place[1]
+    )
 
 
 def index_total(index: Mapping[str, Any]) -> int | None:
     """Return the bytes of all tensors that an index tells, None where it does not."""
-    total = (index.get("metadata") or {}).get("total_size")
-    return int(total) if total else None
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return int(total) if isinstance(total, int | float) and 0 < total < 2**63 else None

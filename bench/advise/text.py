@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..printable import printable_line
 from .advice import Advice
 from .counts import PARTS, scratch_bytes
 from .hardware import TIERS, Rate
@@ -24,19 +25,18 @@ TIER_NAMES = {"vram": "VRAM", "link": "link", "ram": "RAM", "disk": "disk", "gpu
 
 def advice_text(advice: Advice, top: int, checked: str) -> str:
     """Return the whole page; ``checked`` says how far the model was off where it was measured."""
-    return "\n".join(
-        [
-            *_model(advice),
-            "",
-            *_bytes(advice),
-            "",
-            *_machine(advice),
-            *_refused(advice),
-            "",
-            *_ranked(advice, top),
-            checked,
-        ]
-    )
+    lines = [
+        *_model(advice),
+        "",
+        *_bytes(advice),
+        "",
+        *_machine(advice),
+        *_refused(advice),
+        "",
+        *_ranked(advice, top),
+        checked,
+    ]
+    return "\n".join(map(printable_line, lines))
 
 
 def checked_text(errors: Sequence[float]) -> str:

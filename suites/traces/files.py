@@ -40,11 +40,11 @@ def read_trace(path: str, sha256: str | None = None) -> TraceFile:
     """Return the trace in ``path`` with its hints, where there are some; TraceError says what is wrong.
 
     ``sha256`` is what the file's content must have; None takes the file as it is. Hints that the trace's own facts pin
-    are held to that.
+    are held to that; a trace that says how it was made and pins none has none, whatever lies beside it.
     """
     trace, facts = load_trace(path, sha256 or sha256_of_file(path)), facts_of(path)
     file, pinned = hints_file(path), facts.get("hints_sha256")
-    there = pinned is not None or file.exists()
+    there = pinned is not None or (not facts and file.exists())
     hints = load_trace(str(file), pinned or sha256_of_file(str(file))) if there else None
     return TraceFile(trace, hints, layout_of(trace, facts.get("experts")), facts)
 

@@ -49,6 +49,9 @@ class MadeUp(ABC):
     def __post_init__(self) -> None:
         if min(self.steps, self.layers, self.tokens) < 1 or not 0 < self.k <= self.experts:
             raise ValueError("steps, layers and tokens must be positive, and k lie between 1 and experts.")
+        scores = self.layers * self.tokens * self.experts
+        if scores > MOST_ROWS:
+            raise ValueError(f"a step would draw {scores} scores, and {MOST_ROWS} may be drawn; choose fewer experts.")
         rows = self.steps * self.layers * self.tokens * self.k
         if rows > MOST_ROWS:
             raise ValueError(f"the trace would have {rows} rows, and {MOST_ROWS} may be made up; choose fewer steps.")
@@ -198,6 +201,8 @@ class DomainTrace(MadeUp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.domains * self.layers * self.experts > MOST_ROWS:
+            raise ValueError(f"domains={self.domains} are too many for so many experts; choose fewer.")
         if self.domains < 1 or self.period < 1:
             raise ValueError(f"domains={self.domains} and period={self.period} must be at least 1.")
         if not 0 <= self.switch <= 1 or not 0 < self.share <= 1:

@@ -292,6 +292,8 @@ def test_json_says_the_same(say):
         (("--rate", "vram"), "is not a rate"),
         (("--rate", "vram=0"), "no rate above 0"),
         (("--skew", "nan"), "--skew takes"),
+        (("--top", "0"), "--top takes"),
+        (("--validate",), "leave out MODEL"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(arguments, told, say):
@@ -307,6 +309,16 @@ def test_what_is_stored_in_an_unknown_way_can_be_planned_in_another(say, tmp_pat
     path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "aqlm"}}))
     assert "choose with --form" in say(str(path))[2]
     assert say(str(path), "--form", "int4", "--ram", "64G")[0] == 0
+
+
+def test_names_do_not_command_a_terminal(say, tmp_path):
+    folder = tmp_path / "a\x1b[31mred\nfake"
+    folder.mkdir()
+    config = (FOLDER / "mixtral-8x7b.json").read_text()
+    (folder / "config.json").write_text(config)
+    assert say(str(folder))[1].splitlines()[0].startswith("a\N{REPLACEMENT CHARACTER}[31mred fake (mixtral)")
+    (folder / "config.json").write_text(json.dumps({**json.loads(config), "model_type": "\x1b[31m"}))
+    assert "\x1b" not in say(str(folder))[2]
 
 
 def test_a_small_machine_is_told_what_to_change(say):

@@ -20,7 +20,7 @@ from moebench.bench.advise.forms import FORMS, stored_form, weights_in
 from moebench.bench.advise.readers import READERS, flat, read_model
 from moebench.bench.advise.sizes import bytes_text, count_text, parse_bytes, parse_count, parse_rate, time_text
 from moebench.bench.advise.source import describe
-from moebench.bench.advise.stored_tensors import part_of
+from moebench.bench.advise.stored_tensors import header_sizes, index_total, part_of, parts_of
 from moebench.contracts import MoebenchError
 from moebench.suites.models.hf_config import READERS as RUNNABLE
 from moebench.suites.models.hf_config import shape_of
@@ -274,7 +274,7 @@ def test_layers_that_only_predict_further_are_left_out(saved, tmp_path):
     save_file({**state, **extra}, tmp_path / "model.safetensors")
     described = describe(str(tmp_path))
     assert described.stored.parts == describe(str(saved / "DeepseekV3")).stored.parts
-    assert "further layers left out" in described.notes[-1]
+    assert "beside the language model left out" in described.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -383,6 +383,70 @@ def test_models_that_are_not_there(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(MoebenchError, match="no valid JSON"):
         describe(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", 4096.0),
+        ("hidden_size", float("nan")),
+        ("num_hidden_layers", 10**9),
+        ("num_attention_heads", -4096),
+        ("intermediate_size", -1),
+        ("num_local_experts", 10**9),
+        ("num_local_experts", float("inf")),
+        ("sliding_window", "abc"),
+        ("sliding_window", -1),
+        ("max_position_embeddings", "abc"),
+    ],
+)
+def test_a_configuration_without_sense_is_told_in_a_sentence(field, value):
+    config = json.loads((FOLDER / "mixtral-8x7b.json").read_text())
+    with pytest.raises(MoebenchError, match="makes no sense"):
+        read_model({**config, field: value})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama4"},
+        {"model_type": "llama4", "text_config": [1]},
+        {"model_type": "dbrx", "attn_config": [1]},
+    ],
+)
+def test_parts_of_a_configuration_that_are_none_are_told(config):
+    with pytest.raises(MoebenchError, match="fetch"):
+        read_model(config)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody-at-all/x", "a/--b", "a/b..c"])
+def test_names_that_can_be_nothing_are_told(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(MoebenchError):
+        describe(name)
+
+
+def test_what_lies_beside_the_language_model_is_left_out():
+    own = {"model.layers.0.mlp.experts.0.up_proj.weight": 8}
+    beside = {"mtp.layers.0.mlp.experts.0.up_proj.weight": 1, "model.mtp_block.0.mlp.gate.weight": 2}
+    beside |= {"vision_model.model.layers.0.self_attn.q_proj.weight": 4, "model.layers.1.eh_proj.weight": 16}
+    parts, beyond = parts_of({**own, **beside}, 1)
+    assert (sum(parts.values()), parts["experts"], beyond) == (8, 8, sum(beside.values()))
+
+
+@pytest.mark.parametrize(
+    "index", [{"metadata": [1]}, {"metadata": {"total_size": "x"}}, {"metadata": {"total_size": -1}}, {}]
+)
+def test_an_index_without_a_total_has_none(index):
+    assert index_total(index) is None
+
+
+@pytest.mark.parametrize("place", [3, [1], ["a", "b"], [5, 2], [True, 2]])
+def test_a_tensor_without_a_place_is_told(place, tmp_path):
+    header = json.dumps({"a": {"data_offsets": place}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(MoebenchError, match="a tensor has no place"):
+        header_sizes([tmp_path / "a.safetensors"])
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

@@ -143,6 +143,33 @@ def test_the_replay_line_can_be_planned(capsys):
         assert fit == ("projected" if path == "a.parquet" else "exact")
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"made": "recorded"},
+        {"made": "recorded", "model": 3},
+        {"made": "recorded", "model": {}, "routing": "x"},
+        {"made": "x", "parameters": [1]},
+        {"made": "\x1b[31mred\nsha256 fake"},
+    ],
+)
+def test_facts_of_others_break_nothing(facts, capsys):
+    save_trace("f.parquet", {"step": [0], "layer": [0], "token": [0], "expert": [2], "weight": [0.5]}, facts)
+    status, out, err = run(capsys, "inspect", "f.parquet")
+    assert (status, err) == (0, "")
+    assert "\x1b" not in out
+    assert sum(line.startswith("sha256") for line in out.splitlines()) == 1
+
+
+def test_hints_that_a_trace_of_ours_does_not_name_are_not_its_own():
+    written("a.parquet")
+    hints_file("a.parquet").rename("h.parquet")
+    columns = {"step": [0, 1, 2], "layer": [1] * 3, "token": [0] * 3, "expert": [1] * 3, "weight": [1] * 3}
+    write_trace("a.parquet", columns, {"made": "made up: zipf"})
+    Path("h.parquet").rename(hints_file("a.parquet"))  # as if the process had ended between the two files
+    assert read_trace("a.parquet").hints is None
+
+
 def uniform(capsys, path):
     small = ("steps=8", "layers=2", "experts=8", "k=2")
     return run(capsys, "synthesize", "zipf", *small, "-o", path, "alpha=0")
@@ -184,6 +211,7 @@ def test_made_up_traces_are_made_the_same_again(capsys):
         (("synthesize", "zipf", "-o", "n.parquet", "alpha=much"), "'alpha' must be of type float"),
         (("synthesize", "zipf", "-o", "n.parquet", "alfa=1"), "did you mean 'alpha'?"),
         (("synthesize", "zipf", "-o", "n.parquet", "alpha"), "write it as steps=512"),
+        (("synthesize", "zipf", "-o", "n.parquet", "experts=3000000000", "k=1", "steps=1"), "choose fewer experts"),
         (("synthesize", "sticky", "-o", "n.parquet", "k=40"), "at least twice k=40"),
         (("synthesize", "zipf", "-o", "there.parquet"), "there.parquet is there already"),
         (("inspect", "none.parquet"), "none.parquet' cannot be read"),
