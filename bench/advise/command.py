@@ -17,7 +17,7 @@ from .measure import measured
 from .predict import Load
 from .sizes import parse_bytes, parse_count
 from .source import Described, describe
-from .text import advice_text, checked_text, compared_text
+from .text import advice_text, checked_text, compared_text, rates_text
 from .validate import Compared, calibrate, probe, stored, validate
 
 MOST_TOKENS = 2**30
@@ -46,7 +46,8 @@ def command(options: argparse.Namespace) -> int:
     else:
         print(advice_text(advice, options.top, checked_text(errors)))
         if compared:
-            print(f"\nmeasured with one thread, and what is predicted of that:\n{compared_text(compared)}")
+            print("\nmeasured with one thread, and what is predicted of that:")
+            print(f"{rates_text(_one_thread(store_path(options.store)))}\n{compared_text(compared)}")
     return 0
 
 

@@ -105,12 +105,11 @@ def _described(name: str, config: dict[str, Any], folder: Path | None) -> Descri
     except MoebenchError as error:
         return Described(name, model, None, "config.json", tuple(notes), str(error))
     described = Described(name, model, stored, "config.json", tuple(notes))
-    return described if folder is None else _with_files(described, folder)
+    return described if folder is None else _with_files(described, stored, folder)
 
 
-def _with_files(own: Described, folder: Path) -> Described:
+def _with_files(own: Described, stored: Weights, folder: Path) -> Described:
     """Take exact bytes from the headers of the files where all are there, else compare with the index's total."""
-    assert own.stored is not None
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
     tensors = index.get("weight_map") or {}
     if not isinstance(tensors, dict) or not all(isinstance(file, str) for file in tensors.values()):
@@ -119,14 +118,14 @@ def _with_files(own: Described, folder: Path) -> Described:
     files = sorted(named or folder.glob("*.safetensors"))
     if files and all(file.is_file() for file in files):
         parts, beyond = parts_of(header_sizes(files), len(own.model.layers))
-        exact = Weights(own.stored.form, parts)
-        notes = (*own.notes, _compared("what the files hold", exact.total, own.stored.total, beyond))
+        exact = Weights(stored.form, parts)
+        notes = (*own.notes, _compared("what the files hold", exact.total, stored.total, beyond))
         return Described(own.name, own.model, exact, "safetensors headers", notes, folder=folder)
     total = index_total(index)
     if total is None:
         return own
-    note = _compared("what the index tells", total, own.stored.total, 0)
-    return Described(own.name, own.model, own.stored, "config.json, beside its index", (*own.notes, note))
+    note = _compared("what the index tells", total, stored.total, 0)
+    return Described(own.name, own.model, stored, "config.json, beside its index", (*own.notes, note))
 
 
 def _compared(what: str, found: int, expected: int, beyond: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ..printable import printable_line
 from .advice import Advice
 from .counts import PARTS, scratch_bytes
-from .hardware import TIERS, Rate
+from .hardware import TIERS, Hardware, Rate
 from .placements import Placement
 from .sizes import bytes_text, count_text, time_text
 from .validate import Compared
@@ -89,8 +89,13 @@ def _bytes(advice: Advice) -> Iterator[str]:
 def _machine(advice: Advice) -> Iterator[str]:
     own = advice.hardware
     yield f"memory: VRAM {bytes_text(own.vram) if own.vram else 'none'}, RAM {bytes_text(own.ram)}"
+    yield rates_text(own)
+
+
+def rates_text(own: Hardware) -> str:
+    """Return the rates of a machine in one line, each with where it comes from."""
     named = [name for name in own.rates if own.vram or name not in ("vram", "link", "gpu")]
-    yield "rates: " + ", ".join(_rate(name, own.rates[name]) for name in named)
+    return "rates: " + ", ".join(_rate(name, own.rates[name]) for name in named)
 
 
 def _rate(name: str, rate: Rate) -> str:
