@@ -89,7 +89,7 @@ METRICS: Mapping[str, str] = {
     "energy_per_step": "joules of the processor package",
     "predicted_step_time, predicted_stall_per_step, predicted_late_per_step": "by the two-tier model, event by event",
     "two_tier_step_time, lens_step_time, che_hit_rate": "closed form; MoE-Lens' longer stage; LRU by popularity",
-    "prediction_error": "|predicted - measured| / measured of the step time, in the worker that measured",
+    "prediction_error": "distance of predicted from measured step time over measured, in the worker that measured",
 }
 
 PREDICTED = """\

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +77,15 @@ Look = Callable[[int, Routing, Sequence[Routing]], None]
 """What sees (layer, Routing of all tokens, the parts in which it is executed)."""
 
 
+class Answer(NamedTuple):
+    """What the experts of a layer read, [T, H], their Routing, and what they answered, [T, H]."""
+
+    layer: int
+    x_TH: Tensor
+    routing: Routing
+    y_TH: Tensor
+
+
 class Layers:
     """All MoE layers of a model in the order in which a call passes them.
 
@@ -84,7 +93,8 @@ class Layers:
     input, one expert after another, and ``look`` what every layer was asked, all at once and in the parts in which it
     asked its executor. A traffic sets ``forced``: the Routing of each layer in this call. With ``replayed`` Routings of
     every call, the routers run all the same, their answers are replaced, and ``flips`` counts the tokens of which they
-    differ. An executor takes one expert after another; ``by_token`` gives it one token after another.
+    differ. An executor takes one expert after another; ``by_token`` gives it one token after another. Where ``seen`` is
+    a list, it is given what every executor was asked and what it answered.
     """
 
     def __init__(self, bare: Mapping[int, Bare], dtype: str, by_token: bool = False) -> None:
@@ -98,13 +108,14 @@ class Layers:
         self.forced: Mapping[int, Routing] | None = None
         self.replayed: Sequence[Mapping[int, Routing]] | None = None
         self.flips = 0
+        self.seen: list[Answer] | None = None
         self._first, self._call = order[0], -1
         self._before: Routing | None = None
 
     def serve_by(self, session: Any, replayed: Sequence[Mapping[int, Routing]] | None = None) -> None:
         """Have the experts run by ``session`` from now on, which begins at the first layer of a first call."""
         self.executors = {index: session.layer(index) for index in self.bare}
-        self.hint, self.look = session.hint, None
+        self.hint, self.look, self.seen = session.hint, None, None
         self.replayed, self.flips, self._call = replayed, 0, -1
 
     @torch.no_grad()
@@ -120,6 +131,8 @@ class Layers:
             self._tell_next(self.hint, self.following[index], x_TH, routing)
         read_TH = bare.layer.reads(x_TH)
         y_TH = self._experts(bare, read_TH, routing)
+        if self.seen is not None:
+            self.seen.append(Answer(index, read_TH, routing, y_TH))
         if bare.layer.shared is not None:
             y_TH = bare.layer.shared.added_to(y_TH, read_TH)
         return y_TH.to(given_TH.dtype)
