@@ -13,9 +13,13 @@ from moebench.backends.offload.errors import OffloadError
 from moebench.backends.offload.names import POLICIES, PREFETCHERS, make_policy, make_prefetcher
 from moebench.backends.offload.simulate import simulate
 from moebench.contracts import load_file
+from moebench.moe.experts import ExpertStore
+from moebench.moe.oracle import reference
+from moebench.moe.routing import Routing
 from moebench.suites.offload import energy
-from moebench.suites.offload.check import close_to, same
+from moebench.suites.offload.check import layer_by_layer, same
 from moebench.suites.offload.figures import Turn, turn_figures
+from moebench.suites.offload.layers import Answer
 
 lab = load_file(Path(__file__).parent / "offload_lab.py")
 
@@ -87,10 +91,21 @@ def test_outputs_one_bit_off_are_wrong(product):
 
 def test_bounds_can_fail():
     x_BH = torch.ones(2, 8)
-    assert close_to(x_BH, x_BH, "float32").ok
-    assert not close_to(x_BH * torch.tensor([[1.0], [1.001]]), x_BH, "float32").ok  # one sequence is enough
-    assert not close_to(torch.full((2, 8), math.nan), x_BH, "bfloat16").ok
+    assert same(x_BH, x_BH.clone()).ok
+    assert not same(x_BH * torch.tensor([[1.0], [1.001]]), x_BH).ok  # one sequence is enough
+    assert not same(torch.full((2, 8), math.nan), x_BH).ok
     assert not same(x_BH[:1], x_BH).ok
+
+
+def test_each_layer_is_held_to_the_oracle_on_what_it_read():
+    store = ExpertStore(torch.randn(2, 8, 4), torch.randn(2, 4, 4), ("ffn", "ffn"))
+    routing = Routing.topk(torch.tensor([[0], [1], [1]]), torch.ones(3, 1), 2)
+    x_TH = torch.randn(3, 4)
+    y_TH = reference(store, routing, x_TH).y_TH.float()
+    right = Answer(0, x_TH, routing, y_TH)
+    assert layer_by_layer([right, right], {0: store}).ok
+    for wrong in (y_TH * 1.01, y_TH.flip(0), torch.full_like(y_TH, math.nan)):
+        assert not layer_by_layer([right, right._replace(y_TH=wrong)], {0: store}).ok
 
 
 def test_a_weight_that_changed_in_the_file_is_named_and_gives_no_number(product, tmp_path, monkeypatch):
