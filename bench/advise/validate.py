@@ -135,7 +135,7 @@ def _taken(one: Measured, registry: Registry) -> Run:
     weights, load = case_weights(one.case, model), case_load(one.case)
     used, brought = touched_experts(model, load), one.metrics.get("misses_per_step", 0.0)
     return Run(
-        one.undisturbed,
+        one.seconds,
         len(model.moe_layers),
         sum(bool(layer.attention) for layer in model.layers),
         used,
