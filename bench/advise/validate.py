@@ -40,7 +40,7 @@ VALIDATION: Mapping[str, Sequence[str]] = {
 class Measured:
     """A case that ran: the median of its times and their tenth percentile in seconds, its metrics, and doubts about it.
 
-    The tenth percentile knows little of what else ran on the machine: programs are fitted to it.
+    Programs are fitted to medians, and judged by medians; the tenth percentile tells how disturbed the machine was.
     """
 
     case: Case
