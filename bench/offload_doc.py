@@ -20,8 +20,8 @@ for. Backend `offload` does that for any model here, suite `offload` measures it
 the very same policy objects says beforehand what will be hit, missed and evicted.
 
 ```sh
-moebench run suite=offload model=tinymoe "params.backend.offload.policy=[lru,lfru]"
-moebench run suite=offload model=tinymoe "params.backend.offload.prefetch=[none,gate]" suite.feed=generated
+moebench run suite=offload model=smollm2 "params.backend.offload.policy=[lru,lfru]"
+moebench run suite=offload model=smollm2 "params.backend.offload.prefetch=[none,gate]" suite.feed=generated
 {COMMAND}
 python docs/generate.py --offload STORE
 ```

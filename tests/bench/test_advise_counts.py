@@ -186,7 +186,7 @@ def test_counts_agree_with_the_shapes_that_are_run(name):
         ({"num_local_experts": 1}, "2 of 1 experts"),
         ({"hidden_size": "wide"}, "makes no sense"),
         ({"hidden_size": None}, "makes no sense"),
-        ({"num_hidden_layers": 0}, "no layers"),
+        ({"num_hidden_layers": 0}, "it has 0 layers"),
         ({"num_attention_heads": 0}, "makes no sense"),
     ],
 )
