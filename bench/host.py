@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contracts import KINDS, make_key
+from ..suites.offload.energy import microjoules
 from .gpu.nvml import all_gpus
 
 PACKAGES = (
@@ -59,7 +60,7 @@ def host_facts() -> dict[str, Any]:
         "frequency_governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "aslr": _read("/proc/sys/kernel/randomize_va_space"),
-        "rapl_uj": _try(_rapl),
+        "rapl_uj": microjoules(),
     }
     return {"host_key": make_key(stable), "stable": stable, "snapshot": snapshot}
 
@@ -86,11 +87,6 @@ def last_level_cache() -> int | None:
     """Return the bytes of the last cache level, or None where the system does not tell."""
     sizes = caches()
     return sizes[max(sizes)] if sizes else None
-
-
-def _rapl() -> int | None:
-    text = _read("/sys/class/powercap/intel-rapl:0/energy_uj")
-    return int(text) if text else None
 
 
 def _try(fact: Callable[[], Any]) -> Any:

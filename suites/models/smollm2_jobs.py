@@ -160,14 +160,22 @@ def catching(model: Any, caught: list[list[Tensor]]) -> Iterator[None]:
 def main(arguments: list[str]) -> int:
     """Run one job; what goes wrong is the last line printed."""
     job, source, target, threads, calibration_tokens = arguments
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    torch.set_num_threads(int(threads))
     jobs: dict[str, Callable[[Path], None]] = {
         "convert": lambda aside: convert(Path(source), aside),
         "record": lambda aside: record(Path(source), aside, int(calibration_tokens)),
     }
+    return ended(int(threads), lambda: make_once(Path(target), jobs[job]))
+
+
+def ended(threads: int, work: Callable[[], object]) -> int:
+    """Do the work of a process of its own, offline and without progress bars; return its exit status.
+
+    What goes wrong is the last line printed.
+    """
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    torch.set_num_threads(threads)
     try:
-        make_once(Path(target), jobs[job])
+        work()
     except MoebenchError as error:
         print(error, flush=True)
         return 1

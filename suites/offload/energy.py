@@ -7,9 +7,9 @@ from pathlib import Path
 COUNTER = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
-def joules() -> float | None:
-    """Return what the package has used since some moment, in joules; None where nobody may know. It wraps around."""
+def microjoules() -> int | None:
+    """Return what the package has used since some moment, which wraps around; None where nobody may know."""
     try:
-        return int(COUNTER.read_text()) / 1e6
+        return int(COUNTER.read_text())
     except (OSError, ValueError):
         return None

@@ -6,28 +6,18 @@ Imported by workers only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ...backends.offload.access import Access, Event
 from ...backends.offload.asking import Asking
 from ...backends.offload.cache import Cache
 from ...backends.offload.executor import Facts, OffloadExecutor
+from ...backends.offload.host import Cost
 from ...backends.offload.session import OffloadSession
 from ...backends.offload.store import Served
 from ...backends.rules import act_bits
 from ...contracts import ExecutedPath, LayerSpec
 from ...moe.experts import ExpertStore
-
-
-@dataclass
-class Cost:
-    """What memory costs: nothing."""
-
-    stall_ns: int = 0
-    bytes_read: int = 0
-    late: int = 0
-    read_ns: int = 0
 
 
 class InMemory:
@@ -41,7 +31,7 @@ class InMemory:
     def serve(self, access: Access) -> Iterator[Served]:
         """Yield every expert of an access."""
         self.log.append(self.cache.access(access))
-        self.ledger.append(Cost())
+        self.ledger.append(Cost())  # memory costs nothing
         for event in self.log[-1]:
             if event.kind != "prefetch":
                 layer, expert = event.key

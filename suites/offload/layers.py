@@ -92,9 +92,9 @@ class Layers:
     ``executors`` says who runs the experts of each; ``hint`` is told what the next layer's gate says of this layer's
     input, one expert after another, and ``look`` what every layer was asked, all at once and in the parts in which it
     asked its executor. A traffic sets ``forced``: the Routing of each layer in this call. With ``replayed`` Routings of
-    every call, the routers run all the same, their answers are replaced, and ``flips`` counts the tokens of which they
-    differ. An executor takes one expert after another; ``by_token`` gives it one token after another. Where ``seen`` is
-    a list, it is given what every executor was asked and what it answered.
+    every call, the routers run all the same, and their answers are replaced. An executor takes one expert after
+    another; ``by_token`` gives it one token after another. Where ``seen`` is a list, it is given what every executor
+    was asked and what it answered.
     """
 
     def __init__(self, bare: Mapping[int, Bare], dtype: str, by_token: bool = False) -> None:
@@ -107,7 +107,6 @@ class Layers:
         self.look: Look | None = None
         self.forced: Mapping[int, Routing] | None = None
         self.replayed: Sequence[Mapping[int, Routing]] | None = None
-        self.flips = 0
         self.seen: list[Answer] | None = None
         self._first, self._call = order[0], -1
         self._before: Routing | None = None
@@ -116,7 +115,7 @@ class Layers:
         """Have the experts run by ``session`` from now on, which begins at the first layer of a first call."""
         self.executors = {index: session.layer(index) for index in self.bare}
         self.hint, self.look, self.seen = session.hint, None, None
-        self.replayed, self.flips, self._call = replayed, 0, -1
+        self.replayed, self._call = replayed, -1
 
     @torch.no_grad()
     def __call__(self, index: int, x_TH: Tensor) -> Tensor:
@@ -156,9 +155,7 @@ class Layers:
             return self.forced[bare.index]
         if self.replayed is None:
             return own
-        recorded = self.replayed[self._call][bare.index]
-        self.flips += _differing(own, recorded)
-        return recorded
+        return self.replayed[self._call][bare.index]
 
     def _tell_next(self, hint: Hint, index: int, x_TH: Tensor, routing: Routing) -> None:
         """Hint at the experts that the gate of layer ``index`` chooses for what the layer before it reads."""
@@ -167,16 +164,6 @@ class Layers:
         weight_E.index_add_(0, guess.expert_N, guess.weight_N.double())
         for expert in sorted(set(guess.expert_N.tolist()), key=lambda e: (-float(weight_E[e]), e)):
             hint(index, [expert], float(weight_E[expert]))
-
-
-def _differing(found: Routing, wanted: Routing) -> int:
-    """Return how many tokens have other experts in one Routing than in the other."""
-    masks = []
-    for routing in (found, wanted):
-        mask_TE = torch.zeros(routing.shape, dtype=torch.bool)
-        mask_TE[routing.token_N, routing.expert_N] = True
-        masks.append(mask_TE)
-    return int((masks[0] != masks[1]).any(dim=1).sum())
 
 
 def source_of(case: Case, registry: Registry) -> ModelSource:

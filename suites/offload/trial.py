@@ -23,7 +23,7 @@ from ..digest import sha256_of
 from .approximate import Approximation, approximate, changes_result
 from .check import layer_by_layer, same
 from .cores import roaming
-from .energy import joules
+from .energy import microjoules
 from .figures import Turn, cache_figures, gate_figures, order_figures, turn_figures
 from .host import hosted
 from .layers import Answer
@@ -55,7 +55,7 @@ class ResidentTrial:
         self.session = self._open()
         self.step_ns: list[int] = []
         self._joules: list[float] = []
-        self._before: float | None = None
+        self._before: int | None = None
 
     def _open(self) -> Any:
         maker = self.registry.get("backend", self.case.backend.name).create(self.case.backend.params)
@@ -72,7 +72,7 @@ class ResidentTrial:
             self.stack.layers.hint = None  # nobody reads hints, and they cost a router's time
         self.stack.begin()
         self.step_ns = []
-        self._before = joules()
+        self._before = microjoules()
 
     def run(self, step: int) -> Tensor:
         """Decode one token of each sequence; return what the head reads, [B, H]."""
@@ -104,9 +104,9 @@ class ResidentTrial:
 
     def _measure_energy(self, step: int) -> None:
         """Note the energy of the turn that has just ended, before its first output is looked at."""
-        now = joules() if step == 0 else None
+        now = microjoules() if step == 0 else None
         if now is not None and self._before is not None and now >= self._before:
-            self._joules.append((now - self._before) / self.steps)
+            self._joules.append((now - self._before) / 1e6 / self.steps)
 
     def cost(self, step: int) -> Cost:
         """Return nothing: how many bytes a step must move depends on what is in the cache."""

@@ -6,7 +6,6 @@ JSON is a ``Job``. Progress is told line by line; what goes wrong is the last li
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...contracts import Case, MoebenchError, Registry, plain
 from ..models import ModelSource
-from ..models.smollm2_jobs import token_ids
+from ..models.smollm2_jobs import ended, token_ids
 from ..text import evaluation_text
 from .files import write_trace
 from .recording import Recording, record, watching
@@ -88,15 +86,8 @@ def facts_of_job(job: Job, case: Case, made: Recording) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job; what goes wrong is the last line printed."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     job = Job(**json.loads(arguments[0]))
-    torch.set_num_threads(int(job.case["threads"]))
-    try:
-        run(job)
-    except MoebenchError as error:
-        print(error, flush=True)
-        return 1
-    return 0
+    return ended(int(job.case["threads"]), lambda: run(job))
 
 
 if __name__ == "__main__":

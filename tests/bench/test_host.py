@@ -11,6 +11,7 @@ import pytest
 
 from moebench.bench import host
 from moebench.bench.ring import ring_cores
+from moebench.suites.offload import energy
 
 
 def test_the_facts_are_plain_and_the_stable_ones_identify_the_host():
@@ -61,9 +62,10 @@ def test_with_nvml_the_gpus_are_named(monkeypatch):
     ]
 
 
-def test_without_rapl_the_energy_is_null(monkeypatch):
+def test_what_cannot_be_read_is_null(monkeypatch, tmp_path):
+    monkeypatch.setattr(energy, "COUNTER", tmp_path / "absent")
+    assert host.host_facts()["snapshot"]["rapl_uj"] is None
     monkeypatch.setattr(host, "_read", lambda path: None)
-    assert host._rapl() is None
     assert host.caches() == {}
     assert host.last_level_cache() is None
 

@@ -224,7 +224,7 @@ def test_energy_is_null_where_nobody_may_read_it(product, tmp_path, monkeypatch)
     with lab.Run(product["lru", "none"]) as run:
         assert run.metrics()["energy_per_step"].value is None
     (tmp_path / "energy_uj").write_text("5000000\n")
-    assert energy.joules() == 5.0
+    assert energy.microjoules() == 5_000_000
     with lab.Run(product["lru", "none"], turns=2) as run:
         assert (run.metrics()["energy_per_step"].value, run.metrics()["energy_per_step"].n) == (0.0, 2)
 
