@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ...backends.offload.access import Access, Future, Key, Layout
-from ...backends.offload.cache import Cache
+from ...backends.offload.access import Access, Key, Layout
 from ...backends.offload.policies.lookahead import Belady
 from ...backends.offload.policies.recency import LRU
+from ...backends.offload.simulate import simulate
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,7 @@ def _add(tree: list[int], place: int, value: int) -> None:
 
 def hit_rates(accesses: Sequence[Access], layout: Layout, slots: int) -> HitRates:
     """Return what LRU and Belady's policy hit in a cache of ``slots`` experts."""
-    future = Future(accesses)
-    caches = [Cache(policy, slots, layout, future=future) for policy in (LRU(), Belady())]
-    for access in accesses:
-        for cache in caches:
-            cache.access(access)
-    lru, belady = (cache.tally.hit_rate or 0.0 for cache in caches)
+    lru, belady = (simulate(accesses, policy, slots, layout).tally.hit_rate or 0.0 for policy in (LRU(), Belady()))
     return HitRates(slots, lru, belady)
 
 
